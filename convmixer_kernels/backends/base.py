@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+"""What every backend offers: the primitives that convmixer_kernels.autograd composes.
+
+Conventions that hold for every primitive of every backend:
+
+* ``x``, ``a``, ``dy``, ``residual`` are (N, C, H, W), all of one dtype and one dense memory format, which is
+  either contiguous or channels_last; outputs have the same dtype and format. The caller guarantees both.
+  N, H or W may be 0 only where :func:`convmixer_kernels.functional` lets it through; it never calls a
+  primitive with an empty tensor.
+* ``weight`` is contiguous, (C, 1, kH, kW) or (C_out, C_in, 1, 1); ``weight``, ``bias`` and the tensors of a ``Norm``
+  are contiguous, each float32 or x's dtype (float64 where x is).
+* Padding is nn.Conv2d's "same": (k - 1) // 2 at the top and left, the rest at the bottom and right.
+* ``activation`` is one of ``ACTIVATIONS``.
+* Arithmetic, statistics and sums are float32 for 32- and 16-bit tensors (float64 on the reference backend for float64).
+  Results are deterministic: the same bits on each run and for each number of threads.
+* ``norm`` is None (no normalisation: scale 1, shift 0) or a :class:`Norm`, and then
+  ``y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias``.
+* ``sums`` is None where the statistics were constants (eval), else what ``norm_backward`` returned, and then, with
+  M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd:
+  ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
+  In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: The activations, in the order of their codes in the native modules (csrc/math.h).
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh")
+
+
+class Norm(NamedTuple):
+    """Batch norm as a per-channel affine map: statistics (of the batch or running), parameters, eps."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,) biased variance
+    weight: Tensor | None  # (C,) gamma; None is 1
+    bias: Tensor | None  # (C,) beta; None is 0
+    eps: float

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""The primitives in plain torch operations: the definition that the other backends are held against. Runs everywhere.
+
+float64 stays float64; for 32- and 16-bit tensors everything after the convolution is float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Norm
+
+name = "reference"
+
+
+def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+    """None if this backend can run `op` on these tensors, else the reason why not. This backend always can."""
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """What this backend is made of, for convmixer_kernels.build_info()."""
+    return {"available": True, "detail": "torch operations"}
+
+
+# ---- elementwise pieces -----------------------------------------------------------------------------------------
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _per_channel(t: Tensor) -> Tensor:
+    return _wide(t).view(1, -1, 1, 1)
+
+
+def _activation(a: Tensor, activation: str) -> Tensor:
+    if activation == "identity":
+        return a
+    if activation == "relu":
+        return torch.relu(a)
+    return F.gelu(a, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activation_grad(a: Tensor, activation: str) -> Tensor:
+    """act'(a), elementwise, in a's dtype (relu'(0) = 0 as in torch)."""
+    if activation == "identity":
+        return torch.ones_like(a)
+    if activation == "relu":
+        # NaN passes, as through torch's own backward
+        return (a > 0).to(a.dtype)
+    if activation == "gelu":
+        cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
+        return cdf + a * torch.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi))
+    kappa, cubic = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(kappa * (a + cubic * a**3))
+    return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * kappa * (1 + 3 * cubic * a * a)
+
+
+def _scale(norm: Norm) -> Tensor:
+    scale = torch.rsqrt(_wide(norm.var) + norm.eps)
+    return scale if norm.weight is None else scale * _wide(norm.weight)
+
+
+def _apply_norm(h: Tensor, norm: Norm | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if norm is not None:
+        h = (h - _per_channel(norm.mean)) * _per_channel(_scale(norm))
+        if norm.bias is not None:
+            h = h + _per_channel(norm.bias)
+    if residual is not None:
+        h = h + residual
+    return h.to(dtype)
+
+
+def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The gradient of the convolution's output, wide."""
+    da = _wide(dy)
+    h = None if a is None else _wide(a)
+    if norm is not None:
+        if sums is not None:
+            count = dy.numel() // dy.shape[1]
+            rstd = torch.rsqrt(_wide(norm.var) + norm.eps)
+            hhat = (_activation(h, activation) - _per_channel(norm.mean)) * _per_channel(rstd)
+            da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
+        da = da * _per_channel(_scale(norm))
+    return da if activation == "identity" else da * _activation_grad(h, activation)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), bias, padding="same", groups=groups)
+
+
+# ---- primitives -------------------------------------------------------------------------------------------------
+
+
+def depthwise_eval(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    norm: Norm | None,
+    residual: bool,
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(conv(x) + bias)) (+ x), in one pass."""
+    h = _activation(_wide(_convolution(x, weight, bias, x.shape[1])), activation)
+    return _apply_norm(h, norm, x if residual else None, x.dtype)
+
+
+def depthwise_train(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    running_mean: Tensor | None,  # (C,) updated in place
+    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
+    a = _convolution(x, weight, bias, x.shape[1])
+    return a, *_statistics(a, activation, running_mean, running_var, momentum)
+
+
+def pointwise_eval(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    norm: Norm,
+) -> Tensor:  # (N, C_out, H, W)
+    """norm(act(conv1x1(x) + bias)), in one pass."""
+    return _apply_norm(_activation(_wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)
+
+
+def pointwise_train(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As depthwise_train, for the 1x1 convolution."""
+    a = _convolution(x, weight, bias, 1)
+    return a, *_statistics(a, activation, running_mean, running_var, momentum)
+
+
+def _statistics(a, activation, running_mean, running_var, momentum):
+    count = a.numel() // a.shape[1]
+    var, mean = torch.var_mean(_activation(_wide(a), activation), dim=(0, 2, 3), correction=0)
+    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
+    return mean, var
+
+
+def update_running_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
+    if running_mean is not None:
+        running_mean.copy_(torch.lerp(_wide(running_mean), mean, momentum))
+    if running_var is not None:
+        unbiased = var * (count / max(count - 1, 1))
+        running_var.copy_(torch.lerp(_wide(running_var), unbiased, momentum))
+
+
+def normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+    residual: Tensor | None,  # (N, C, H, W)
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
+    return _apply_norm(_activation(_wide(a), activation), norm, residual, a.dtype)
+
+
+def norm_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) float32 each."""
+    rstd = torch.rsqrt(_wide(norm.var) + norm.eps)
+    hhat = (_activation(_wide(a), activation) - _per_channel(norm.mean)) * _per_channel(rstd)
+    dy = _wide(dy)
+    return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
+
+
+def depthwise_input_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    residual: bool,
+) -> Tensor:
+    """dx = correlate(da, flipped weight) (+ dy): for even k the paddings change sides."""
+    da = _da(dy, a, activation, norm, sums)
+    top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
+    bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
+    padded = F.pad(da, (right, left, bottom, top))
+    dx = F.conv2d(padded, weight.flip(2, 3).to(da.dtype), groups=dy.shape[1])
+    return (dx + dy if residual else dx).to(dy.dtype)
+
+
+def depthwise_weight_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW): for its shape and dtype
+    bias: Tensor | None,  # (C,): for its presence and dtype
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
+    da = _da(dy, a, activation, norm, sums)
+    n, channels, height, width = x.shape
+    top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
+    padded = F.pad(x.to(da.dtype), (left, weight.shape[3] - 1 - left, top, weight.shape[2] - 1 - top))
+    # images become the channels that are summed over: (1, C * N, H + kH - 1, W + kW - 1) with filters (C * 1, N, H, W)
+    images = padded.transpose(0, 1).reshape(1, channels * n, *padded.shape[2:])
+    filters = da.transpose(0, 1).reshape(channels, n, height, width)
+    dw = F.conv2d(images, filters, groups=channels).view(weight.shape)
+    db = None if bias is None else da.sum((0, 2, 3)).to(bias.dtype)
+    return dw.to(weight.dtype), db
+
+
+def pointwise_backward(
+    dy: Tensor,  # (N, C_out, H, W)
+    a: Tensor,  # (N, C_out, H, W)
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,): for its presence and dtype
+    activation: str,
+    norm: Norm,
+    sums: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],  # dx, dw, db
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
+    da = _da(dy, a, activation, norm, sums)
+    rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
+    matrix = weight.flatten(1).to(da.dtype)
+    dx = dw = db = None
+    if needs[0]:
+        dx = F.conv2d(da, matrix.t()[:, :, None, None]).to(x.dtype)
+    if needs[1]:
+        dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)
+    if needs[2] and bias is not None:
+        db = da.sum((0, 2, 3)).to(bias.dtype)
+    return dx, dw, db

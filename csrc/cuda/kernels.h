@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: MIT
+// The launchers that csrc/cuda/*.cu define and csrc/cuda/module.cpp binds: plain C++, no CUDA header, no torch.
+// The meaning of every argument is that of the primitive of the same name in convmixer_kernels/backends/reference.py.
+// A launcher enqueues on `stream`, never synchronises or allocates, and returns a cudaError_t as int (0 is success).
+// Scratch memory comes from the caller, its size from the *_workspace function beside the launcher (bytes).
+#pragma once
+#include <cstdint>
+
+namespace convmixer {
+
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+// A per-channel vector or a weight: float32 or the activations' dtype; data is null where the tensor is None.
+struct Param {
+  const void* data;
+  int dtype;
+};
+
+// y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias; present = false: y = act(a).
+struct Norm {
+  Param mean, var, weight, bias;
+  float eps;
+  bool present;
+};
+
+// An activation tensor's shape; dense, contiguous or channels_last. Never empty.
+struct Shape {
+  int64_t n, c;
+  int h, w;
+  int dtype;
+  bool channels_last;
+};
+
+// sums of norm_backward, float32 (C); null in eval (see backends/base.py).
+struct Sums {
+  const float* dy;
+  const float* dy_hhat;
+};
+
+// ---- depthwise_forward.cu -----------------------------------------------------------------------------------------
+// partials == null (eval):  y = norm(act(conv(x) + bias)) (+ x)
+// partials != null (train): y = a = conv(x) + bias rounded to the dtype, and for each channel
+//   partials[(c * P + p) * 3 + {0, 1, 2}] = count, mean, M2 of act(a) over the p-th part of that channel's N*H*W values,
+//   with P = depthwise_forward_partials(...); norm.present is false and residual is false.
+struct DepthwiseForward {
+  Shape shape;
+  int kh, kw;
+  const void* x;
+  Param weight;  // (C, 1, kH, kW)
+  Param bias;    // (C)
+  int activation;
+  Norm norm;
+  bool residual;
+  void* y;
+  float* partials;
+};
+int64_t depthwise_forward_partials(const Shape& shape, int kh, int kw);
+int depthwise_forward(const DepthwiseForward& p, void* stream);
+
+// ---- depthwise_input_grad.cu --------------------------------------------------------------------------------------
+struct DepthwiseInputGrad {
+  Shape shape;
+  int kh, kw;
+  const void* dy;
+  const void* a;  // null where da = dy
+  Param weight;
+  int activation;
+  Norm norm;
+  Sums sums;
+  bool residual;
+  void* dx;
+};
+int depthwise_input_grad(const DepthwiseInputGrad& p, void* stream);
+
+// ---- depthwise_weight_grad.cu -------------------------------------------------------------------------------------
+// dw (C, 1, kH, kW) in dw_dtype, db (C) in db_dtype or null; two launches: partials, then one ordered reduction.
+struct DepthwiseWeightGrad {
+  Shape shape;
+  int kh, kw;
+  const void* dy;
+  const void* a;  // null where da = dy
+  const void* x;
+  int activation;
+  Norm norm;
+  Sums sums;
+  void* dw;
+  int dw_dtype;
+  void* db;
+  int db_dtype;
+  void* workspace;
+};
+int64_t depthwise_weight_grad_workspace(const Shape& shape, int kh, int kw);
+int depthwise_weight_grad(const DepthwiseWeightGrad& p, void* stream);
+
+// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and 16-bit ones where no tensor-core kernel fits
+int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw);
+int depthwise_forward_fma(const DepthwiseForward& p, void* stream);
+int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream);
+int64_t depthwise_weight_grad_fma_workspace(const Shape& shape, int kh, int kw);
+int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream);
+
+// ---- batch_norm.cu ------------------------------------------------------------------------------------------------
+// Chan's merge of P partials a channel, in order; mean and biased var (C) float32; running statistics updated in place.
+struct MergeStatistics {
+  int64_t c, partials_per_channel, count;  // count = N * H * W
+  const float* partials;
+  float* mean;
+  float* var;
+  void* running_mean;  // null: none
+  void* running_var;
+  int running_dtype;
+  float momentum;
+};
+int merge_statistics(const MergeStatistics& p, void* stream);
+
+// y = norm(act(a)) (+ residual)
+struct Normalize {
+  Shape shape;
+  const void* a;
+  int activation;
+  Norm norm;
+  const void* residual;  // null: none
+  void* y;
+};
+int normalize(const Normalize& p, void* stream);
+
+// sum dy and sum dy * hhat: two launches, reduce and finish
+struct NormBackward {
+  Shape shape;
+  const void* dy;
+  const void* a;
+  int activation;
+  Norm norm;
+  float* sum_dy;
+  float* sum_dy_hhat;
+  void* workspace;
+};
+int64_t norm_backward_workspace(const Shape& shape);
+int norm_backward(const NormBackward& p, void* stream);
+
+// In place over a torch GEMM's result, one pass.
+// partials == null (eval): y = norm(act(a + bias)); partials != null (train): a = a + bias, partials as in DepthwiseForward.
+struct PointwiseEpilogue {
+  Shape shape;
+  void* a;
+  Param bias;
+  int activation;
+  Norm norm;
+  float* partials;
+};
+int64_t pointwise_epilogue_partials(const Shape& shape);
+int pointwise_epilogue(const PointwiseEpilogue& p, void* stream);
+
+// da = dh * act'(a), written once in the tensors' dtype for torch's GEMMs, and db = sum da (null: not wanted).
+struct PointwiseGradPrologue {
+  Shape shape;
+  const void* dy;
+  const void* a;
+  int activation;
+  Norm norm;
+  Sums sums;
+  void* da;
+  void* db;
+  int db_dtype;
+  void* workspace;
+};
+int64_t pointwise_grad_prologue_workspace(const Shape& shape);
+int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream);
+
+// ---- device properties --------------------------------------------------------------------------------------------
+const char* error_string(int error);
+int device_count(int* count);
+
+}  // namespace convmixer

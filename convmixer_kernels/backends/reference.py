@@ -130,7 +130,7 @@ def pointwise_eval(
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
-    norm: Norm,
+    norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)), in one pass."""
     return _apply_norm(_activation(_wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""Large-kernel depthwise convolution networks, fused: ConvMixer's two blocks as fast as the hardware allows."""
+
+import pkgutil
+
+# In a source checkout this folder shadows the installed package, which alone holds the native modules: look there too.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from ._version import __version__  # noqa: E402
+from .dispatch import available_backends, use_backend  # noqa: E402
+from .functional import depthwise_block, depthwise_conv2d, mixer_layer, pointwise_block  # noqa: E402
+from .info import build_info  # noqa: E402
+from .modules import DepthwiseBlock, DepthwiseConv2d, PointwiseBlock  # noqa: E402
+
+__all__ = [
+    "DepthwiseBlock",
+    "DepthwiseConv2d",
+    "PointwiseBlock",
+    "__version__",
+    "available_backends",
+    "build_info",
+    "depthwise_block",
+    "depthwise_conv2d",
+    "mixer_layer",
+    "pointwise_block",
+    "use_backend",
+]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""What is compiled and how: sources, flags, GPU architectures. Read by setup.py; imports no torch and nothing of the package.
+
+Environment variables:
+    CXX                   the C++ compiler (default: the first of c++, g++, clang++ on PATH)
+    CONVMIXER_BUILD_CUDA  1: build _cuda or fail; 0: do not; unset: build it where nvcc is found
+    CONVMIXER_CUDA_ARCHS  for example "80;90a" or "90a;120+PTX" (default: the local GPUs', else DEFAULT_CUDA_ARCHS)
+    CUDA_HOME, CUDA_PATH  where the CUDA toolkit lies (default: nvcc on PATH, /usr/local/cuda)
+    MAX_JOBS              parallel compile jobs (default: the number of processors)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+DEFAULT_CUDA_ARCHS = "80;80+PTX;86;89;90a;100;120;120+PTX"
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-ffp-contract=fast"]
+#: The instruction sets of csrc/cpu/isa_<name>.cpp, each with its own flags, and only there.
+ISA_FLAGS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "baseline": [],
+}
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=1"]
+
+
+class Object(NamedTuple):
+    """One object file: `command` compiles `source` to `$out` and writes a depfile to `$out.d`."""
+
+    source: Path
+    command: list[str]
+
+
+def source_digest() -> str:
+    """Identifies the native sources; a built package carries the one that it was built from."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
+        digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler, or None."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((name for name in names if shutil.which(name.split()[0])), None)
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of a CUDA toolkit with headers, or None; CONVMIXER_BUILD_CUDA=0 hides it."""
+    if os.environ.get("CONVMIXER_BUILD_CUDA") == "0":
+        return None
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        # a wrapper script on PATH need not lie in the toolkit: ask it
+        roots += [Path(os.path.realpath(on_path)).parent.parent, _toolkit_of(on_path)]
+    roots.append("/usr/local/cuda")
+    for root in filter(None, roots):
+        nvcc = Path(root) / "bin" / "nvcc"
+        if os.access(nvcc, os.X_OK) and (Path(root) / "include" / "cuda_runtime.h").exists():
+            return nvcc
+    return None
+
+
+def _toolkit_of(nvcc: str) -> str | None:
+    """The TOP that `nvcc --dryrun` names."""
+    listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return next((line.split("=", 1)[1].strip() for line in listing.splitlines() if line.startswith("#$ TOP=")), None)
+
+
+def local_cuda_archs() -> list[str]:
+    """The compute capabilities of the GPUs that nvidia-smi lists, for example ["90a"]."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = sorted({line.strip().replace(".", "") for line in query.stdout.splitlines() if "." in line})
+    return ["90a" if arch == "90" else arch for arch in found] if query.returncode == 0 else []
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """The architectures to build for, each like "90a" or "80+PTX"; an nvcc that is too old for a default one leaves it out."""
+    requested = os.environ.get("CONVMIXER_CUDA_ARCHS", "").replace(",", ";").split(";")
+    requested = [arch.strip().replace("sm_", "").replace(".", "") for arch in requested if arch.strip()]
+    if requested:
+        return requested
+    local = local_cuda_archs()
+    if local:
+        return local
+    listing = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    defaults = DEFAULT_CUDA_ARCHS.split(";")
+    return [arch for arch in defaults if f"compute_{arch.removesuffix('+PTX').rstrip('a')}" in listing]
+
+
+def gencode_flags(archs: Iterable[str]) -> list[str]:
+    """nvcc's flags; "80" gives machine code, "80+PTX" gives PTX."""
+    flags = []
+    for arch in archs:
+        name = arch.removesuffix("+PTX")
+        code = f"compute_{name}" if arch.endswith("+PTX") else f"sm_{name}"
+        flags.append(f"-gencode=arch=compute_{name},code={code}")
+    return flags
+
+
+def _binding_includes() -> list[str]:
+    import pybind11
+
+    return [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def cpu_instruction_sets() -> list[str]:
+    """Those that this machine's compiler builds for."""
+    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
+
+
+def cpu_objects(cxx: str) -> list[Object]:
+    """The objects of _cpu: the binding, the run-time pick, one per instruction set."""
+    sets = cpu_instruction_sets()
+    defines = [f"-DCONVMIXER_ISA_{name.upper()}" for name in sets]
+    compile_command = [*cxx.split(), *CXX_FLAGS, *defines, "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+    objects = [Object(CSRC / "cpu" / f"isa_{name}.cpp", [*compile_command, *ISA_FLAGS[name]]) for name in sets]
+    objects.append(Object(CSRC / "cpu" / "isa.cpp", compile_command))
+    objects.append(Object(CSRC / "cpu" / "module.cpp", [*compile_command, *_binding_includes()]))
+    return objects
+
+
+def cuda_objects(cxx: str, nvcc: Path, archs: list[str]) -> list[Object]:
+    """The objects of _cuda: one per .cu file, and the binding, which nvcc never sees."""
+    device = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs), f"-I{CSRC}"]
+    device += ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+    objects = [Object(path, device) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    host = [*cxx.split(), *CXX_FLAGS, *_binding_includes(), "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+    objects.append(Object(CSRC / "cuda" / "module.cpp", host))
+    return objects
+
+
+def run_ninja(objects: list[Object], directory: Path, link: list[str], output: Path) -> None:
+    """Compile `objects` in `directory` and link them to `output` with the command `link` + objects; ninja redoes what changed.
+
+    Raises:
+        subprocess.CalledProcessError: a compile failed; its output has been printed.
+    """
+    import ninja
+
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def escape(text: str | Path) -> str:
+        return str(text).replace("$ ", "$$ ").replace(" ", "$ ").replace(":", "$:")
+
+    lines, names = ["ninja_required_version = 1.5"], []
+    for i, item in enumerate(objects):
+        name = directory / f"{item.source.stem}.o"
+        names.append(name)
+        lines += [f"rule compile{i}", f"  command = {' '.join(item.command)}", "  depfile = $out.d", "  deps = gcc"]
+        lines.append(f"build {escape(name)}: compile{i} {escape(item.source)}")
+    lines += ["rule link", f"  command = {' '.join(link)}"]
+    lines.append(f"build {escape(output)}: link {' '.join(map(escape, names))}")
+    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(directory), "-j", jobs], check=True)
+
+
+def compiler_version(command: str | Path) -> str:
+    """The line of `command --version` that names the version."""
+    lines = subprocess.run([*str(command).split(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else "unknown")

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""The maths of the operators, once: forward and backward over a backend's primitives.
+
+An operator is a pair of plain functions, `*_forward` and `*_backward`, that know no autograd. Two callers wrap them: the
+torch.autograd.Functions at the end (eager mode: the least overhead) and the registered operators of ops.py (compile,
+export, modes). The formulas are those of backends/base.py, with the activation before the batch norm:
+a = conv(x) + b, y = (act(a) - mean) * rstd * gamma + beta.
+
+Activation-sized tensors saved for the backward: depthwise_block x and a, pointwise_block x and a, mixer_layer x and
+both a: its z is rebuilt from x and the depthwise a. What no gradient needs is not saved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .backends.base import Norm
+
+Sums = tuple[Tensor, Tensor]
+Grads = tuple[Tensor | None, ...]
+Needs = tuple[bool, ...]
+
+
+class Block(NamedTuple):
+    """The tensors of one block that gradients may be asked for."""
+
+    weight: Tensor  # (C, 1, kH, kW) or (C_out, C_in, 1, 1)
+    bias: Tensor | None  # (C,)
+    norm_weight: Tensor | None  # (C,)
+    norm_bias: Tensor | None  # (C,)
+
+
+class Statistics(NamedTuple):
+    """Batch norm's mean and biased variance, (C,) each: running ones, or a batch's."""
+
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class Options(NamedTuple):
+    """What an operator is told beside its tensors."""
+
+    batch_statistics: bool  # normalise by the batch's statistics and update the running ones, else by the running ones
+    momentum: float
+    eps: float
+    activation: str
+    residual: bool  # of a depthwise block
+    save: bool  # whether a backward may follow
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """functional.py has cast already: in here a dtype means what it says (the reference backend calls torch)."""
+
+    @functools.wraps(function)
+    def wrapped(backend: ModuleType, tensor: Tensor, *args: Any) -> Any:
+        kind = tensor.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(backend, tensor, *args)
+        with torch.autocast(kind, enabled=False):
+            return function(backend, tensor, *args)
+
+    return wrapped
+
+
+def match_format(dy: Tensor, like: Tensor) -> Tensor:
+    """dy in `like`'s memory format: itself where it has it. Gradients arrive in any layout, expanded ones too."""
+    return dy.contiguous(memory_format=torch.contiguous_format if like.is_contiguous() else torch.channels_last)
+
+
+def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
+    return Norm(statistics.mean, statistics.var, block.norm_weight, block.norm_bias, options.eps)
+
+
+# ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
+
+
+@_without_autocast
+def block_forward(
+    backend: ModuleType,
+    x: Tensor,  # (N, C, H, W)
+    kind: str,  # "depthwise" or "pointwise"
+    block: Block,
+    running: Statistics,
+    options: Options,
+) -> tuple[Tensor, Tensor | None, Statistics]:
+    """y, a (None where no backward follows) and the statistics that y is normalised by."""
+    depthwise = kind == "depthwise"
+    convolution = (x, block.weight, block.bias)
+    if options.batch_statistics:
+        for t in running:
+            if t is not None:
+                # a native kernel writes past the version counter, which guards what an earlier eval saved
+                torch.autograd.graph.increment_version(t)
+        train = backend.depthwise_train if depthwise else backend.pointwise_train
+        a, mean, var = train(*convolution, options.activation, running.mean, running.var, options.momentum)
+        statistics = Statistics(mean, var)
+    else:
+        statistics = running
+        residual = (options.residual,) if depthwise else ()
+        evaluate = backend.depthwise_eval if depthwise else backend.pointwise_eval
+        if not options.save:
+            return evaluate(*convolution, options.activation, _norm(block, running, options), *residual), None, running
+        a = evaluate(*convolution, "identity", None, *((False,) if depthwise else ()))
+    norm = _norm(block, statistics, options)
+    y = backend.normalize(a, options.activation, norm, x if depthwise and options.residual else None)
+    return y, a, statistics
+
+
+@_without_autocast
+def block_backward(
+    backend: ModuleType,
+    dy: Tensor,  # (N, C, H, W)
+    kind: str,
+    x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
+    a: Tensor,  # (N, C, H, W)
+    block: Block,
+    statistics: Statistics,
+    options: Options,
+    needs: Needs,  # x, weight, bias, norm_weight, norm_bias
+) -> Grads:
+    """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
+    dy = match_format(dy, a)
+    norm = _norm(block, statistics, options)
+    sums: Sums | None = None
+    if any(needs[3:]) or (options.batch_statistics and any(needs)):
+        sums = backend.norm_backward(dy, a, options.activation, norm)
+    chain = (options.activation, norm, sums if options.batch_statistics else None)
+    dx = dw = db = None
+    if kind == "depthwise":
+        if needs[0]:
+            dx = backend.depthwise_input_grad(dy, a, block.weight, *chain, options.residual)
+        if needs[1] or needs[2]:
+            # for the bias alone any tensor of x's shape will do
+            source = a if x is None else x
+            dw, db = backend.depthwise_weight_grad(dy, a, source, block.weight, block.bias, *chain)
+    elif any(needs[:3]):
+        dx, dw, db = backend.pointwise_backward(dy, a, x, block.weight, block.bias, *chain, tuple(needs[:3]))
+    dgamma = sums[1].to(block.norm_weight.dtype) if needs[3] else None
+    dbeta = sums[0].to(block.norm_bias.dtype) if needs[4] else None
+    return dx, dw if needs[1] else None, db if needs[2] else None, dgamma, dbeta
+
+
+# ---- mixer_layer ------------------------------------------------------------------------------------------------------
+
+
+def mixer_forward(
+    backend: ModuleType,
+    x: Tensor,  # (N, C, H, W)
+    blocks: tuple[Block, Block],  # depthwise, pointwise
+    running: tuple[Statistics, Statistics],
+    options: Options,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[Statistics, Statistics]]:
+    """y, both a and both statistics, as block_forward of the one and then the other."""
+    z, a_depthwise, depthwise = block_forward(backend, x, "depthwise", blocks[0], running[0], options)
+    y, a_pointwise, pointwise = block_forward(backend, z, "pointwise", blocks[1], running[1], options)
+    return y, (a_depthwise, a_pointwise), (depthwise, pointwise)
+
+
+@_without_autocast
+def mixer_backward(
+    backend: ModuleType,
+    dy: Tensor,  # (N, C_out, H, W)
+    x: Tensor | None,  # (N, C, H, W), where either weight needs a gradient
+    a: tuple[Tensor, Tensor],
+    blocks: tuple[Block, Block],
+    statistics: tuple[Statistics, Statistics],
+    options: Options,
+    needs: Needs,  # x, the depthwise block's four tensors, the pointwise block's four
+) -> Grads:
+    """The gradients in the order of `needs`; None where it is False."""
+    below = any(needs[:5])
+    z = None
+    if needs[5]:
+        norm = _norm(blocks[0], statistics[0], options)
+        z = backend.normalize(a[0], options.activation, norm, x if options.residual else None)
+    upper = block_backward(
+        backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, (below, *needs[5:])
+    )
+    lower: Grads = (None,) * 5
+    if below:
+        lower = block_backward(
+            backend, upper[0], "depthwise", x, a[0], blocks[0], statistics[0], options, tuple(needs[:5])
+        )
+    return *lower, *upper[1:]
+
+
+# ---- depthwise_conv2d -------------------------------------------------------------------------------------------------
+
+
+@_without_autocast
+def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain depthwise convolution: a block without activation and norm."""
+    return backend.depthwise_eval(x, weight, bias, "identity", None, False)
+
+
+@_without_autocast
+def convolution_backward(
+    backend: ModuleType,
+    dy: Tensor,  # (N, C, H, W)
+    x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
+    contiguous: bool,  # x's memory format
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    needs: Needs,  # x, weight, bias
+) -> Grads:
+    """The gradients of x, weight and bias; None where `needs` is False."""
+    dy = dy.contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    dx = dw = db = None
+    if needs[0]:
+        dx = backend.depthwise_input_grad(dy, None, weight, "identity", None, None, False)
+    if needs[1] or needs[2]:
+        source = dy if x is None else x
+        dw, db = backend.depthwise_weight_grad(dy, None, source, weight, bias, "identity", None, None)
+    return dx, dw if needs[1] else None, db if needs[2] else None
+
+
+# ---- autograd Functions -----------------------------------------------------------------------------------------------
+
+
+class BlockFunction(Function):
+    """depthwise_block and pointwise_block in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, running, kind, options, backend):
+        block = Block(weight, bias, norm_weight, norm_bias)
+        y, a, statistics = block_forward(backend, x, kind, block, running, options)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, *block, *statistics)
+        ctx.kind, ctx.options, ctx.backend = kind, options, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, a, *rest = ctx.saved_tensors
+        block, statistics = Block(*rest[:4]), Statistics(*rest[4:])
+        needs = ctx.needs_input_grad[:5]
+        grads = block_backward(ctx.backend, dy, ctx.kind, x, a, block, statistics, ctx.options, needs)
+        return (
+            *grads,
+            None,  # running
+            None,  # kind
+            None,  # options
+            None,  # backend
+        )
+
+
+class MixerFunction(Function):
+    """mixer_layer in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, g1, h1, w2, b2, g2, h2, running, options, backend):
+        blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
+        y, a, statistics = mixer_forward(backend, x, blocks, running, options)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[1] or needs[5] else None, *a, *blocks[0], *blocks[1], *statistics[0], *statistics[1]
+        )
+        ctx.options, ctx.backend = options, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, a1, a2, *rest = ctx.saved_tensors
+        blocks = Block(*rest[:4]), Block(*rest[4:8])
+        statistics = Statistics(*rest[8:10]), Statistics(*rest[10:])
+        needs = ctx.needs_input_grad[:9]
+        grads = mixer_backward(ctx.backend, dy, x, (a1, a2), blocks, statistics, ctx.options, needs)
+        return (
+            *grads,
+            None,  # running
+            None,  # options
+            None,  # backend
+        )
+
+
+class ConvolutionFunction(Function):
+    """depthwise_conv2d in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
+        ctx.contiguous, ctx.backend = x.is_contiguous(), backend
+        return convolution_forward(backend, x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, bias, needs)
+        return (
+            *grads,
+            None,  # backend
+        )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""Every argument check of the public functions. A check reads, raises, and changes nothing.
+
+TypeError: not a tensor, or a dtype that the rule excludes. ValueError: a shape, device or option that is wrong.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .backends.base import ACTIVATIONS
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def check_input(op: str, x: Tensor) -> None:
+    """x must be a dense floating (N, C, H, W) tensor with C, H, W > 0."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got x.dtype={x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: x must be a dense (strided) tensor, got x.layout={x.layout}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be (N, C, H, W), got x.shape={x.shape}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{op}: C, H and W of x must be positive, got x.shape={x.shape}")
+
+
+def check_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
+    """A parameter or buffer must be a tensor on x's device, of x's dtype or, beside a 16-bit x, float32."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor or None, got {type(t).__name__}")
+    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in _SIXTEEN_BIT):
+        allowed = f"{x.dtype} or torch.float32" if x.dtype in _SIXTEEN_BIT else f"{x.dtype}"
+        raise TypeError(f"{op}: {name} must be {allowed} where x is {x.dtype}, got {name}.dtype={t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {name}.device={t.device}")
+
+
+def _check_vector(op: str, name: str, t: Tensor | None, x: Tensor, channels: int, of: str) -> None:
+    check_parameter(op, name, t, x)
+    if t is not None and t.shape != (channels,):
+        raise ValueError(f"{op}: {name} must be ({of},) = ({channels},), got {name}.shape={t.shape}")
+
+
+def _check_weight_is_tensor(op: str, name: str, weight: Tensor, x: Tensor) -> None:
+    if weight is None:
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got None")
+    check_parameter(op, name, weight, x)
+
+
+def check_depthwise_convolution(
+    op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """weight must be (C, 1, kH, kW), bias (C,) or None."""
+    name = f"{prefix}weight"
+    _check_weight_is_tensor(op, name, weight, x)
+    if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1 or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: {name} must be (C, 1, kH, kW) with C = x.shape[1] = {x.shape[1]}, got {name}.shape={weight.shape}"
+        )
+    _check_vector(op, f"{prefix}bias", bias, x, x.shape[1], "C")
+
+
+def check_pointwise_convolution(
+    op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """weight must be (C_out, C_in, 1, 1), bias (C_out,) or None."""
+    name = f"{prefix}weight"
+    _check_weight_is_tensor(op, name, weight, x)
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2:] != (1, 1) or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: {name} must be (C_out, C_in, 1, 1) with C_in = x.shape[1] = {x.shape[1]}, "
+            f"got {name}.shape={weight.shape}"
+        )
+    _check_vector(op, f"{prefix}bias", bias, x, weight.shape[0], "C_out")
+
+
+def check_norm(
+    op: str,
+    prefix: str,
+    x: Tensor,
+    channels: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    """Batch norm's tensors must be (C,) each; running statistics come together and are needed where training is False."""
+    _check_vector(op, f"{prefix}norm_weight", norm_weight, x, channels, "C")
+    _check_vector(op, f"{prefix}norm_bias", norm_bias, x, channels, "C")
+    _check_vector(op, f"{prefix}running_mean", running_mean, x, channels, "C")
+    _check_vector(op, f"{prefix}running_var", running_var, x, channels, "C")
+    if (running_mean is None) != (running_var is None):
+        given, missing = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
+        raise ValueError(
+            f"{op}: {prefix}running_mean and {prefix}running_var must both be tensors or both be None, "
+            f"got {prefix}{given} without {prefix}{missing}"
+        )
+    if not training and running_mean is None:
+        raise ValueError(
+            f"{op}: {prefix}running_mean and {prefix}running_var must be tensors where training=False, got None"
+        )
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}"
+        )
+
+
+def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> None:
+    """activation must be known, training a bool, momentum and eps finite numbers, eps not negative."""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"{op}: activation must be one of {known}, got activation={activation!r}")
+    if not isinstance(training, bool):
+        raise TypeError(f"{op}: training must be a bool, got training={training!r}")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{op}: {name} must be finite, got {name}={value!r}")
+    if eps < 0:
+        raise ValueError(f"{op}: eps must not be negative, got eps={eps!r}")

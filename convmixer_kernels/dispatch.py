@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Choosing a backend, and saying why not another.
+
+By name (the `backend` argument, `use_backend`, the CONVMIXER_BACKEND environment variable, in this order) the choice is
+binding: a backend that cannot run raises its reason. Automatically, the first of the device's list that can run is taken, and the
+reasons of those before it are logged at DEBUG level to the logger "convmixer_kernels".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import Tensor
+
+logger = logging.getLogger("convmixer_kernels")
+
+#: Every backend, with the order in which they are tried for a tensor on a device of the given type.
+BACKENDS = ("reference", "cpu", "cuda")
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
+#: What a registered operator is given where the choice is left to the moment it runs (torch.compile).
+AUTOMATIC = "automatic"
+_ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("convmixer_backend", default=None)
+_modules: dict[str, ModuleType] = {}
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module of primitives. Imports nothing native that cannot be imported: can_run tells."""
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(f".backends.{name}", __package__)
+    return module
+
+
+def automatic_order(device_type: str) -> tuple[str, ...]:
+    """The backends that are tried for a tensor on a device of this type, fastest first."""
+    return _ORDER.get(device_type, ("reference",))
+
+
+def _known(source: str, name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def requested_backend(op: str, backend: str | None) -> str | None:
+    """The name that binds this call, or None for automatic choice.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if backend is not None:
+        return _known(f"{op}: backend", backend)
+    name = _chosen.get()
+    if name is not None:
+        return name
+    name = os.environ.get(_ENVIRONMENT_VARIABLE)
+    return _known(_ENVIRONMENT_VARIABLE, name) if name else None
+
+
+def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
+    """The backend that runs `op` on `x`; `weights` are its convolutions' weights.
+
+    Args:
+        op: the public function's name, for messages.
+        backend: the argument of that name.
+        primitive: what the backend is asked about: "depthwise", "pointwise" or "mixer" (both, one weight each).
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: the backend that was asked for by name cannot run this.
+        RuntimeError: the backend that was asked for by name is not available here.
+    """
+    name = requested_backend(op, backend)
+    if name is not None:
+        module = load(name)
+        reason = _reason(module, primitive, x, weights)
+        if reason is not None:
+            error = NotImplementedError if module.build_info().get("available") else RuntimeError
+            raise error(f"{op}: backend {name!r} cannot run this: {reason}")
+        return module
+    for name in automatic_order(x.device.type):
+        module = load(name)
+        reason = _reason(module, primitive, x, weights)
+        if reason is None:
+            return module
+        logger.debug("%s: backend %r not used: %s", op, name, reason)
+    raise NotImplementedError(f"{op}: no backend can run this on {x.device}")
+
+
+def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> str | None:
+    kinds = ("depthwise", "pointwise") if primitive == "mixer" else (primitive,)
+    for kind, weight in zip(kinds, weights, strict=True):
+        reason = module.can_run(kind, x, weight)
+        if reason is not None:
+            return reason
+    return None
+
+
+def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
+    """For the registered operators: the backend `name`, or the choice that was left to them."""
+    if name != AUTOMATIC:
+        return load(name)
+    return choose(op, None, primitive, x, weights)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the `with` block on the backend `name`; a `backend` argument still wins.
+
+    The choice belongs to the current thread (or asyncio task); a backward pass runs where its forward ran.
+
+    Raises:
+        ValueError: an unknown name. Whether the backend can run is decided, and raised, at each call.
+    """
+    token = _chosen.set(_known("use_backend: name", name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def available_backends() -> list[str]:
+    """The backends that can run on this machine, "reference" always among them."""
+    return [name for name in BACKENDS if load(name).build_info()["available"]]

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: MIT
+"""The public operators: documented, checked, aware of autocast, run by the best backend that can."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, dispatch, ops
+from .autograd import (
+    Block,
+    BlockFunction,
+    ConvolutionFunction,
+    MixerFunction,
+    Options,
+    Statistics,
+    block_forward,
+    convolution_forward,
+    mixer_forward,
+)
+from .backends.reference import update_running_statistics
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def depthwise_block(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    norm_weight: Tensor | None,  # (C,)
+    norm_bias: Tensor | None,  # (C,)
+    running_mean: Tensor | None,  # (C,)
+    running_var: Tensor | None,  # (C,)
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "gelu",
+    residual: bool = True,
+    backend: str | None = None,
+) -> Tensor:  # (N, C, H, W)
+    """ConvMixer's depthwise block: depthwise convolution, activation, batch norm, residual, fused.
+
+    Equivalent to::
+
+        h = gelu(F.conv2d(x, weight, bias, padding="same", groups=C))
+        y = F.batch_norm(h, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps) + x
+
+    Differentiable once, in x, weight, bias, norm_weight and norm_bias. Deterministic. An empty batch (N = 0) gives an
+    empty result. Source: "Patches Are All You Need?" (Trockman and Kolter, 2022), equation 2.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16, or float64 (reference backend only); contiguous and channels_last
+            are both native, other layouts are copied. The result has x's memory format. Under autocast x is cast as
+            F.conv2d's input would be.
+        weight: (C, 1, kH, kW), any kernel size, odd or even; padded as padding="same" does. This and the following tensors
+            have x's dtype, or float32 beside a 16-bit x.
+        bias: (C,) or None.
+        norm_weight: gamma, (C,) or None (1).
+        norm_bias: beta, (C,) or None (0).
+        running_mean: (C,), updated in place in training; None: not tracked (then training must be True).
+        running_var: (C,), biased in use, updated with the unbiased variance of the batch; None as running_mean.
+        training: normalise by the statistics of the batch, as nn.BatchNorm2d in training.
+        momentum: weight of the new value in the running statistics.
+        eps: added to the variance.
+        activation: "gelu" (exact, by erf), "gelu_tanh", "relu" or "identity".
+        residual: add x.
+        backend: a name of available_backends(), or None for the fastest one that can run this.
+
+    Returns:
+        y, (N, C, H, W), of x's dtype (under autocast: of the dtype that the equivalent gives).
+
+    Raises:
+        TypeError: a dtype or an argument's type is wrong.
+        ValueError: a shape, device, activation or backend name is wrong, or training with one value per channel.
+        NotImplementedError: the backend asked for by name cannot run this. RuntimeError: it is not available here.
+    """
+    op = "depthwise_block"
+    checks.check_input(op, x)
+    block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
+    x_given, (x, block) = x, _autocast(x, block)
+    checks.check_options(op, activation, training, momentum, eps)
+    checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
+    checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training)
+    chosen = _choose(op, backend, "depthwise", x, (weight,))
+    if x.dtype != x_given.dtype and residual:
+        # autocast: eager adds its 16-bit norm's result to the wide x
+        options = Options(training, momentum, eps, activation, False, False)
+        return _run_block("depthwise", x, block, running, options, chosen) + x_given
+    return _run_block("depthwise", x, block, running, Options(training, momentum, eps, activation, residual, False), chosen)
+
+
+def pointwise_block(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    norm_weight: Tensor | None,  # (C_out,)
+    norm_bias: Tensor | None,  # (C_out,)
+    running_mean: Tensor | None,  # (C_out,)
+    running_var: Tensor | None,  # (C_out,)
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "gelu",
+    backend: str | None = None,
+) -> Tensor:  # (N, C_out, H, W)
+    """ConvMixer's pointwise block: 1x1 convolution, activation, batch norm, fused.
+
+    Equivalent to::
+
+        h = gelu(F.conv2d(x, weight, bias))
+        y = F.batch_norm(h, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps)
+
+    Args, Raises: as :func:`depthwise_block`, with weight (C_out, C_in, 1, 1), x (N, C_in, H, W), all vectors (C_out,) and
+    without a residual. Source: "Patches Are All You Need?", equation 3.
+
+    Returns:
+        y, (N, C_out, H, W), of x's dtype (under autocast: of autocast's) and memory format.
+    """
+    op = "pointwise_block"
+    checks.check_input(op, x)
+    block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
+    x, block = _autocast(x, block)
+    checks.check_options(op, activation, training, momentum, eps)
+    checks.check_pointwise_convolution(op, "", x, block.weight, block.bias)
+    checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training)
+    chosen = _choose(op, backend, "pointwise", x, (weight,))
+    return _run_block("pointwise", x, block, running, Options(training, momentum, eps, activation, False, False), chosen)
+
+
+def mixer_layer(
+    x: Tensor,  # (N, C, H, W)
+    depthwise_weight: Tensor,  # (C, 1, kH, kW)
+    depthwise_bias: Tensor | None,  # (C,)
+    depthwise_norm_weight: Tensor | None,  # (C,)
+    depthwise_norm_bias: Tensor | None,  # (C,)
+    depthwise_running_mean: Tensor | None,  # (C,)
+    depthwise_running_var: Tensor | None,  # (C,)
+    pointwise_weight: Tensor,  # (C_out, C, 1, 1)
+    pointwise_bias: Tensor | None,  # (C_out,)
+    pointwise_norm_weight: Tensor | None,  # (C_out,)
+    pointwise_norm_bias: Tensor | None,  # (C_out,)
+    pointwise_running_mean: Tensor | None,  # (C_out,)
+    pointwise_running_var: Tensor | None,  # (C_out,)
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "gelu",
+    backend: str | None = None,
+) -> Tensor:  # (N, C_out, H, W)
+    """A whole ConvMixer layer: depthwise_block, then pointwise_block, in one autograd Function.
+
+    Equivalent to::
+
+        z = depthwise_block(x, depthwise_weight, ..., depthwise_running_var, training=training, ...)
+        y = pointwise_block(z, pointwise_weight, ..., pointwise_running_var, training=training, ...)
+
+    and saves three activation-sized tensors for the backward instead of the four of the two calls (eager saves six with
+    GELU): z is rebuilt in the backward.
+
+    Args, Returns, Raises: as the two blocks'; training, momentum, eps and activation hold for both.
+    """
+    op = "mixer_layer"
+    checks.check_input(op, x)
+    given = (
+        Block(depthwise_weight, depthwise_bias, depthwise_norm_weight, depthwise_norm_bias),
+        Block(pointwise_weight, pointwise_bias, pointwise_norm_weight, pointwise_norm_bias),
+    )
+    running = (
+        Statistics(depthwise_running_mean, depthwise_running_var),
+        Statistics(pointwise_running_mean, pointwise_running_var),
+    )
+    x_given, (x, *blocks) = x, _autocast(x, *given)
+    checks.check_options(op, activation, training, momentum, eps)
+    checks.check_depthwise_convolution(op, "depthwise_", x, blocks[0].weight, blocks[0].bias)
+    checks.check_norm(op, "depthwise_", x, x.shape[1], *blocks[0][2:], *running[0], training)
+    checks.check_pointwise_convolution(op, "pointwise_", x, blocks[1].weight, blocks[1].bias)
+    checks.check_norm(op, "pointwise_", x, pointwise_weight.shape[0], *blocks[1][2:], *running[1], training)
+    chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
+    if x.dtype != x_given.dtype:
+        # autocast meets a wide x only outside a model: the blocks know what eager does with its residual
+        shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, "backend": backend}
+        return pointwise_block(
+            depthwise_block(x_given, *given[0], *running[0], **shared), *given[1], *running[1], **shared
+        )
+    if x.numel() == 0:
+        options = Options(training, momentum, eps, activation, True, False)
+        z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
+        return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
+    x, *blocks = _dense(x, *blocks)
+    tensors = (x, *blocks[0], *blocks[1])
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    options = Options(training, momentum, eps, activation, True, save)
+    if _direct(x, *tensors, *running[0], *running[1]):
+        if save:
+            return MixerFunction.apply(*tensors, running, options, chosen)
+        return mixer_forward(chosen, x, tuple(blocks), running, options)[0]
+    used = (None,) * 4 if training else (*running[0], *running[1])
+    y, _, _, *batch = torch.ops.convmixer.mixer_layer(*tensors, *used, *_flat(options), _name(chosen))
+    if training:
+        _update(running[0], batch[0], batch[1], y, momentum)
+        _update(running[1], batch[2], batch[3], y, momentum)
+    return y
+
+
+def depthwise_conv2d(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None = None,  # (C,)
+    *,
+    backend: str | None = None,
+) -> Tensor:  # (N, C, H, W)
+    """Depthwise convolution of stride 1 and padding "same".
+
+    Equivalent to ``F.conv2d(x, weight, bias, padding="same", groups=C)``. Differentiable once, in all three.
+
+    Args, Raises: as :func:`depthwise_block`.
+
+    Returns:
+        (N, C, H, W), of x's dtype (under autocast: of autocast's) and memory format.
+    """
+    op = "depthwise_conv2d"
+    checks.check_input(op, x)
+    x, block = _autocast(x, Block(weight, bias, None, None))
+    checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
+    chosen = _choose(op, backend, "depthwise", x, (weight,))
+    if x.numel() == 0:
+        return F.conv2d(x, *_of_dtype(block, x.dtype)[:2], padding="same", groups=x.shape[1])
+    x, block = _dense(x, block)
+    if _direct(x, *block):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
+            return ConvolutionFunction.apply(x, block.weight, block.bias, chosen)
+        return convolution_forward(chosen, x, block.weight, block.bias)
+    return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, _name(chosen))
+
+
+# ---- shared pieces ------------------------------------------------------------------------------------------------
+
+
+def _run_block(
+    kind: str, x: Tensor, block: Block, running: Statistics, options: Options, backend: ModuleType | str
+) -> Tensor:
+    if x.numel() == 0:
+        return _empty_block(kind, x, block, running, options)
+    x, block = _dense(x, block)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block))
+    options = options._replace(save=save)
+    if _direct(x, *block, *running):
+        if save:
+            return BlockFunction.apply(x, *block, running, kind, options, backend)
+        return block_forward(backend, x, kind, block, running, options)[0]
+    used = (None, None) if options.batch_statistics else running
+    operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
+    y, _, mean, var = operator(x, *block, *used, *_flat(options), _name(backend))
+    if options.batch_statistics:
+        _update(running, mean, var, y, options.momentum)
+    return y
+
+
+def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
+    """No kernel has anything to do; torch's own operations give the shape and the (zero) gradients."""
+    weight, bias, norm_weight, norm_bias = _of_dtype(block, x.dtype)
+    groups = x.shape[1] if kind == "depthwise" else 1
+    h = F.conv2d(x, weight, bias, padding="same", groups=groups)
+    for t in (norm_weight, norm_bias):
+        h = h if t is None else h + t.view(1, -1, 1, 1)
+    return h + x if options.residual else h
+
+
+def _of_dtype(block: Block, dtype: torch.dtype) -> Block:
+    return Block(*(None if t is None else t.to(dtype) for t in block))
+
+
+def _autocast(x: Tensor, *blocks: Block) -> tuple:
+    """x and the blocks as autocast hands them to F.conv2d: x cast, and convolution parameters of a third dtype."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, *blocks
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        keep = not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (dtype, torch.float32)
+        return t if keep else t.to(dtype)
+
+    return x.to(dtype), *(Block(cast(b.weight), cast(b.bias), b.norm_weight, b.norm_bias) for b in blocks)
+
+
+def _dense(x: Tensor, *blocks: Block) -> tuple:
+    """x contiguous or channels_last, whichever it is already or its strides resemble, and the parameters contiguous."""
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        resembles = x.shape[1] > 1 and x.stride(1) == 1
+        x = x.contiguous(memory_format=torch.channels_last if resembles else torch.contiguous_format)
+    return x, *(Block(*(t if t is None or t.is_contiguous() else t.contiguous() for t in b)) for b in blocks)
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether kernels may be called by address: plain tensors, and nothing that wants to see operators."""
+    return (
+        all(t is None or type(t) in _PLAIN for t in tensors)
+        and tensors[0].device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+    )
+
+
+def _flat(options: Options) -> tuple:
+    return (options.batch_statistics, float(options.eps), options.activation, options.residual, options.save)
+
+
+def _choose(op: str, backend: str | None, kind: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType | str:
+    """The backend's module; under compile, which cannot trace the choice, the name with which the operator chooses."""
+    if torch.compiler.is_compiling():
+        return backend or dispatch.AUTOMATIC
+    return dispatch.choose(op, backend, kind, x, weights)
+
+
+def _name(backend: ModuleType | str) -> str:
+    return backend if isinstance(backend, str) else backend.name
+
+
+def _update(running: Statistics, mean: Tensor, var: Tensor, y: Tensor, momentum: float) -> None:
+    with torch.no_grad():
+        update_running_statistics(*running, mean, var, y.numel() // y.shape[1], momentum)

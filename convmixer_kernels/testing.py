@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The one rule that decides whether a result is right: "twice eager".
+
+Truth is float64. A result passes where its relative L2 error is at most twice eager PyTorch's at the same dtype on the
+same inputs, plus one rounding step of that dtype. Tests and benchmarks both import it from here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Half the distance from 1 to the next number: the relative error of rounding to nearest.
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """||actual - exact|| / ||exact|| in float64 (L2 over all elements).
+
+    0 for two empty tensors; where `exact` is zero everywhere, 0 if `actual` is too, else inf. NaN where `actual` has a
+    NaN or infinity that `exact` does not have in the same place (non-finite values in the same places are left out).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != exact.shape:
+        raise ValueError(f"relative_error: shapes differ, got {tuple(actual.shape)} and {tuple(exact.shape)}")
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    finite = exact.isfinite()
+    if not finite.all():
+        same = torch.where(exact.isnan(), actual.isnan(), actual == exact)
+        if not same[~finite].all():
+            return float("nan")
+        actual, exact = actual[finite], exact[finite]
+    difference, norm = torch.linalg.vector_norm(actual - exact).item(), torch.linalg.vector_norm(exact).item()
+    if norm == 0.0:
+        return 0.0 if difference == 0.0 else float("inf") if difference == difference else float("nan")
+    return difference / norm
+
+
+def within_twice_eager(error: float, eager_error: float, dtype: torch.dtype) -> bool:
+    """error <= 2 * eager_error + u(dtype); False for a NaN `error`. A NaN or infinite `eager_error` allows nothing."""
+    if not eager_error < float("inf"):
+        return False
+    return error <= 2.0 * eager_error + UNIT_ROUNDOFF[dtype]

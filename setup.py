@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class BuildPy(build_py):
     """Writes down what was built, for build_info()."""
 
     def run(self):
+        # an earlier build here may have left modules that this one does not make
+        shutil.rmtree(Path(self.build_lib), ignore_errors=True)
         super().run()
         if not self.editable_mode:
             path = Path(self.build_lib) / "convmixer_kernels" / "_built.py"

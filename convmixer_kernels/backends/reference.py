@@ -61,6 +61,11 @@ def _activation_grad(a: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * kappa * (1 + 3 * cubic * a * a)
 
 
+def _sum(t: Tensor) -> Tensor:
+    """Over N, H, W, accumulated in float64 as eager batch norm does on a CPU; (C,) of t's dtype."""
+    return t.sum((0, 2, 3), dtype=torch.float64).to(t.dtype)
+
+
 def _scale(norm: Norm) -> Tensor:
     scale = torch.rsqrt(_wide(norm.var) + norm.eps)
     return scale if norm.weight is None else scale * _wide(norm.weight)
@@ -188,7 +193,7 @@ def norm_backward(
     rstd = torch.rsqrt(_wide(norm.var) + norm.eps)
     hhat = (_activation(_wide(a), activation) - _per_channel(norm.mean)) * _per_channel(rstd)
     dy = _wide(dy)
-    return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
+    return _sum(dy), _sum(dy * hhat)
 
 
 def depthwise_input_grad(
@@ -228,7 +233,7 @@ def depthwise_weight_grad(
     images = padded.transpose(0, 1).reshape(1, channels * n, *padded.shape[2:])
     filters = da.transpose(0, 1).reshape(channels, n, height, width)
     dw = F.conv2d(images, filters, groups=channels).view(weight.shape)
-    db = None if bias is None else da.sum((0, 2, 3)).to(bias.dtype)
+    db = None if bias is None else _sum(da).to(bias.dtype)
     return dw.to(weight.dtype), db
 
 
@@ -253,5 +258,5 @@ def pointwise_backward(
     if needs[1]:
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)
     if needs[2] and bias is not None:
-        db = da.sum((0, 2, 3)).to(bias.dtype)
+        db = _sum(da).to(bias.dtype)
     return dx, dw, db

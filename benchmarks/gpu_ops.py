@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: MIT
+"""What benchmarks.gpu measures: peaks of the device, every kernel beside its floor and eager PyTorch, and whole models.
+
+Bytes: every activation-sized tensor read or written once. eval x + y; train (with statistics) x + a; input grad dy + a + dx; weight grad
+x + dy + a; normalize a + x + y; norm backward dy + a; pointwise eval x + y; pointwise backward 2 (dy + a) + x + dx. FLOPs: 2 a
+multiply-add, nominal, padding taps included. floor = max(bytes / copy bandwidth, FLOPs / matrix product of the dtype); for depthwise in
+float32 the matrix product without tf32 stands for the FMA peak; in 16-bit its arithmetic is left out.
+Eager's input gradient is its whole chain (batch norm's backward, activation's, convolution's, the residual's sum); its weight gradient
+is the convolution's alone: the chain before it has been paid already.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import models as model_cases
+from convmixer_kernels.backends import cuda, reference
+from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.testing import relative_error, within_twice_eager
+
+if TYPE_CHECKING:
+    from benchmarks.gpu import Run
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_SECONDS_PER_ROW = 0.35
+_CHECKED_CHANNELS = 8
+
+
+# ---- timing -------------------------------------------------------------------------------------------------------
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    """Microseconds of one call by CUDA events."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop)
+
+
+def _graph_of(call: Callable[[int], object], times: int) -> Callable[[], object] | None:
+    """`times` calls as one CUDA graph, so that short kernels are not measured by Python's pace; None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    kept = []
+    try:
+        with torch.cuda.graph(graph):
+            kept = [call(i) for i in range(times)]
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    del kept
+    return graph.replay
+
+
+def measure(call: Callable[[int], object], seconds: float = _SECONDS_PER_ROW, capture: bool = True) -> dict[str, float]:
+    """Median, 20 % and 80 % quantiles in microseconds of call(i), i counting up for the buffers' rotation."""
+    for i in range(3):
+        call(i)
+    torch.cuda.synchronize()
+    estimate = min(_elapsed(lambda: call(0)) for _ in range(2))
+    inner = max(1, min(50, round(400 / estimate)))
+    replay = _graph_of(call, inner) if capture and inner > 1 else None
+    if replay is None:
+        inner = 1
+    else:
+        replay()
+    repeats = int(max(5, min(200, 1e6 * seconds / (estimate * inner))))
+    count = iter(range(1, repeats + 1))
+    times = [_elapsed(replay or (lambda: call(next(count)))) / inner for _ in range(repeats)]
+    low, _, _, high = statistics.quantiles(times, n=5, method="inclusive")
+    return {"median_us": statistics.median(times), "q20_us": low, "q80_us": high, "repeats": repeats, "calls": inner}
+
+
+def peaks(run: Run) -> None:
+    """Copy bandwidth (bytes read and written) and matrix products of this device, in this run."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
+    target = torch.empty_like(source)
+    copy = min(measure(lambda i: target.copy_(source), 0.2, False)["q20_us"] for _ in range(2))
+    found = {"copy_bytes_per_s": 2e6 * source.numel() / copy}
+    for name, dtype, size in (("bfloat16", torch.bfloat16, 8192), ("float16", torch.float16, 8192), ("float32", torch.float32, 4096)):
+        left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+        best = measure(lambda i, m=left, k=right: torch.mm(m, k), 0.2, False)["q20_us"]
+        found[f"{name}_flops_per_s"] = 2e6 * size**3 / best
+    run.note("peaks", found)
+    print(", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
+
+
+# ---- one case -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One primitive at one size."""
+
+    op: str
+    shape: tuple[int, int, int, int]  # N, C, H, W
+    kernel: int
+    dtype: torch.dtype
+    layout: str
+
+    @property
+    def label(self) -> str:
+        kernel = f" k{self.kernel}" if self.op.startswith("depthwise") else ""
+        return f"{self.op}{kernel} {'x'.join(map(str, self.shape))}"
+
+
+class Tensors:
+    """A case's inputs: several sets of activations, more than the L2 cache holds, and one set of parameters."""
+
+    def __init__(self, case: OpCase, sets: int | None = None) -> None:
+        n, c, h, w = case.shape
+        k = case.kernel
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+
+        size = n * c * h * w * case.dtype.itemsize
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.sets = [
+            [normal(n, c, h, w).to(memory_format=LAYOUTS[case.layout]) for _ in range(3)]
+            for _ in range(sets or max(2, min(32, -(-2 * cache // (3 * size)))))
+        ]
+        self.depthwise, self.pointwise = normal(c, 1, k, k) / k, normal(c, c, 1, 1) / c**0.5
+        self.bias = normal(c)
+        self.running = normal(c, dtype=torch.float32), torch.rand(c, device="cuda") + 0.5
+        self.norm = Norm(normal(c, dtype=torch.float32), torch.rand(c, device="cuda") + 0.5, normal(c), normal(c), 1e-5)
+        self.sums = normal(c, dtype=torch.float32), normal(c, dtype=torch.float32)
+
+    def set(self, i: int) -> list[Tensor]:
+        """x, a, dy"""
+        return self.sets[i % len(self.sets)]
+
+    def channels(self, kept: Tensor) -> Tensors:
+        """The same with only these channels (N, kept, H, W); the pointwise weight keeps them as outputs."""
+        part = object.__new__(Tensors)
+        layout = torch.contiguous_format if self.sets[0][0].is_contiguous() else torch.channels_last
+        part.sets = [[t[:, kept].contiguous(memory_format=layout) for t in self.sets[0]]]
+        part.depthwise, part.pointwise, part.bias = self.depthwise[kept], self.pointwise[kept], self.bias[kept]
+        part.running = tuple(t[kept] for t in self.running)
+        part.norm = Norm(*(t[kept] for t in self.norm[:4]), self.norm.eps)
+        part.sums = tuple(t[kept] for t in self.sums)
+        return part
+
+    def double(self) -> Tensors:
+        """The same in float64."""
+        wide = object.__new__(Tensors)
+        wide.sets = [[t.double() for t in some] for some in self.sets]
+        for name in ("depthwise", "pointwise", "bias"):
+            setattr(wide, name, getattr(self, name).double())
+        wide.running = tuple(t.double() for t in self.running)
+        wide.norm = Norm(*(t.double() for t in self.norm[:4]), self.norm.eps)
+        wide.sums = tuple(t.double() for t in self.sums)
+        return wide
+
+
+def ours(op: str, backend, t: Tensors, i: int = 0):
+    """The primitive of `backend` that a case names."""
+    x, a, dy = t.set(i)
+    if op == "depthwise_eval":
+        return backend.depthwise_eval(x, t.depthwise, t.bias, "gelu", t.norm, True)
+    if op == "depthwise_train":
+        return backend.depthwise_train(x, t.depthwise, t.bias, "gelu", None, None, 0.1)
+    if op == "depthwise_input_grad":
+        return backend.depthwise_input_grad(dy, a, t.depthwise, "gelu", t.norm, t.sums, True)
+    if op == "depthwise_weight_grad":
+        return backend.depthwise_weight_grad(dy, a, x, t.depthwise, t.bias, "gelu", t.norm, t.sums)
+    if op == "normalize":
+        return backend.normalize(a, "gelu", t.norm, x)
+    if op == "norm_backward":
+        return backend.norm_backward(dy, a, "gelu", t.norm)
+    if op == "pointwise_eval":
+        return backend.pointwise_eval(x, t.pointwise, t.bias, "gelu", t.norm)
+    if op == "pointwise_train":
+        return backend.pointwise_train(x, t.pointwise, t.bias, "gelu", None, None, 0.1)
+    assert op == "pointwise_backward"
+    return backend.pointwise_backward(dy, a, x, t.pointwise, t.bias, "gelu", t.norm, t.sums, (True, True, True))
+
+
+def eager(op: str, t: Tensors, i: int, layout: str) -> Callable[[], object]:
+    """What eager PyTorch runs for the same result, on the i-th set in `layout`."""
+    x, a, dy = t.set(i)
+    depthwise = op.startswith("depthwise")
+    weight, groups = (t.depthwise, x.shape[1]) if depthwise else (t.pointwise, 1)
+    k = weight.shape[-1] // 2
+    mean, var, gamma, beta, eps = t.norm
+
+    def convolution_backward(da: Tensor, mask: list[bool]):
+        # positional: bias sizes, stride, padding, dilation, transposed, output padding
+        return torch.ops.aten.convolution_backward(
+            da, x, weight, [x.shape[1]], [1, 1], [k, k], [1, 1], False, [0, 0], groups, mask
+        )
+
+    def activation_backward():
+        h = F.gelu(a)
+        dh, *_ = torch.ops.aten.native_batch_norm_backward(
+            dy, h, gamma, None, None, mean, torch.rsqrt(var + eps), True, eps, [True, True, True]
+        )
+        return torch.ops.aten.gelu_backward(dh, a)
+
+    def evaluate():
+        y = F.batch_norm(F.gelu(F.conv2d(x, weight, t.bias, padding=k, groups=groups)), mean, var, gamma, beta, False, 0.1, eps)
+        return y + x if depthwise else y
+
+    def train():
+        h = F.gelu(F.conv2d(x, weight, t.bias, padding=k, groups=groups))
+        return torch.batch_norm_stats(h, eps)
+
+    return {
+        "depthwise_eval": evaluate,
+        "depthwise_train": train,
+        "depthwise_input_grad": lambda: convolution_backward(activation_backward(), [True, False, False])[0] + dy,
+        "depthwise_weight_grad": lambda: convolution_backward(a, [False, True, True]),
+        "normalize": lambda: F.batch_norm(F.gelu(a), mean, var, gamma, beta, False, 0.1, eps) + x,
+        "norm_backward": lambda: torch.ops.aten.native_batch_norm_backward(
+            dy, F.gelu(a), gamma, None, None, mean, torch.rsqrt(var + eps), True, eps, [False, True, True]
+        ),
+        "pointwise_eval": evaluate,
+        "pointwise_train": train,
+        "pointwise_backward": lambda: convolution_backward(activation_backward(), [True, True, True]),
+    }[op]
+
+
+#: activation-sized tensors read or written, and convolutions done
+_PASSES = {
+    "depthwise_eval": (2, 1),
+    "depthwise_train": (2, 1),
+    "depthwise_input_grad": (3, 1),
+    "depthwise_weight_grad": (3, 1),
+    "normalize": (3, 0),
+    "norm_backward": (2, 0),
+    "pointwise_eval": (2, 1),
+    "pointwise_train": (2, 1),
+    "pointwise_backward": (6, 2),
+}
+
+
+def _floor(case: OpCase, found: dict[str, float]) -> dict[str, float]:
+    n, c, h, w = case.shape
+    passes, convolutions = _PASSES[case.op]
+    taps = case.kernel**2 if case.op.startswith("depthwise") else c
+    size, flops = passes * n * c * h * w * case.dtype.itemsize, convolutions * 2 * n * c * h * w * taps
+    floor = size / found["copy_bytes_per_s"]
+    name = str(case.dtype).removeprefix("torch.")
+    if case.dtype == torch.float32 or not case.op.startswith("depthwise"):
+        floor = max(floor, flops / found[f"{name}_flops_per_s"])
+    return {"bytes": size, "flops": flops, "floor_us": 1e6 * floor}
+
+
+def wrong(case: OpCase, t: Tensors) -> str | None:
+    """What breaks the twice-eager rule in a few channels of the first set, None if nothing does."""
+    channels = case.shape[1]
+    kept = torch.linspace(0, channels - 1, min(_CHECKED_CHANNELS, channels), device="cuda").long()
+    whole = ours(case.op, cuda, t)
+    part = t.channels(kept)
+    if case.op.startswith("pointwise"):
+        # every output channel needs every input channel
+        part.sets[0][0] = t.set(0)[0]
+    if case.op == "pointwise_backward":
+        # dx needs every channel of da: only dw and db are checked here, the tests check dx
+        whole = (None, *whole[1:])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        baseline, exact = ours(case.op, reference, part), ours(case.op, reference, part.double())
+    if isinstance(whole, Tensor):
+        whole, baseline, exact = (whole,), (baseline,), (exact,)
+    for index, (mine, theirs, truth) in enumerate(zip(whole, baseline, exact, strict=True)):
+        if mine is None:
+            continue
+        mine = mine[:, kept] if mine.dim() == 4 and mine.shape == case.shape else mine[kept]
+        error, allowed = relative_error(mine, truth), relative_error(theirs, truth)
+        if not within_twice_eager(error, allowed, case.dtype):
+            return f"output {index}: relative error {error:.2e}, eager's {allowed:.2e}"
+    return None
+
+
+def _case(run: Run, case: OpCase, found: dict[str, float]) -> None:
+    shared = {
+        "case": case.label,
+        "op": case.op,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        **_floor(case, found),
+    }
+
+    def row(implementation: str, call: Callable[[int], object], **more: object) -> None:
+        try:
+            timing = measure(call)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            run.row({**shared, "implementation": implementation, "error": str(error).splitlines()[0][:200], **more})
+            return
+        percent = 100 * shared["floor_us"] / timing["median_us"]
+        run.row({**shared, "implementation": implementation, **timing, "percent_of_floor": percent, **more})
+
+    tensors = Tensors(case)
+    with torch.no_grad():
+        try:
+            problem = wrong(case, tensors)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[0][:300]
+        if problem is not None:
+            # a speed is never shown for a wrong result
+            run.row({**shared, "implementation": "ours", "ok": False, "error": problem})
+        else:
+            row("ours", lambda i: ours(case.op, cuda, tensors, i), ok=True)
+        row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
+        if case.op == "depthwise_eval":
+            row("clone", lambda i: tensors.set(i)[0].clone())
+    del tensors
+    torch.cuda.empty_cache()
+
+
+def operator_cases() -> list[OpCase]:
+    """Most important first: the order in which time runs out."""
+    big, bf16, fp16, fp32 = (64, 1536, 32, 32), torch.bfloat16, torch.float16, torch.float32
+    near, last = "contiguous", "channels_last"
+    depthwise = ["depthwise_eval", "depthwise_input_grad", "depthwise_weight_grad"]
+    others = ["depthwise_train", "normalize", "norm_backward", "pointwise_eval", "pointwise_train", "pointwise_backward"]
+    cases = [OpCase(op, big, 9, bf16, near) for op in depthwise]
+    cases += [OpCase(op, big, 9, bf16, last) for op in depthwise]
+    cases += [OpCase(op, (32, 1536, 32, 32), 9, fp32, near) for op in depthwise]
+    cases += [OpCase(op, big, 9, bf16, near) for op in others]
+    cases += [OpCase(op, big, 9, bf16, last) for op in others]
+    cases += [OpCase("depthwise_eval", (32, 1536, 32, 32), 9, fp32, last)]
+    shapes = [(64, 768, 32, 32), (128, 256, 16, 16), (256, 768, 7, 7), (64, 768, 17, 17), (32, 256, 56, 56), (4, 128, 224, 224)]
+    for shape in shapes:
+        cases += [OpCase("depthwise_eval", shape, 7 if shape == shapes[0] else 9, bf16, f) for f in (near, last)]
+    for op in depthwise[1:]:
+        cases += [OpCase(op, shape, 9, bf16, near) for shape in shapes[1:4]]
+    for k in (3, 5, 7, 15, 31):
+        cases += [OpCase(op, (32, 768, 32, 32), k, bf16, near) for op in depthwise]
+    cases += [OpCase("depthwise_eval", big, 9, fp16, near)]
+    return cases
+
+
+def operators(run: Run, seconds: float) -> None:
+    """Every case while `seconds` last; the rest is named as left out."""
+    stop, cases = time.monotonic() + seconds, operator_cases()
+    found = run.document["peaks"]
+    for index, case in enumerate(cases):
+        if time.monotonic() > stop:
+            run.note("operators_left_out", [f"{c.label} {c.dtype} {c.layout}" for c in cases[index:]])
+            return
+        _case(run, case, found)
+
+
+# ---- whole models -------------------------------------------------------------------------------------------------
+
+_MODELS = [("1536/20@224", 32), ("256/8@32", 256), ("768/32@224", 32)]
+
+
+def models(run: Run) -> None:
+    """Forward and training step of the three published models in bfloat16, in both layouts, ours and eager."""
+    for name, batch in _MODELS:
+        case = model_cases.CASES[name]
+        generator = torch.Generator("cuda").manual_seed(0)
+        size = (batch, 3, case.image_size, case.image_size)
+        images = torch.randn(size, generator=generator, device="cuda")
+        reference_model = _reference_model(case, images[:8])
+        own = model_cases.ours_like(case, reference_model)
+        problem = _model_wrong(reference_model, own, images[:4])
+        for layout, memory_format in LAYOUTS.items():
+            for training in (False, True):
+                for implementation, model in (("ours", own), ("eager " + layout, reference_model)):
+                    if run.left() < 12:
+                        run.note("models_left_out", f"from {name} {layout} {implementation} on")
+                        return
+                    mode = "train" if training else "eval"
+                    row = {"case": f"model {name} {mode} batch {batch}", "dtype": "bfloat16", "layout": layout}
+                    row |= {"implementation": implementation, "ok": problem is None}
+                    if implementation == "ours" and problem is not None:
+                        run.row({**row, "error": problem})
+                        continue
+                    run.row({**row, **_model_row(model.to(memory_format=memory_format), images, memory_format, training)})
+        del reference_model, own
+        torch.cuda.empty_cache()
+
+
+def _reference_model(case: model_cases.Case, images: Tensor) -> torch.nn.Sequential:
+    """random_reference's weights, made on the GPU: on the CPU the largest model alone would take a minute."""
+    with torch.device("cuda"):
+        model = model_cases.random_reference(case, images)
+    return model.to("cuda", torch.bfloat16)
+
+
+def _model_wrong(eager_model: torch.nn.Module, own: torch.nn.Module, images: Tensor) -> str | None:
+    images = images.bfloat16()
+    with torch.no_grad():
+        theirs, mine = eager_model.eval()(images), own.eval()(images)
+        exact = eager_model.double()(images.double())
+        eager_model.bfloat16()
+    error, allowed = relative_error(mine, exact), relative_error(theirs, exact)
+    if within_twice_eager(error, allowed, torch.bfloat16):
+        return None
+    return f"output: relative error {error:.2e}, eager's {allowed:.2e}"
+
+
+def _model_row(model: torch.nn.Module, images: Tensor, memory_format: torch.memory_format, training: bool) -> dict:
+    images = images.bfloat16().to(memory_format=memory_format)
+    model.train(training)
+
+    def call(i: int) -> None:
+        if training:
+            model.zero_grad(set_to_none=True)
+            model(images).float().square().mean().backward()
+        else:
+            with torch.no_grad():
+                model(images)
+
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        timing = measure(call, 0.6, capture=not training)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return {"error": str(error).splitlines()[0][:200]}
+    peak = torch.cuda.max_memory_allocated()
+    return {**timing, "images_per_s": 1e6 * images.shape[0] / timing["median_us"], "peak_bytes": peak}
+
+
+# ---- for compute-sanitizer ------------------------------------------------------------------------------------------
+
+
+def sanitizer_workload() -> int:
+    """Every kernel once at sizes with every kind of edge."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for layout in LAYOUTS:
+            for shape, kernel in (((2, 8, 17, 16), 9), ((3, 5, 7, 7), 4), ((1, 8, 33, 40), 15)):
+                tensors = Tensors(OpCase("depthwise_eval", shape, kernel, dtype, layout), sets=1)
+                for op in _PASSES:
+                    ours(op, cuda, tensors)
+    torch.cuda.synchronize()
+    return 0

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""python -m benchmarks.report: the README's table and its picture from a JSON that python -m benchmarks wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.optional import MissingPackage, require
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+HEADINGS = ("model", "mode", "dtype", "error ours", "error eager", "reference ms", "ours ms", "speed-up")
+WRONG, ABSENT = "WRONG", "-"
+_MODES = {"eval": "Inference", "train": "Training step (forward + backward)"}
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def table_rows(document: Mapping[str, object]) -> list[list[str]]:
+    """The cells of every row, in the order of HEADINGS; a training step that was left out is a row of dashes."""
+    rows = []
+    results = document["results"]
+    trained = {(row["case"], row["dtype"]) for row in results if row["mode"] == "train"}
+    for row in results:
+        start = [_model(row), row["mode"], row["dtype"]]
+        errors = [f"{row['error']:.1e}", f"{row['eager_error']:.1e}"]
+        if row["passed"]:
+            times = [milliseconds(row["implementations"][name]["median_ms"]) for name in ("reference", "ours")]
+            rows.append([*start, *errors, *times, f"{speedup(row):.2f}x"])
+        else:
+            rows.append([*start, *errors, ABSENT, ABSENT, WRONG])
+        if (row["case"], row["dtype"]) not in trained:
+            rows.append([_model(row), "train", row["dtype"], *[ABSENT] * 5])
+    return rows
+
+
+def machine(document: Mapping[str, object]) -> str:
+    """What it was measured on, in one line."""
+    found = document["environment"]
+    if found["device_type"] == "cpu":
+        threads = found["threads"]
+        device = f"{found['cpu']} ({found['instruction_set']}), {threads} thread{'s' if threads != 1 else ''}"
+    else:
+        device = found["device"]
+    return f"{device}, torch {found['torch']}, {found['date'][:10]}"
+
+
+def notes(document: Mapping[str, object]) -> list[str]:
+    """What the table's columns mean, and what was left out."""
+    results = document["results"]
+    repeats = {each["repeats"] for row in results for each in row["implementations"].values()}
+    number = f"{min(repeats)} " if len(repeats) == 1 else ""
+    layouts = sorted({row["layout"] for row in results})
+    lines = [
+        "error: relative L2 against float64, of the tensor nearest to its limit (2 x eager's + one rounding step) "
+        "among the output and, in train, the gradients of the images and all parameters and the running statistics.",
+        f"reference: the same weights in eager PyTorch, {' and '.join(layouts)}. train: forward + backward. "
+        f"Times are medians of {number}calls, interleaved with the other's.",
+    ]
+    trained = {row["case"] for row in results if row["mode"] == "train"}
+    left_out = [row for row in results if row["case"] not in trained]
+    if any(row["batch"] > 1 for row in left_out) or (document["quick"] and left_out):
+        lines.append("-: not run with --quick; run without it for the training step of the large models.")
+    elif left_out:
+        lines.append("-: a training step needs two images at least: batch norm and pooling leave no gradient of one.")
+    return lines
+
+
+def markdown(document: Mapping[str, object]) -> str:
+    """Machine, table and notes for the README."""
+    rule = [":--"] * 3 + ["--:"] * (len(HEADINGS) - 3)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADINGS, rule, *table_rows(document))]
+    return "\n".join([machine(document) + ":", "", *lines, "", *notes(document)])
+
+
+def speedup(row: Mapping[str, object]) -> float:
+    times = row["implementations"]
+    return times["reference"]["median_ms"] / times["ours"]["median_ms"]
+
+
+def milliseconds(value: float) -> str:
+    """Three digits at least: 0.123, 1.23, 12.3, 123, 1234."""
+    return f"{value:.{max(0, 2 - (len(str(int(value))) - 1) if value >= 1 else 3)}f}"
+
+
+def _model(row: Mapping[str, object]) -> str:
+    return f"{row['label']}, batch {row['batch']}"
+
+
+def write_readme(readme: Path, text: str) -> None:
+    """Put `text` between the markers of `readme`.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    before, begin, rest = (whole := readme.read_text()).partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or whole.count(BEGIN) != 1 or whole.count(END) != 1:
+        raise ValueError(f"{readme} must contain {BEGIN} and then {END}, once each")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+# ---- the picture --------------------------------------------------------------------------------------------------
+
+_OURS, _REFERENCE, _LOSS, _INK, _QUIET = "#0b7a75", "#c9ced6", "#b44d12", "#1f2933", "#616e7c"
+
+
+def draw(document: Mapping[str, object], path: Path) -> None:
+    """A panel for each mode, two bars for each model and dtype: the time beside the reference's, which is 100 %.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+        ValueError: there is nothing that was timed.
+    """
+    rows = [row for row in document["results"] if row["passed"]]
+    modes = [mode for mode in _MODES if any(row["mode"] == mode for row in rows)]
+    if not modes:
+        raise ValueError("the results hold nothing that was timed")
+    matplotlib = require("matplotlib")
+    matplotlib.use("Agg")
+    pyplot = require("matplotlib.pyplot")
+    several_dtypes = len({row["dtype"] for row in rows}) > 1
+    names = list(dict.fromkeys(_name(row, several_dtypes) for row in rows))
+    height = 1.6 + 0.82 * len(names)
+    settings = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "axes.labelcolor": _QUIET}
+    with matplotlib.rc_context(settings):
+        figure, panels = pyplot.subplots(
+            1, len(modes), figsize=(1.8 + 4.4 * len(modes), height), sharey=True, squeeze=False
+        )
+        # Room for a label behind the longest bar of ours.
+        width = max(1.0, *(1 / speedup(row) + 0.36 for row in rows))
+        for panel, mode in zip(panels[0], modes, strict=True):
+            _draw_panel(panel, {_name(row, several_dtypes): row for row in rows if row["mode"] == mode}, names, width)
+            panel.set_title(_MODES[mode], loc="left", fontsize=11, fontweight="bold", color=_INK, pad=8)
+        # Inches, not shares: the head keeps its size when there are more models.
+        figure.subplots_adjust(
+            left=1.75 / figure.get_figwidth(), right=0.985, top=1 - 1.02 / height, bottom=0.42 / height, wspace=0.06
+        )
+        left = 0.12 / figure.get_figwidth()
+        dtype = "" if several_dtypes else f" in {rows[0]['dtype']}"
+        title = f"ConvMixer{dtype}: time per batch beside eager PyTorch, shorter is better"
+        figure.text(left, 1 - 0.3 / height, title, fontsize=14, fontweight="bold")
+        figure.text(left, 1 - 0.54 / height, machine(document), fontsize=9, color=_QUIET)
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in (_REFERENCE, _OURS)]
+        figure.legend(
+            handles,
+            ["reference (eager PyTorch)", "convmixer-kernels, same weights"],
+            loc="lower left",
+            bbox_to_anchor=(1.7 / figure.get_figwidth(), 0.0),
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160, facecolor="white")
+        pyplot.close(figure)
+
+
+def _draw_panel(panel, rows: Mapping[str, Mapping[str, object]], names: list[str], width: float) -> None:
+    thickness = 0.34
+    for index, name in enumerate(names):
+        if name not in rows:
+            panel.text(0.02, index, "not measured in this run", va="center", fontsize=9, color=_QUIET, style="italic")
+            continue
+        times = rows[name]["implementations"]
+        ratio = speedup(rows[name])
+        reference, ours = (times[key]["median_ms"] for key in ("reference", "ours"))
+        panel.barh(index - thickness / 2, 1.0, thickness, color=_REFERENCE)
+        panel.barh(index + thickness / 2, 1 / ratio, thickness, color=_OURS)
+        panel.text(0.98, index - thickness / 2, f"{milliseconds(reference)} ms", va="center", ha="right", fontsize=9)
+        label, inside = f"{milliseconds(ours)} ms", 1 / ratio > 0.22
+        if inside:
+            panel.text(
+                1 / ratio - 0.02, index + thickness / 2, label, va="center", ha="right", fontsize=9, color="white"
+            )
+        faster, color = (f"{ratio:.2f}x faster", _OURS) if ratio >= 1 else (f"{ratio:.2f}x, slower", _LOSS)
+        rest = faster if inside else f"{faster}  ({label})"
+        panel.text(
+            1 / ratio + 0.02, index + thickness / 2, rest, va="center", fontsize=10, fontweight="bold", color=color
+        )
+    panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(len(names) - 0.45, -0.55)
+    panel.set_xlim(0, width)
+    panel.set_xticks([])
+    panel.tick_params(axis="y", length=0, labelcolor=_INK)
+    for side in ("top", "right", "bottom"):
+        panel.spines[side].set_visible(False)
+    panel.spines["left"].set_color(_REFERENCE)
+
+
+def _name(row: Mapping[str, object], with_dtype: bool) -> str:
+    model, _, size = row["label"].partition(", ")
+    second = f"{size} px, batch {row['batch']}"
+    return f"{model}\n{second}" + (f"\n{row['dtype']}" if with_dtype else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition(": ")[2])
+    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks --json")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the markers (README.md)")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("docs/speedup.png"), help="PNG to write (docs/speedup.png)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        document = json.loads(options.results.read_text())
+        draw(document, options.picture)
+        write_readme(options.readme, markdown(document))
+    except (MissingPackage, OSError, ValueError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""Timing several implementations call by call in one run, so that all of them see the same noise."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds a call: the median, the 20 % and 80 % quantiles, and of how many calls."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def summarise(seconds: list[float]) -> Timing:
+    """Median and 20 % / 80 % quantiles (linear interpolation) of at least one measurement."""
+    if len(seconds) == 1:
+        return Timing(seconds[0], seconds[0], seconds[0], 1)
+    low, _, _, high = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Timing(statistics.median(seconds), low, high, len(seconds))
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    on_call: Callable[[str], None] | None = None,
+) -> dict[str, Timing]:
+    """Time `functions` in rounds: each round calls every one once, and every other round in reverse order.
+
+    Args:
+        functions: name and what to time.
+        repeats: timed rounds, at least 1.
+        warmup: rounds before them that are not timed.
+        device: a CUDA device is synchronised before and after each call.
+        on_call: told the name after each call, outside the timed part.
+    """
+    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    # A collection in the middle of a call would be billed to whoever happens to run.
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round_number in range(warmup + repeats):
+            for name in names if round_number % 2 == 0 else reversed(names):
+                synchronise()
+                start = time.perf_counter()
+                functions[name]()
+                synchronise()
+                elapsed = time.perf_counter() - start
+                if round_number >= warmup:
+                    seconds[name].append(elapsed)
+                if on_call is not None:
+                    on_call(name)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: summarise(measured) for name, measured in seconds.items()}

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""ConvMixer, faster: the same model on the kernels of convmixer_kernels."""
+
+from __future__ import annotations
+
+from . import reference
+from .accelerate import Report, accelerate
+from .model import ConvMixer, MixerLayer
+
+__all__ = ["ConvMixer", "MixerLayer", "Report", "accelerate", "reference"]

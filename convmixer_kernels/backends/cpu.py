@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: MIT
+"""The primitives in native code for CPUs (csrc/cpu): one native call each.
+
+The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import ACTIVATIONS, Norm
+
+try:
+    from convmixer_kernels import _cpu as native
+except ImportError as error:
+    native = None
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+name = "cpu"
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
+_LARGEST_KERNEL = 31
+_NO_PARAM = (0, 0)
+_NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+_NO_NORM_GRAD = (False, 0, 0, 0, 0, 0, 0, 0.0)
+
+
+def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+    """None if this backend can run `op` on these tensors, else the reason why not."""
+    if native is None:
+        return (
+            f"the native module is not built ({_import_error}); reinstall with a C++ compiler: "
+            "pip install --force-reinstall --no-deps ."
+        )
+    if x.device.type != "cpu":
+        return f"it takes CPU tensors, got x.device={x.device}"
+    if x.dtype not in _CODES:
+        return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
+    if max(weight.shape[2:]) > _LARGEST_KERNEL:
+        return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """What this backend is made of, for convmixer_kernels.build_info()."""
+    if native is None:
+        return {"available": False, "detail": f"the native module is not built: {_import_error}"}
+    return {
+        "available": True,
+        "detail": f"{native.isa()} (this CPU runs {native.supported_isas()}), compiler {native.compiler}",
+    }
+
+
+# ---- arguments of native calls ----------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
+    return *x.shape, _CODES[x.dtype], not x.is_contiguous()
+
+
+def _param(t: Tensor | None) -> tuple[int, int]:
+    return _NO_PARAM if t is None else (t.data_ptr(), _CODES[t.dtype])
+
+
+def _norm(norm: Norm | None) -> tuple:
+    if norm is None:
+        return _NO_NORM
+    mean, var, weight, bias, eps = norm
+    return True, *_param(mean), *_param(var), *_param(weight), *_param(bias), eps
+
+
+def _norm_grad(norm: Norm | None, sums: tuple[Tensor, Tensor] | None) -> tuple:
+    """The norm without its bias, and the sums' addresses."""
+    pointers = (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
+    if norm is None:
+        return *_NO_NORM_GRAD, 0, 0
+    mean, var, weight, _, eps = norm
+    return True, *_param(mean), *_param(var), *_param(weight), eps, *pointers
+
+
+def _preactivation(a: Tensor | None, activation: str, norm: Norm | None) -> int:
+    """a's address, or 0 where da = dy."""
+    return 0 if a is None or (norm is None and activation == "identity") else a.data_ptr()
+
+
+# ---- primitives -------------------------------------------------------------------------------------------------
+
+
+def depthwise_eval(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    norm: Norm | None,
+    residual: bool,
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(conv(x) + bias)) (+ x), in one native call."""
+    y = torch.empty_like(x)
+    native.depthwise_forward(
+        x.data_ptr(),
+        y.data_ptr(),
+        *_shape(x),
+        weight.shape[2],
+        weight.shape[3],
+        *_param(weight),
+        *_param(bias),
+        _ACTIVATION_CODES[activation],
+        *_norm(norm),
+        residual,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def depthwise_train(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    running_mean: Tensor | None,  # (C,) updated in place
+    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
+    a = torch.empty_like(x)
+    mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32).unbind()
+    native.depthwise_train(
+        x.data_ptr(),
+        a.data_ptr(),
+        *_shape(x),
+        weight.shape[2],
+        weight.shape[3],
+        *_param(weight),
+        *_param(bias),
+        _ACTIVATION_CODES[activation],
+        mean.data_ptr(),
+        var.data_ptr(),
+        *_param(running_mean),
+        *_param(running_var),
+        momentum,
+        torch.get_num_threads(),
+    )
+    return a, mean, var
+
+
+def _pointwise_output(x: Tensor, weight: Tensor) -> Tensor:
+    n, _, height, width = x.shape
+    memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return torch.empty((n, weight.shape[0], height, width), dtype=x.dtype, memory_format=memory_format)
+
+
+def _pointwise_shape(y: Tensor, x: Tensor) -> tuple[int, int, int, int, int, bool, int]:
+    """y's shape, and C_in. A tensor of one channel or one position is of both formats; then the other one decides."""
+    return *y.shape, _CODES[y.dtype], not (x.is_contiguous() and y.is_contiguous()), x.shape[1]
+
+
+def pointwise_eval(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    norm: Norm,
+) -> Tensor:  # (N, C_out, H, W)
+    """norm(act(conv1x1(x) + bias)), in one native call."""
+    y = _pointwise_output(x, weight)
+    native.pointwise_forward(
+        x.data_ptr(),
+        y.data_ptr(),
+        *_pointwise_shape(y, x),
+        *_param(weight),
+        *_param(bias),
+        _ACTIVATION_CODES[activation],
+        *_norm(norm),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def pointwise_train(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As depthwise_train, for the 1x1 convolution."""
+    a = _pointwise_output(x, weight)
+    mean, var = torch.empty((2, a.shape[1]), dtype=torch.float32).unbind()
+    native.pointwise_train(
+        x.data_ptr(),
+        a.data_ptr(),
+        *_pointwise_shape(a, x),
+        *_param(weight),
+        *_param(bias),
+        _ACTIVATION_CODES[activation],
+        mean.data_ptr(),
+        var.data_ptr(),
+        *_param(running_mean),
+        *_param(running_var),
+        momentum,
+        torch.get_num_threads(),
+    )
+    return a, mean, var
+
+
+def normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+    residual: Tensor | None,  # (N, C, H, W)
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
+    y = torch.empty_like(a)
+    native.normalize(
+        a.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        y.data_ptr(),
+        *_shape(a),
+        _ACTIVATION_CODES[activation],
+        *_norm(norm),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def norm_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) float32 each."""
+    sum_dy, sum_dy_hhat = torch.empty((2, a.shape[1]), dtype=torch.float32).unbind()
+    native.norm_backward(
+        dy.data_ptr(),
+        a.data_ptr(),
+        *_shape(a),
+        _ACTIVATION_CODES[activation],
+        *_param(norm.mean),
+        *_param(norm.var),
+        norm.eps,
+        sum_dy.data_ptr(),
+        sum_dy_hhat.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sum_dy, sum_dy_hhat
+
+
+def depthwise_input_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    residual: bool,
+) -> Tensor:
+    """dx = correlate(da, flipped weight) (+ dy), in one native call."""
+    dx = torch.empty_like(dy)
+    native.depthwise_input_grad(
+        dy.data_ptr(),
+        _preactivation(a, activation, norm),
+        dx.data_ptr(),
+        *_shape(dy),
+        weight.shape[2],
+        weight.shape[3],
+        *_param(weight),
+        _ACTIVATION_CODES[activation],
+        *_norm_grad(norm, sums),
+        residual,
+        torch.get_num_threads(),
+    )
+    return dx
+
+
+def depthwise_weight_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW): for its shape and dtype
+    bias: Tensor | None,  # (C,): for its presence and dtype
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
+    dw = torch.empty(weight.shape, dtype=weight.dtype)
+    db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
+    native.depthwise_weight_grad(
+        dy.data_ptr(),
+        _preactivation(a, activation, norm),
+        x.data_ptr(),
+        *_shape(x),
+        weight.shape[2],
+        weight.shape[3],
+        _ACTIVATION_CODES[activation],
+        *_norm_grad(norm, sums),
+        *_param(dw),
+        *_param(db),
+        torch.get_num_threads(),
+    )
+    return dw, db
+
+
+def pointwise_backward(
+    dy: Tensor,  # (N, C_out, H, W)
+    a: Tensor,  # (N, C_out, H, W)
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,): for its presence and dtype
+    activation: str,
+    norm: Norm,
+    sums: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],  # dx, dw, db
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
+    # float32 for 16-bit tensors too: rounding da would add to the error of both products
+    da = torch.empty_like(dy, dtype=torch.float32)
+    dx = torch.empty_like(x) if needs[0] else None
+    dw = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
+    db = torch.empty(bias.shape, dtype=bias.dtype) if needs[2] and bias is not None else None
+    native.pointwise_backward(
+        dy.data_ptr(),
+        a.data_ptr(),
+        x.data_ptr(),
+        *_pointwise_shape(dy, x),
+        *_param(weight),
+        _ACTIVATION_CODES[activation],
+        *_norm_grad(norm, sums),
+        da.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        *_param(dw),
+        *_param(db),
+        torch.get_num_threads(),
+    )
+    return dx, dw, db

@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: MIT
+"""The primitives in CUDA C++ (csrc/cuda), on the current stream; the pointwise convolutions are torch's GEMMs between two kernels.
+
+Nothing here synchronises, and memory comes from torch's allocator alone, so every primitive can be captured in a CUDA graph.
+The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
+With CONVMIXER_CUDA_EMULATION=1 the same kernels, compiled for the CPU, take CPU tensors: for tests only (see _emulation.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import ACTIVATIONS, Norm
+
+name = "cuda"
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
+_LARGEST_KERNEL = 31
+_LEAST_CAPABILITY = (8, 0)
+_NO_PARAM = (0, 0)
+_NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+#: Bytes of float32 partial weight gradients that a chunk of images may make: they are added to again and again and so
+#: belong in the L2 cache (50 MB on H100, 40 MB on A100).
+_PARTIAL_PRODUCTS = 32 << 20
+
+
+class _Native(NamedTuple):
+    module: ModuleType | None
+    reason: str | None  # why nothing can run here, with the fix
+    emulated: bool
+
+
+@functools.cache
+def _native() -> _Native:
+    """The native module and whether this machine can use it, found out once."""
+    if os.environ.get("CONVMIXER_CUDA_EMULATION") == "1":
+        from convmixer_kernels import _emulation
+
+        try:
+            return _Native(_emulation.load(), None, True)
+        except RuntimeError as error:
+            return _Native(None, str(error), True)
+    try:
+        from convmixer_kernels import _cuda as module
+    except ImportError as error:
+        fix = "install a CUDA 13 toolkit (nvcc) and reinstall: CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
+        return _Native(None, f"the native module is not built ({error}); {fix}", False)
+    count, error = module.device_count()
+    if count == 0:
+        return _Native(module, f"no usable NVIDIA GPU: {error or 'none found'} (a driver of the 580 series or newer?)", False)
+    return _Native(module, None, False)
+
+
+@functools.cache
+def _capability_reason(device: int) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= _LEAST_CAPABILITY:
+        return None
+    return f"it needs a GPU of compute capability 8.0 or newer, got {found[0]}.{found[1]}"
+
+
+def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+    """None if this backend can run `op` on these tensors, else the reason why not."""
+    native = _native()
+    if native.reason is not None:
+        return native.reason
+    if native.emulated:
+        if x.device.type != "cpu":
+            return f"the emulation takes CPU tensors, got x.device={x.device}"
+    elif not x.is_cuda:
+        return f"it takes CUDA tensors, got x.device={x.device}"
+    elif (reason := _capability_reason(x.get_device())) is not None:
+        return reason
+    if x.dtype not in _CODES:
+        return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
+    if max(weight.shape[2:]) > _LARGEST_KERNEL:
+        return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    return None
+
+
+def build_info() -> dict[str, object]:
+    """What this backend is made of, for convmixer_kernels.build_info()."""
+    native = _native()
+    if native.reason is not None:
+        return {"available": False, "detail": native.reason}
+    kind = "emulated on the CPU, for tests only" if native.emulated else "CUDA kernels"
+    return {"available": True, "detail": f"{kind}, compiler {native.module.compiler}"}
+
+
+# ---- arguments of native calls ----------------------------------------------------------------------------------
+
+
+class _On:
+    """`with _On(x) as stream`: x's device is the current one, and stream is the address of its current stream."""
+
+    __slots__ = ("guard", "index")
+
+    def __init__(self, x: Tensor) -> None:
+        self.index = x.get_device()
+        self.guard = None
+
+    def __enter__(self) -> int:
+        if self.index < 0:
+            return 0
+        if torch._C._cuda_getDevice() != self.index:
+            self.guard = torch.cuda.device(self.index)
+            self.guard.__enter__()
+        return torch._C._cuda_getCurrentRawStream(self.index)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exception)
+
+
+def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
+    return *x.shape, _CODES[x.dtype], not x.is_contiguous()
+
+
+def _param(t: Tensor | None) -> tuple[int, int]:
+    return _NO_PARAM if t is None else (t.data_ptr(), _CODES[t.dtype])
+
+
+def _norm(norm: Norm | None) -> tuple:
+    if norm is None:
+        return _NO_NORM
+    mean, var, weight, bias, eps = norm
+    return True, *_param(mean), *_param(var), *_param(weight), *_param(bias), eps
+
+
+def _sums(sums: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+    return (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+@functools.lru_cache(maxsize=1024)
+def _size(function: str, device: int, *arguments: int) -> int:
+    """What the native size function says: it may depend on the device."""
+    return getattr(_native().module, function)(*arguments)
+
+
+def _partials(function: str, x: Tensor, *arguments: int) -> Tensor:
+    """Room for the statistics of act(a): (C, parts, 3) of count, mean, M2."""
+    return x.new_empty((x.shape[1], _size(function, x.get_device(), *arguments), 3), dtype=torch.float32)
+
+
+def _workspace(function: str, x: Tensor, *arguments: int) -> Tensor:
+    return x.new_empty(_size(function, x.get_device(), *arguments), dtype=torch.uint8)
+
+
+def _merged(
+    native: ModuleType,
+    partials: Tensor,  # (C, parts, 3)
+    count: int,
+    running_mean: Tensor | None,  # (C,)
+    running_var: Tensor | None,  # (C,)
+    momentum: float,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    channels, parts, _ = partials.shape
+    mean, var = partials.new_empty(channels), partials.new_empty(channels)
+    given = running_mean if running_mean is not None else running_var
+    dtype = 0 if given is None else _CODES[given.dtype]
+    if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
+        raise NotImplementedError(
+            f"backend 'cuda': running_mean and running_var must have one dtype, got {running_mean.dtype} and {running_var.dtype}"
+        )
+    native.merge_statistics(
+        channels,
+        parts,
+        count,
+        partials.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+        _address(running_mean),
+        _address(running_var),
+        dtype,
+        momentum,
+        stream,
+    )
+    return mean, var
+
+
+# ---- depthwise --------------------------------------------------------------------------------------------------
+
+
+def depthwise_eval(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    norm: Norm | None,
+    residual: bool,
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(conv(x) + bias)) (+ x), in one launch."""
+    y = torch.empty_like(x)
+    with _On(x) as stream:
+        _native().module.depthwise_forward(
+            *_shape(x),
+            *weight.shape[2:],
+            x.data_ptr(),
+            *_param(weight),
+            *_param(bias),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            residual,
+            y.data_ptr(),
+            0,
+            stream,
+        )
+    return y
+
+
+def depthwise_train(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    running_mean: Tensor | None,  # (C,) updated in place
+    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
+    native, a = _native().module, torch.empty_like(x)
+    with _On(x) as stream:
+        shape, kernel = _shape(x), tuple(weight.shape[2:])
+        partials = _partials("depthwise_forward_partials", x, *shape, *kernel)
+        native.depthwise_forward(
+            *shape,
+            *kernel,
+            x.data_ptr(),
+            *_param(weight),
+            *_param(bias),
+            _ACTIVATION_CODES[activation],
+            *_NO_NORM,
+            False,
+            a.data_ptr(),
+            partials.data_ptr(),
+            stream,
+        )
+        count = x.numel() // x.shape[1]
+        return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+
+
+def depthwise_input_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    residual: bool,
+) -> Tensor:  # (N, C, H, W)
+    """dx = correlate(da, flipped weight) (+ dy), in one launch."""
+    dx = torch.empty_like(dy)
+    with _On(dy) as stream:
+        _native().module.depthwise_input_grad(
+            *_shape(dy),
+            *weight.shape[2:],
+            dy.data_ptr(),
+            _address(a),
+            *_param(weight),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            *_sums(sums),
+            residual,
+            dx.data_ptr(),
+            stream,
+        )
+    return dx
+
+
+def depthwise_weight_grad(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW): for its shape and dtype
+    bias: Tensor | None,  # (C,): for its presence and dtype
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None where bias is."""
+    dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    with _On(dy) as stream:
+        shape, kernel = _shape(dy), tuple(weight.shape[2:])
+        workspace = _workspace("depthwise_weight_grad_workspace", dy, *shape, *kernel)
+        _native().module.depthwise_weight_grad(
+            *shape,
+            *kernel,
+            dy.data_ptr(),
+            _address(a),
+            x.data_ptr(),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            *_sums(sums),
+            *_param(dw),
+            *_param(db),
+            workspace.data_ptr(),
+            stream,
+        )
+    return dw, db
+
+
+# ---- batch norm -------------------------------------------------------------------------------------------------
+
+
+def normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm | None,
+    residual: Tensor | None,  # (N, C, H, W)
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(a)) (+ residual), in one launch."""
+    y = torch.empty_like(a)
+    with _On(a) as stream:
+        _native().module.normalize(
+            *_shape(a),
+            a.data_ptr(),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            _address(residual),
+            y.data_ptr(),
+            stream,
+        )
+    return y
+
+
+def norm_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy * hhat over N, H, W, (C,) float32 each: two launches."""
+    sums = dy.new_empty((2, dy.shape[1]), dtype=torch.float32).unbind()
+    with _On(dy) as stream:
+        shape = _shape(dy)
+        workspace = _workspace("norm_backward_workspace", dy, *shape)
+        _native().module.norm_backward(
+            *shape,
+            dy.data_ptr(),
+            a.data_ptr(),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            *_sums(sums),
+            workspace.data_ptr(),
+            stream,
+        )
+    return sums
+
+
+# ---- pointwise: torch's GEMM and one kernel ---------------------------------------------------------------------
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A channels_last tensor as its memory lies, (N * H * W, C)."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def _is_rows(*tensors: Tensor | None) -> bool:
+    """Whether these tensors of one image size lie in memory as rows: channels_last, or H = W = 1, where both formats agree."""
+    return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
+
+
+def _images(matrix: Tensor, t: Tensor) -> Tensor:
+    """matrix @ t of each image, (N, rows of matrix, H * W), without copies of the matrix."""
+    planes = t.view(t.shape[0], t.shape[1], -1)
+    if planes.shape[0] == 1:
+        return torch.mm(matrix, planes[0]).unsqueeze(0)
+    return torch.bmm(matrix.expand(planes.shape[0], -1, -1), planes)
+
+
+def _pointwise(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+) -> Tensor:  # (N, C_out, H, W)
+    """The GEMM, with `bias` in its epilogue: only for rows, where the bias runs along them."""
+    matrix = weight.flatten(1).to(x.dtype)
+    if not _is_rows(x):
+        return _images(matrix, x).view(x.shape[0], -1, *x.shape[2:])
+    rows = _rows(x)
+    out = torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias.to(x.dtype), rows, matrix.t())
+    return _from_rows(out, x)
+
+
+def pointwise_eval(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    norm: Norm | None,
+) -> Tensor:  # (N, C_out, H, W)
+    """norm(act(conv1x1(x) + bias)): the GEMM and one pass in place over its result."""
+    y = _pointwise(x, weight, None)
+    if bias is not None or activation != "identity" or norm is not None:
+        with _On(x) as stream:
+            _native().module.pointwise_epilogue(
+                *_shape(y), y.data_ptr(), *_param(bias), _ACTIVATION_CODES[activation], *_norm(norm), 0, stream
+            )
+    return y
+
+
+def pointwise_train(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    running_mean: Tensor | None,  # (C_out,) updated in place
+    running_var: Tensor | None,  # (C_out,) updated in place
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As depthwise_train: the GEMM, one pass for bias and statistics (which only reads where the GEMM adds the bias), the merge."""
+    fused = _is_rows(x)
+    a = _pointwise(x, weight, bias if fused else None)
+    native = _native().module
+    with _On(x) as stream:
+        shape = _shape(a)
+        partials = _partials("pointwise_epilogue_partials", a, *shape)
+        native.pointwise_epilogue(
+            *shape,
+            a.data_ptr(),
+            *_param(None if fused else bias),
+            _ACTIVATION_CODES[activation],
+            *_NO_NORM,
+            partials.data_ptr(),
+            stream,
+        )
+        count = a.numel() // a.shape[1]
+        return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+
+
+def pointwise_backward(
+    dy: Tensor,  # (N, C_out, H, W)
+    a: Tensor,  # (N, C_out, H, W)
+    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,): for its presence and dtype
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],  # dx, dw, db
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two GEMMs."""
+    da = torch.empty_like(dy)
+    db = torch.empty_like(bias) if needs[2] and bias is not None else None
+    with _On(dy) as stream:
+        shape = _shape(dy)
+        workspace = _workspace("pointwise_grad_prologue_workspace", dy, *shape)
+        _native().module.pointwise_grad_prologue(
+            *shape,
+            dy.data_ptr(),
+            a.data_ptr(),
+            _ACTIVATION_CODES[activation],
+            *_norm(norm),
+            *_sums(sums),
+            da.data_ptr(),
+            *_param(db),
+            workspace.data_ptr(),
+            stream,
+        )
+    # a tensor of one channel is contiguous in both formats: the others decide
+    rows = _is_rows(da, x)
+    dx = dw = None
+    if needs[0]:
+        matrix = weight.flatten(1).to(da.dtype)
+        if rows:
+            dx = _from_rows(torch.mm(_rows(da), matrix), da)
+        else:
+            dx = _images(matrix.t(), da).view(da.shape[0], -1, *da.shape[2:])
+    if needs[1]:
+        product = _rows_product(_rows(da), _rows(x)) if rows else _planes_product(da.flatten(2), x.flatten(2))
+        dw = product.view(weight.shape).to(weight.dtype)
+    return dx, dw, db
+
+
+def _rows_product(
+    da: Tensor,  # (M, C_out)
+    x: Tensor,  # (M, C_in)
+) -> Tensor:  # (C_out, C_in) float32
+    """da^T x, summed and kept in float32."""
+    if x.dtype == torch.float32:
+        return torch.mm(da.t(), x)
+    if not x.is_cuda:
+        return torch.mm(da.t().float(), x.float())
+    return torch.mm(da.t(), x, out_dtype=torch.float32)
+
+
+def _planes_product(
+    da: Tensor,  # (N, C_out, H * W)
+    x: Tensor,  # (N, C_in, H * W)
+) -> Tensor:  # (C_out, C_in) float32
+    """sum over n of da[n] x[n]^T, in float32, without a transposed copy of either tensor.
+
+    Images and channels interleave in memory, so this is no single GEMM. One GEMM an image would leave a partial wave of
+    tiles N times, one batch of N would write N products to memory: batches whose products fit in the L2 cache, added up there.
+    """
+    if not x.is_cuda:
+        da, x = da.float(), x.float()
+    x = x.transpose(1, 2)
+    narrow = x.dtype != torch.float32
+    batch = max(1, min(x.shape[0], _PARTIAL_PRODUCTS // (4 * da.shape[1] * x.shape[2])))
+    options = {"out_dtype": torch.float32} if narrow else {}
+    products = torch.bmm(da[:batch], x[:batch], **options)
+    for first in range(batch, x.shape[0], batch):
+        left, right = da[first : first + batch], x[first : first + batch]
+        some = products[: left.shape[0]]
+        if narrow:
+            torch.ops.aten.baddbmm.dtype_out(some, left, right, torch.float32, out=some)
+        else:
+            torch.baddbmm(some, left, right, out=some)
+    return products[0] if batch == 1 else products.sum(0)

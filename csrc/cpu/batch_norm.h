@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT
+// Elementwise passes and per-channel reductions over an activation tensor, each element read once:
+//   normalize: y = norm(act(a)) (+ residual);  norm_backward: sum dy, sum dy * hhat
+//   pointwise_grad_prologue: da in float32, and db = sum da
+// A work item is a channel's plane of one image (contiguous) or a chunk of positions (channels_last, all channels).
+// Reductions leave one partial per item and channel, in double, merged in order. Bound by memory, and by GELU's
+// 22 operations where the tensor is in cache.
+
+struct Split {
+  int64_t items, rows;  // rows: positions of an item (channels_last)
+  int64_t bytes;        // of the partials, 3 doubles for each item and channel
+};
+inline Split split_of(const Shape& s) {
+  const int64_t total = s.n * s.h * s.w;
+  if (!s.channels_last) return {s.n * s.c, s.h * s.w, s.n * s.c * 24};
+  const int64_t rows = larger(64, 64 * ceil_div(total, 64 * 128));
+  const int64_t items = ceil_div(total, rows);
+  return {items, rows, items * s.c * 24};
+}
+
+inline int useful_threads(const Shape& s, int64_t cost, int threads) {
+  return s.n * s.c * s.h * s.w * cost < 40000 ? 1 : threads;
+}
+
+// Calls f(offset, count, affine, c) for each vector of an item; count < V at an end.
+// Between `begin(c, lanes are channels)` and `end(...)` all vectors belong to the same channel or V channels.
+template <typename Begin, typename F, typename End>
+inline void for_each_vector(const Shape& s, const Split& split, int64_t item, const Norm& norm, const Sums& sums,
+                            const float* table, Begin begin, F f, End end) {
+  if (!s.channels_last) {
+    const int64_t hw = s.h * s.w, c = item % s.c;
+    const Affine affine = affine_of_channel(norm, sums, s, c);
+    begin(item * hw, c, static_cast<int>(smaller(V, hw)));
+    int64_t p = 0;
+    for (; p + V <= hw; p += V) f(item * hw + p, Int<V>{}, V, affine);
+    if (p < hw) f(item * hw + p, Int<0>{}, static_cast<int>(hw - p), affine);
+    end(c, hw);
+    return;
+  }
+  const int64_t first_row = item * split.rows, rows = smaller(split.rows, s.n * s.h * s.w - first_row);
+  for (int64_t c = 0; c < s.c; c += V) {
+    const Affine affine = affine_at(table, padded(s.c), c);
+    const int count = static_cast<int>(smaller(V, s.c - c));
+    const int64_t start = first_row * s.c + c;
+    begin(start, c, count);
+    if (count == V) {
+      for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<V>{}, V, affine);
+    } else {
+      for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<0>{}, count, affine);
+    }
+    end(c, rows);
+  }
+}
+
+template <typename T, int N>
+inline Vec load_some(const T* p, Int<N>, int count) {
+  return N == V ? load(p) : load_n(p, count);
+}
+template <typename T, int N>
+inline void store_some(T* p, Vec x, Int<N>, int count) {
+  if (N == V) {
+    store(p, x);
+  } else {
+    store_n(p, x, count);
+  }
+}
+// 0 in lanes from count on, so that sums over lanes do not see them.
+inline Vec keep(Vec x, int count) {
+  for (int i = count; i < V; i++) x[i] = 0.f;
+  return x;
+}
+
+// Runs items(thread-safe) after the tables are filled, and finish(c) for each channel after that.
+template <typename Items, typename Finish>
+inline void run_items(const Shape& s, const Split& split, const Norm& norm, const Sums& sums, float* table, int threads,
+                      bool finishes, Items items, Finish finish) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (s.channels_last) {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < blocks_of(s.c); b++) fill_table(norm, sums, s, b * V, table);
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < split.items; i++) items(i);
+    if (finishes) {
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < s.c; c++) finish(c);
+    }
+  }
+}
+// The partial of channel c in the order of merging: by image (contiguous) or chunk (channels_last).
+inline int64_t partials_per_channel(const Shape& s, const Split& split) { return s.channels_last ? split.items : s.n; }
+
+constexpr Sums kNoSums = {nullptr, nullptr};
+constexpr Norm kNoNorm = {{nullptr, 0}, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}, 0, false};
+// Vectors whose float sum is taken before it goes into double: few, so that rounding does not add up.
+constexpr int kFlush = 4;
+
+int normalize(const Normalize& p) {
+  const Shape& s = p.shape;
+  const Split split = split_of(s);
+  float* table = static_cast<float*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)))));
+  if (table == nullptr) return 1;
+  with_dtype(s.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* a = static_cast<const T*>(p.a);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* y = static_cast<T*>(p.y);
+    with_activation(p.activation, [&](auto act) {
+      constexpr int A = decltype(act)::value;
+      const auto item = [&](int64_t i) {
+        for_each_vector(
+            s, split, i, p.norm, kNoSums, table, [](int64_t, int64_t, int) {},
+            [&](int64_t at, auto full, int count, const Affine& f) {
+              Vec v = normalized<A>(load_some(a + at, full, count), f, p.norm.present);
+              if (residual != nullptr) v += load_some(residual + at, full, count);
+              store_some(y + at, v, full, count);
+            },
+            [](int64_t, int64_t) {});
+      };
+      run_items(s, split, p.norm, kNoSums, table, useful_threads(s, 4, p.threads), false, item, [](int64_t) {});
+    });
+  });
+  return 0;
+}
+
+int norm_backward(const NormBackward& p) {
+  const Shape& s = p.shape;
+  const Split split = split_of(s);
+  char* memory =
+      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + split.items * s.c * 16)));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * padded(s.c));
+  double* partials = reinterpret_cast<double*>(memory);  // [item (, channel)][2]
+  with_dtype(s.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* a = static_cast<const T*>(p.a);
+    const T* dy = static_cast<const T*>(p.dy);
+    with_activation(p.activation, [&](auto act) {
+      constexpr int A = decltype(act)::value;
+      const auto item = [&](int64_t i) {
+        LaneSums sum, product;
+        for_each_vector(
+            s, split, i, p.norm, kNoSums, table,
+            [&](int64_t, int64_t, int) {
+              sum.clear();
+              product.clear();
+            },
+            [&](int64_t at, auto full, int count, const Affine& f) {
+              // Absent lanes hold g = 0, and a finite h.
+              const Vec g = load_some(dy + at, full, count);
+              sum.add(g);
+              product.add(g * (activate<A>(load_some(a + at, full, count)) - f.row[kMean]));
+            },
+            [&](int64_t c, int64_t) {
+              if (!s.channels_last) {
+                partials[i * 2] = sum.total();
+                partials[i * 2 + 1] = product.total();
+              } else {
+                for (int l = 0; l < V && c + l < s.c; l++) {
+                  partials[(i * s.c + c + l) * 2] = sum.lane(l);
+                  partials[(i * s.c + c + l) * 2 + 1] = product.lane(l);
+                }
+              }
+            });
+      };
+      const auto finish = [&](int64_t c) {
+        double sum = 0, product = 0;
+        for (int64_t k = 0; k < partials_per_channel(s, split); k++) {
+          sum += partials[(k * s.c + c) * 2];
+          product += partials[(k * s.c + c) * 2 + 1];
+        }
+        const double rstd = 1.0 / __builtin_sqrt(static_cast<double>(param_at(p.norm.var, c)) + p.norm.eps);
+        p.sum_dy[c] = static_cast<float>(sum);
+        p.sum_dy_hhat[c] = static_cast<float>(product * rstd);
+      };
+      run_items(s, split, p.norm, kNoSums, table, useful_threads(s, 4, p.threads), true, item, finish);
+    });
+  });
+  return 0;
+}
+
+inline int pointwise_grad_prologue(const PointwiseBackward& p) {
+  const Shape& s = p.shape;
+  const Split split = split_of(s);
+  const bool sums = p.sums.dy != nullptr, wants_db = p.db.data != nullptr;
+  char* memory =
+      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + split.items * s.c * 8)));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * padded(s.c));
+  double* partials = reinterpret_cast<double*>(memory);  // [item (, channel)]
+  with_dtype(s.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* a = static_cast<const T*>(p.a);
+    const T* dy = static_cast<const T*>(p.dy);
+    float* da = p.da;
+    with_activation(p.activation, [&](auto act) {
+      constexpr int A = decltype(act)::value;
+      const auto item = [&](int64_t i) {
+        LaneSums sum;
+        for_each_vector(
+            s, split, i, p.norm, p.sums, table, [&](int64_t, int64_t, int) { sum.clear(); },
+            [&](int64_t at, auto full, int count, const Affine& f) {
+              Vec g = gradient<A>(load_some(dy + at, full, count), load_some(a + at, full, count), f, sums);
+              store_some(da + at, g, full, count);
+              if (!s.channels_last && count < V) g = keep(g, count);
+              sum.add(g);
+            },
+            [&](int64_t c, int64_t) {
+              if (!s.channels_last) {
+                partials[i] = sum.total();
+              } else {
+                for (int l = 0; l < V && c + l < s.c; l++) partials[i * s.c + c + l] = sum.lane(l);
+              }
+            });
+      };
+      const auto finish = [&](int64_t c) {
+        double sum = 0;
+        for (int64_t k = 0; k < partials_per_channel(s, split); k++) sum += partials[k * s.c + c];
+        set_param(p.db, c, static_cast<float>(sum));
+      };
+      run_items(s, split, p.norm, p.sums, table, useful_threads(s, 4, p.threads), wants_db, item, finish);
+    });
+  });
+  return 0;
+}
+
+// The activation alone, for tests of its accuracy.
+void activation_only(const float* x, float* y, int64_t count, int activation, bool wants_gradient) {
+  with_activation(activation, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    for (int64_t i = 0; i < count; i += V) {
+      const int n = static_cast<int>(smaller(V, count - i));
+      Vec h, d;
+      activate_with_grad<A>(load_n(x + i, n), h, d);
+      store_n(y + i, wants_gradient ? d : activate<A>(load_n(x + i, n)), n);
+    }
+  });
+}

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: MIT
+// Depthwise convolution, forward and input gradient:
+//   y[c] = norm(act(sum_ij x[c, y + i - top, x + j - left] * w[c, i, j] + b[c])) (+ x),  dx = correlate(da, flipped w)
+// A work item is V channels of one image (or of a row tile of it). Its input goes once into a zero-padded float plane
+// [row][column][V] that stays in L2; a micro-kernel keeps T output columns and up to kMaxTaps weights in registers, so
+// 24 loads feed 144 FMAs (k = 9); finished rows pass through a dense strip in L1, where the epilogue runs before they
+// are scattered to memory. Bound by FMAs: k*k for each output, against 22 operations of GELU.
+
+// T columns of the sum of kh rows of (chunks * KX + rest) taps. `row` is the plane's row stride in floats. Sums of more
+// than kSumTaps products are taken in parts, which keeps the rounding of large kernels small.
+constexpr int kSumTaps = 100;
+template <int KX, int T>
+void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
+  const int part = 1 + kSumTaps / (chunks * KX + rest);
+  int next_sum = part;
+  Vec acc[T];
+#pragma GCC unroll 16
+  for (int o = 0; o < T; o++) acc[o] = bias;
+  for (int ky = 0; ky < kh; ky++) {
+    if (ky == next_sum) {
+      next_sum += part;
+#pragma GCC unroll 16
+      for (int o = 0; o < T; o++) {
+        Vec* sum = reinterpret_cast<Vec*>(to) + o;
+        *sum = ky == part ? acc[o] : *sum + acc[o];
+        acc[o] = splat(0.f);
+      }
+    }
+    const Vec* p = reinterpret_cast<const Vec*>(plane + ky * row);
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const Vec* taps = reinterpret_cast<const Vec*>(w);
+      Vec weights[KX];
+#pragma GCC unroll 16
+      for (int k = 0; k < KX; k++) weights[k] = taps[k];
+#pragma GCC unroll 32
+      for (int i = 0; i < T + KX - 1; i++) {
+        const Vec v = p[i];
+#pragma GCC unroll 16
+        for (int o = 0; o < T; o++) {
+          if (i - o >= 0 && i - o < KX) acc[o] = fma(v, weights[i - o], acc[o]);
+        }
+      }
+      p += KX;
+      w += KX * V;
+    }
+    for (int k = 0; k < rest; k++) {
+      const Vec weight = *reinterpret_cast<const Vec*>(w);
+#pragma GCC unroll 16
+      for (int o = 0; o < T; o++) acc[o] = fma(p[o], weight, acc[o]);
+      p += 1;
+      w += V;
+    }
+  }
+#pragma GCC unroll 16
+  for (int o = 0; o < T; o++) {
+    Vec* sum = reinterpret_cast<Vec*>(to) + o;
+    *sum = kh > part ? *sum + acc[o] : acc[o];
+  }
+}
+using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);
+
+template <int T>
+Convolve convolve_for(int kx) {
+  switch (kx) {
+    case 1:
+      return convolve<1, T>;
+    case 2:
+      return convolve<2, T>;
+    case 3:
+      return convolve<3, T>;
+    case 4:
+      return convolve<4, T>;
+    case 5:
+      return convolve<5, T>;
+    case 6:
+      return convolve<6, T>;
+    case 7:
+      return convolve<smaller_int(7, kMaxTaps), T>;
+    case 8:
+      return convolve<smaller_int(8, kMaxTaps), T>;
+    default:
+      return convolve<smaller_int(9, kMaxTaps), T>;
+  }
+}
+
+template <int I = 0>
+Convolve convolve_tile(int tile, int kx) {
+  if constexpr (I < static_cast<int>(sizeof kTiles / sizeof kTiles[0])) {
+    return kTiles[I] == tile ? convolve_for<kTiles[I]>(kx) : convolve_tile<I + 1>(tile, kx);
+  } else {
+    return nullptr;
+  }
+}
+
+// Bytes of a padded plane that stay in L2 beside the output strip.
+constexpr int64_t kPlaneBytes = 512 * 1024;
+
+// How the rows of an image and the taps of a kernel row are cut; depends on the shape only.
+struct Plan {
+  int kh, kw, top, left;  // of the correlation that runs, which is flipped for the input gradient
+  int64_t blocks, rows, row_tiles;
+  int tile, column_tiles;  // output columns of a micro-tile, and how many cover a row
+  int64_t columns;         // of the padded plane
+  int64_t strip_rows;      // output rows that are finished together
+  int kx, chunks, rest;
+  Convolve kernel;
+
+  Plan(const Shape& s, int kh_, int kw_, bool flipped) : kh(kh_), kw(kw_) {
+    top = flipped ? kh / 2 : (kh - 1) / 2;
+    left = flipped ? kw / 2 : (kw - 1) / 2;
+    blocks = blocks_of(s.c);
+    column_tiles = static_cast<int>(ceil_div(s.w, kMaxTile));
+    const int64_t width = ceil_div(s.w, column_tiles);
+    for (int candidate : kTiles) {
+      tile = candidate;
+      if (candidate >= width) break;
+    }
+    columns = static_cast<int64_t>(column_tiles) * tile + kw - 1;
+    const int64_t fit = kPlaneBytes / (columns * V * 4) - (kh - 1);
+    const int64_t most = larger(larger(fit, kh), 8);
+    row_tiles = ceil_div(s.h, most);
+    rows = ceil_div(s.h, row_tiles);
+    row_tiles = ceil_div(s.h, rows);
+    strip_rows = smaller(rows, larger(1, 128 / s.w));
+    kx = 1;
+    for (int k = 1; k <= kMaxTaps && k <= kw; k++) {
+      if (kw % k <= kw % kx || kw % k == 0) kx = k;
+    }
+    chunks = kw / kx;
+    rest = kw % kx;
+    kernel = convolve_tile(tile, kx);
+  }
+  int64_t plane_floats() const { return (rows + kh - 1) * columns * V; }
+  int64_t strip_floats(int64_t w) const { return (strip_rows * w + tile) * V; }
+};
+
+// The weights of V channels as [tap][V], in reverse order where flipped.
+inline void pack_weights(const Param& weight, int64_t channels, int taps, int64_t c0, bool flipped, float* to) {
+  const Shape s = {1, channels, 1, taps, weight.dtype, false};
+  const int count = static_cast<int>(smaller(V, channels - c0));
+  with_dtype(weight.dtype, [&](auto tag) {
+    gather(s, static_cast<const decltype(tag)*>(weight.data), 0, c0, count, 0, taps, dense(to));
+  });
+  if (!flipped) return;
+  Vec* w = reinterpret_cast<Vec*>(to);
+  for (int i = 0, j = taps - 1; i < j; i++, j--) {
+    const Vec t = w[i];
+    w[i] = w[j];
+    w[j] = t;
+  }
+}
+
+inline void zero(float* to, int64_t floats) { __builtin_memset(to, 0, static_cast<size_t>(floats) * 4); }
+
+// The input rows [first, last) that an item's plane holds.
+struct Window {
+  int64_t first, last;
+  // The cursor to the start of input row y in the plane.
+  Cursor row(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y) const {
+    return {plane + ((y - y0 + plan.top) * plan.columns + plan.left) * V, 0, s.w, (plan.columns - s.w) * V};
+  }
+};
+// For output rows [y0, y1); rows beyond the image become 0. A plane that always holds whole images keeps those it has.
+inline Window open_window(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y1) {
+  const int64_t above = y0 - plan.top, below = y1 - plan.top + plan.kh - 1;
+  const int64_t first = larger(above, 0), last = smaller(below, s.h);
+  if (plan.row_tiles > 1) {
+    zero(plane, (first - above) * plan.columns * V);
+    zero(plane + (last - above) * plan.columns * V, (below - last) * plan.columns * V);
+  }
+  return {first, last};
+}
+
+constexpr int64_t kMostTogether = 4;
+// Blocks of V channels that an item takes together. In channels_last memory they are neighbours: rows of several blocks
+// in turn use whole pages and neighbouring cache lines, which a single block's stride wastes.
+inline int64_t blocks_together(const Plan& plan, const Shape& s, int64_t bytes, int threads) {
+  int64_t together = s.channels_last ? kMostTogether : 1;
+  while (together > 1 && (together * bytes > kPlaneBytes ||
+                          s.n * plan.row_tiles * ceil_div(plan.blocks, together) < 2 * int64_t{threads})) {
+    together /= 2;
+  }
+  return smaller(together, plan.blocks);
+}
+struct Item {
+  int64_t n, y0, y1, part;  // image, output rows, index of image and row tile
+  int64_t c0;
+  int blocks;  // of V channels, from c0 on
+  Item(const Plan& plan, const Shape& s, int64_t item, int64_t together) {
+    const int64_t groups = ceil_div(plan.blocks, together);
+    part = item / groups;
+    n = part / plan.row_tiles;
+    y0 = part % plan.row_tiles * plan.rows;
+    y1 = smaller(y0 + plan.rows, s.h);
+    c0 = item % groups * together * V;
+    blocks = static_cast<int>(smaller(together, plan.blocks - c0 / V));
+  }
+};
+inline int channels_of(const Shape& s, int64_t c0) { return static_cast<int>(smaller(V, s.c - c0)); }
+
+// Calls f(block, first row, last row) for each block of a few rows before the next rows.
+template <typename F>
+inline void for_rows_of_blocks(const Shape& s, int64_t y0, int64_t y1, int blocks, F f) {
+  const int64_t step = blocks == 1 ? y1 - y0 : larger(1, 32 / s.w);
+  for (int64_t y = y0; y < y1; y += step) {
+    for (int g = 0; g < blocks; g++) f(g, y, smaller(y + step, y1));
+  }
+}
+
+// Runs the micro-kernels over the item's output rows; each block's strip goes through finish(block, p0, p1, strip),
+// then all blocks' strips through emit(block, p0, p1, strip); p are positions in the image.
+template <typename Finish, typename Emit>
+inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const float* planes, const float* weights,
+                          const float* biases, float* strips, Finish finish, Emit emit) {
+  // Of the shape alone, not of item.blocks: statistics are summed strip by strip.
+  const int64_t strip_rows = s.channels_last ? larger(1, plan.strip_rows / kMostTogether) : plan.strip_rows;
+  for (int64_t r0 = item.y0; r0 < item.y1; r0 += strip_rows) {
+    const int64_t r1 = smaller(r0 + strip_rows, item.y1);
+    for (int g = 0; g < item.blocks; g++) {
+      const float* plane = planes + g * plan.plane_floats();
+      const int64_t c0 = item.c0 + g * V;
+      const Vec bias = biases == nullptr ? splat(0.f) : load(biases + c0);
+      float* strip = strips + g * plan.strip_floats(s.w);
+      for (int64_t r = r0; r < r1; r++) {
+        const float* from = plane + (r - item.y0) * plan.columns * V;
+        float* to = strip + (r - r0) * s.w * V;
+        // A tile that overruns its row is overwritten by the next row, which is why rows go in order.
+        for (int t = 0; t < plan.column_tiles; t++) {
+          plan.kernel(from, plan.columns * V, weights + c0 * plan.kh * plan.kw, plan.kh, plan.chunks, plan.rest, bias,
+                      to);
+          from += plan.tile * V;
+          to += plan.tile * V;
+        }
+      }
+      finish(g, r0 * s.w, r1 * s.w, strip);
+    }
+    for_rows_of_blocks(s, r0, r1, item.blocks, [&](int g, int64_t y0, int64_t y1) {
+      emit(g, y0 * s.w, y1 * s.w, strips + g * plan.strip_floats(s.w) + (y0 - r0) * s.w * V);
+    });
+  }
+}
+
+// da of positions [p0, p1) into the cursor; dy and a pass through two dense strips of `strip` positions each.
+constexpr int64_t kGradStrip = 128;
+template <typename T, int A>
+inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affine& f, bool sums, int64_t n, int64_t c0,
+                            int cn, int64_t p0, int64_t p1, float* strips, Cursor to) {
+  if (a == nullptr) return gather(s, dy, n, c0, cn, p0, p1, to);
+  if (s.channels_last && cn == V) {
+    const int64_t start = n * s.h * s.w * s.c + c0;
+    for (int64_t p = p0; p < p1;) {
+      const int64_t run = smaller(to.width - to.column, p1 - p);
+      for (int64_t i = 0; i < run; i++) {
+        const int64_t at = start + (p + i) * s.c;
+        reinterpret_cast<Vec*>(to.p)[i] = gradient<A>(load(dy + at), load(a + at), f, sums);
+      }
+      p += run;
+      to.p += run * V + to.gap;
+      to.column = 0;
+    }
+    return;
+  }
+  Vec* vdy = reinterpret_cast<Vec*>(strips);
+  Vec* va = vdy + kGradStrip;
+  for (int64_t p = p0; p < p1; p += kGradStrip) {
+    const int64_t end = smaller(p + kGradStrip, p1);
+    gather(s, dy, n, c0, cn, p, end, dense(strips));
+    gather(s, a, n, c0, cn, p, end, dense(strips + kGradStrip * V));
+    for (int64_t i = 0; i < end - p;) {
+      const int64_t run = smaller(to.width - to.column, end - p - i);
+      for (int64_t j = 0; j < run; j++) {
+        reinterpret_cast<Vec*>(to.p)[j] = gradient<A>(vdy[i + j], va[i + j], f, sums);
+      }
+      i += run;
+      to.p += run * V;
+      to.column += run;
+      if (to.column == to.width) to.column = 0, to.p += to.gap;
+    }
+  }
+}
+
+inline int depthwise_threads(const Shape& s, int taps, int threads) { return useful_threads(s, taps + 4, threads); }
+
+int depthwise_forward(const DepthwiseForward& p) {
+  const Shape& s = p.shape;
+  const Plan plan(s, p.kh, p.kw, false);
+  const bool training = p.statistics.mean != nullptr;
+  const int taps = p.kh * p.kw;
+  const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;
+  const int64_t moments_bytes = training ? parts * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
+  char* memory = static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(stride) +
+                                                                   float_bytes(stride * taps) + moments_bytes)));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * stride);
+  float* biases = aligned_floats(memory, stride);
+  float* weights = aligned_floats(memory, stride * taps);
+  Moments* partials = reinterpret_cast<Moments*>(memory);  // [image, row tile][channel]
+  const int64_t plane_floats = plan.plane_floats();
+  int failed = 0;
+  const int threads = depthwise_threads(s, taps, p.threads);
+
+  const int64_t together = blocks_together(plan, s, plane_floats * 4, threads);
+  const int64_t strip_floats = plan.strip_floats(s.w);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* planes = static_cast<float*>(scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats)) * 4));
+    if (planes != nullptr) zero(planes, together * plane_floats);
+    float* strips = planes + together * plane_floats;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      pack_weights(p.weight, s.c, taps, b * V, false, weights + b * V * taps);
+      fill_table(p.norm, kNoSums, s, b * V, table);
+      for (int64_t c = b * V; c < (b + 1) * V; c++) {
+        biases[c] = p.bias.data != nullptr && c < s.c ? param_at(p.bias, c) : 0.f;
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < parts * ceil_div(plan.blocks, together); i++) {
+      if (planes == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      const Item item(plan, s, i, together);
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        const T* x = static_cast<const T*>(p.x);
+        T* y = static_cast<T*>(p.y);
+        Window window{};
+        for (int g = 0; g < item.blocks; g++) {
+          window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+        }
+        for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
+          gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
+                 window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+        });
+        const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
+          const int64_t c0 = item.c0 + g * V;
+          scatter(s, from, p.residual ? x : nullptr, y, item.n, c0, channels_of(s, c0), p0, p1);
+        };
+        with_activation(p.activation, [&](auto act) {
+          constexpr int A = decltype(act)::value;
+          if (!training) {
+            const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
+              if (A == kIdentity && !p.norm.present) return;
+              const Affine affine = affine_at(table, stride, item.c0 + g * V);
+              Vec* v = reinterpret_cast<Vec*>(to);
+              for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
+            };
+            convolve_rows(plan, s, item, planes, weights, biases, strips, finish, emit);
+            return;
+          }
+          LaneSums sum[kMostTogether], squares[kMostTogether];
+          Vec shift[kMostTogether];
+          const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
+            Vec* v = reinterpret_cast<Vec*>(to);
+            if (p0 == item.y0 * s.w) {
+              shift[g] = activate<A>(rounded(v[0], tag));
+              sum[g].clear();
+              squares[g].clear();
+            }
+            LaneSums total = sum[g], total_squares = squares[g];
+            const Vec around = shift[g];
+            for (int64_t j = 0; j < p1 - p0; j += kFlush) {
+              Vec short_squares = splat(0.f);
+              for (int64_t k = j; k < smaller(j + kFlush, p1 - p0); k++) {
+                v[k] = rounded(v[k], tag);
+                const Vec h = activate<A>(v[k]), d = h - around;
+                total.add(h);
+                short_squares = fma(d, d, short_squares);
+              }
+              total_squares.add(short_squares);
+            }
+            sum[g] = total;
+            squares[g] = total_squares;
+          };
+          convolve_rows(plan, s, item, planes, weights, biases, strips, finish, emit);
+          for (int g = 0; g < item.blocks; g++) {
+            for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
+              partials[item.part * s.c + item.c0 + g * V + l] =
+                  moments(static_cast<double>((item.y1 - item.y0) * s.w), static_cast<double>(shift[g][l]),
+                          sum[g].lane(l), squares[g].lane(l));
+            }
+          }
+        });
+      });
+    }
+    if (training && failed == 0) {
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < s.c; c++) {
+        Moments m = {0, 0, 0};
+        for (int64_t k = 0; k < parts; k++) merge(m, partials[k * s.c + c]);
+        finish_statistics(p.statistics, c, m);
+      }
+    }
+  }
+  return failed;
+}
+
+int depthwise_input_grad(const DepthwiseInputGrad& p) {
+  const Shape& s = p.shape;
+  const Plan plan(s, p.kh, p.kw, true);
+  const int taps = p.kh * p.kw;
+  const bool sums = p.sums.dy != nullptr;
+  const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;
+  char* memory =
+      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(stride * taps))));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * stride);
+  float* weights = aligned_floats(memory, stride * taps);
+  const int64_t plane_floats = plan.plane_floats();
+  int failed = 0;
+  const int threads = depthwise_threads(s, taps, p.threads);
+
+  const int64_t together = blocks_together(plan, s, plane_floats * 4, threads);
+  const int64_t strip_floats = plan.strip_floats(s.w);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* planes = static_cast<float*>(
+        scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats) + 2 * kGradStrip * V) * 4));
+    if (planes != nullptr) zero(planes, together * plane_floats);
+    float* strips = planes + together * plane_floats;
+    float* grad_strips = strips + together * strip_floats;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      pack_weights(p.weight, s.c, taps, b * V, true, weights + b * V * taps);
+      fill_table(p.norm, p.sums, s, b * V, table);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < parts * ceil_div(plan.blocks, together); i++) {
+      if (planes == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      const Item item(plan, s, i, together);
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        const T* dy = static_cast<const T*>(p.dy);
+        Window window{};
+        for (int g = 0; g < item.blocks; g++) {
+          window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+        }
+        with_activation(p.activation, [&](auto act) {
+          for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
+            const int64_t c0 = item.c0 + g * V;
+            gather_gradient<T, decltype(act)::value>(
+                s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
+                y0 * s.w, y1 * s.w, grad_strips, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+          });
+        });
+        convolve_rows(
+            plan, s, item, planes, weights, nullptr, strips, [](int, int64_t, int64_t, float*) {},
+            [&](int g, int64_t p0, int64_t p1, const float* from) {
+              const int64_t c0 = item.c0 + g * V;
+              scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0,
+                      p1);
+            });
+      });
+    }
+  }
+  return failed;
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MIT
+// Weight gradient of the depthwise convolution: dw[c, i, j] = sum over n, y, x of da[y, x] * x[y + i - top, x + j -
+// left]; db = sum da. A work item is V channels of a group of images; x goes into a padded plane and da into a dense
+// one, as in depthwise.h, and for each kernel row up to 9 taps (or several rows of fewer) accumulate in registers over
+// a strip of rows that stays in L1: kGradTile da vectors in registers meet each x vector, 24 + 16 loads for 144 FMAs.
+// The number of groups depends on the shape only; strips, images and groups are added in a fixed order.
+
+// One row segment of T columns: acc[r][k] += da[o] * x[r][o + k]
+template <int RY, int KX, int T>
+__attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const Vec* x, int64_t row, const Vec* da) {
+  Vec g[T];
+#pragma GCC unroll 16
+  for (int o = 0; o < T; o++) g[o] = da[o];
+#pragma GCC unroll 8
+  for (int r = 0; r < RY; r++) {
+#pragma GCC unroll 32
+    for (int i = 0; i < T + KX - 1; i++) {
+      const Vec v = x[r * row + i];
+#pragma GCC unroll 16
+      for (int k = 0; k < KX; k++) {
+        if (i - k >= 0 && i - k < T) acc[r][k] = fma(v, g[i - k], acc[r][k]);
+      }
+    }
+  }
+}
+
+// RY kernel rows of KX taps, over `rows` rows of w columns; `row` is x's stride in vectors, `taps` dw's row length.
+template <int RY, int KX>
+void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, float* dw, int taps) {
+  Vec acc[RY][KX];
+#pragma GCC unroll 8
+  for (int r = 0; r < RY; r++) {
+#pragma GCC unroll 16
+    for (int k = 0; k < KX; k++) acc[r][k] = splat(0.f);
+  }
+  for (int64_t y = 0; y < rows; y++) {
+    const Vec* vx = reinterpret_cast<const Vec*>(x) + y * row;
+    const Vec* vda = reinterpret_cast<const Vec*>(da) + y * w;
+    int64_t c = 0;
+    for (; c + kGradTile <= w; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
+    if constexpr (kGradTile > 8) {
+      if ((w & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
+    }
+    if constexpr (kGradTile > 4) {
+      if ((w & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
+    }
+    if ((w & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
+    if ((w & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < RY; r++) {
+    Vec* to = reinterpret_cast<Vec*>(dw) + r * taps;
+#pragma GCC unroll 16
+    for (int k = 0; k < KX; k++) to[k] += acc[r][k];
+  }
+}
+using CorrelateRows = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int);
+
+// Kernel rows that share a pass, so that 6 to 10 independent accumulators hide the latency of FMA.
+constexpr int kernel_rows(int kx) { return kx >= 6 ? 1 : kx >= 4 ? 2 : kx == 3 ? 3 : 4; }
+
+template <int KX>
+CorrelateRows correlate_with(bool several) {
+  if (several) return correlate_rows<kernel_rows(KX), KX>;
+  return correlate_rows<1, KX>;
+}
+inline CorrelateRows correlate_for(int kx, bool several) {
+  switch (kx) {
+    case 1:
+      return correlate_with<1>(several);
+    case 2:
+      return correlate_with<2>(several);
+    case 3:
+      return correlate_with<3>(several);
+    case 4:
+      return correlate_with<4>(several);
+    case 5:
+      return correlate_with<5>(several);
+    case 6:
+      return correlate_with<6>(several);
+    case 7:
+      return correlate_with<7>(several);
+    case 8:
+      return correlate_with<8>(several);
+    default:
+      return correlate_with<9>(several);
+  }
+}
+
+// All taps, over one strip of rows.
+inline void correlate_strip(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, int kh, int kw,
+                            float* dw) {
+  const int chunks = static_cast<int>(ceil_div(kw, 9));
+  int kx0 = 0;
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    const int kx = (kw - kx0) / (chunks - chunk), together = kernel_rows(kx);
+    const CorrelateRows several = correlate_for(kx, true), single = correlate_for(kx, false);
+    int ky = 0;
+    for (; ky + together <= kh; ky += together) {
+      several(x + (ky * row + kx0) * V, row, da, rows, w, dw + (ky * kw + kx0) * V, kw);
+    }
+    for (; ky < kh; ky++) single(x + (ky * row + kx0) * V, row, da, rows, w, dw + (ky * kw + kx0) * V, kw);
+    kx0 += kx;
+  }
+}
+
+int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
+  const Shape& s = p.shape;
+  const Plan plan(s, p.kh, p.kw, false);
+  const int taps = p.kh * p.kw;
+  const bool sums = p.sums.dy != nullptr;
+  const int64_t stride = padded(s.c);
+  const int64_t per_group = ceil_div(s.n, smaller(s.n, ceil_div(64, plan.blocks)));
+  const int64_t groups = ceil_div(s.n, per_group);
+  char* memory = static_cast<char*>(scratch(
+      0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(groups * stride * taps) + groups * stride * 8)));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * stride);
+  float* partials = aligned_floats(memory, groups * stride * taps);  // [group][block][tap][V]
+  double* bias_partials = reinterpret_cast<double*>(memory);         // [group][channel]
+  const int64_t plane_floats = plan.plane_floats(), da_floats = plan.rows * s.w * V;
+  // Positions of a strip: da and k rows of x stay in L1.
+  const int64_t strip_rows = larger(1, 256 / s.w);
+  int failed = 0;
+  const int threads = depthwise_threads(s, taps, p.threads);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* plane = static_cast<float*>(
+        scratch(1, static_cast<size_t>((plane_floats + da_floats + 2 * kGradStrip * V + taps * V) * 4)));
+    if (plane != nullptr) zero(plane, plane_floats);
+    float* da = plane + plane_floats;
+    float* strips = da + da_floats;
+    float* image = strips + 2 * kGradStrip * V;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < plan.blocks; b++) fill_table(p.norm, p.sums, s, b * V, table);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < groups * plan.blocks; item++) {
+      if (plane == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      const int64_t b = item % plan.blocks, group = item / plan.blocks, c0 = b * V;
+      const int count = static_cast<int>(smaller(V, s.c - c0));
+      const Affine affine = affine_at(table, stride, c0);
+      float* dw = partials + item * V * taps;
+      zero(dw, taps * V);
+      LaneSums bias_sum;
+      bias_sum.clear();
+      for (int64_t n = group * per_group; n < smaller((group + 1) * per_group, s.n); n++) {
+        zero(image, taps * V);
+        for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
+          const int64_t y1 = smaller(y0 + plan.rows, s.h);
+          const Window window = open_window(plan, s, plane, y0, y1);
+          with_dtype(s.dtype, [&](auto tag) {
+            using T = decltype(tag);
+            gather(s, static_cast<const T*>(p.x), n, c0, count, window.first * s.w, window.last * s.w,
+                   window.row(plan, s, plane, y0, window.first));
+            with_activation(p.activation, [&](auto act) {
+              gather_gradient<T, decltype(act)::value>(s, static_cast<const T*>(p.dy), static_cast<const T*>(p.a),
+                                                       affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strips,
+                                                       dense(da));
+            });
+          });
+          for (int64_t y = 0; y < y1 - y0; y += strip_rows) {
+            const int64_t rows = smaller(strip_rows, y1 - y0 - y);
+            correlate_strip(plane + y * plan.columns * V, plan.columns, da + y * s.w * V, rows, s.w, p.kh, p.kw, image);
+            if (p.db.data == nullptr) continue;
+            const Vec* g = reinterpret_cast<const Vec*>(da + y * s.w * V);
+            for (int64_t i = 0; i < rows * s.w; i++) bias_sum.add(g[i]);
+          }
+        }
+        for (int t = 0; t < taps; t++) reinterpret_cast<Vec*>(dw)[t] += reinterpret_cast<Vec*>(image)[t];
+      }
+      for (int l = 0; l < V; l++) bias_partials[group * stride + c0 + l] = bias_sum.lane(l);
+    }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < plan.blocks; b++) {
+      if (plane == nullptr) continue;
+      Vec* total = reinterpret_cast<Vec*>(partials + b * V * taps);
+      for (int64_t group = 1; group < groups; group++) {
+        const Vec* more = reinterpret_cast<const Vec*>(partials + (group * plan.blocks + b) * V * taps);
+        for (int t = 0; t < taps; t++) total[t] += more[t];
+      }
+      const Shape filter = {1, s.c, 1, taps, p.dw.dtype, false};
+      const int count = static_cast<int>(smaller(V, s.c - b * V));
+      with_dtype(p.dw.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        scatter<T>(filter, reinterpret_cast<float*>(total), nullptr, static_cast<T*>(p.dw.data), 0, b * V, count, 0,
+                   taps);
+      });
+      if (p.db.data == nullptr) continue;
+      for (int64_t c = b * V; c < b * V + count; c++) {
+        double sum = 0;
+        for (int64_t group = 0; group < groups; group++) sum += bias_partials[group * stride + c];
+        set_param(p.db, c, static_cast<float>(sum));
+      }
+    }
+  }
+  return failed;
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+// The kernels for AVX2, FMA and F16C. Everything is in an anonymous namespace: objects for different instruction
+// sets share no inline code, of which the linker would keep one copy for every CPU.
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace convmixer {
+namespace cpu {
+namespace {
+#include "scalar.h"
+// clang-format off: the order matters
+#include "vec_avx2.h"
+#include "activation.h"
+#include "layout.h"
+#include "batch_norm.h"
+#include "gemm.h"
+#include "pointwise.h"
+#include "depthwise.h"
+#include "depthwise_weight_grad.h"
+// clang-format on
+}  // namespace
+
+const Kernels kAvx2 = {"avx2",        depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
+                       norm_backward, pointwise_forward, pointwise_backward,   activation_only};
+
+}  // namespace cpu
+}  // namespace convmixer
+#endif

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT
+// The kernels for AVX-512 (F, BW, VL, DQ). Everything is in an anonymous namespace: objects for different instruction
+// sets share no inline code, of which the linker would keep one copy for every CPU.
+#if defined(__x86_64__) || defined(__i386__)
+// GCC 12's own header trips over its deliberately undefined vectors (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "kernels.h"
+
+namespace convmixer {
+namespace cpu {
+namespace {
+#include "scalar.h"
+// clang-format off: the order matters
+#include "vec_avx512.h"
+#include "activation.h"
+#include "layout.h"
+#include "batch_norm.h"
+#include "gemm.h"
+#include "pointwise.h"
+#include "depthwise.h"
+#include "depthwise_weight_grad.h"
+// clang-format on
+}  // namespace
+
+const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
+                         norm_backward, pointwise_forward, pointwise_backward,   activation_only};
+
+}  // namespace cpu
+}  // namespace convmixer
+#endif

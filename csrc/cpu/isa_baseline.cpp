@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+// The kernels for any CPU: the compiler's vector extensions. Everything is in an anonymous namespace: objects for
+// different instruction sets share no inline code, of which the linker would keep one copy for every CPU.
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+namespace convmixer {
+namespace cpu {
+namespace {
+#include "scalar.h"
+// clang-format off: the order matters
+#include "vec_baseline.h"
+#include "activation.h"
+#include "layout.h"
+#include "batch_norm.h"
+#include "gemm.h"
+#include "pointwise.h"
+#include "depthwise.h"
+#include "depthwise_weight_grad.h"
+// clang-format on
+}  // namespace
+
+const Kernels kBaseline = {"baseline",    depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
+                           norm_backward, pointwise_forward, pointwise_backward,   activation_only};
+
+}  // namespace cpu
+}  // namespace convmixer

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MIT
+// What csrc/cpu/module.cpp and the kernels of one instruction set agree on: plain structs, no torch, no STL.
+// The meaning of every field is that of the argument of the same name in convmixer_kernels/backends/reference.py.
+// Every kernel returns 0, or 1 when scratch memory could not be had; it runs on `threads` OpenMP threads and gives the
+// same bits for any number of them: work is split by shape only, and partial sums are merged in order.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace convmixer {
+namespace cpu {
+
+enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+// A per-channel vector or a weight; data is null where the tensor is None.
+struct Param {
+  const void* data;
+  int dtype;
+};
+struct MutableParam {
+  void* data;
+  int dtype;
+};
+
+// y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias; present = false: y = act(a).
+struct Norm {
+  Param mean, var, weight, bias;
+  double eps;
+  bool present;
+};
+
+// An activation tensor's shape; dense, contiguous or channels_last. Never empty.
+struct Shape {
+  int64_t n, c, h, w;
+  int dtype;
+  bool channels_last;
+};
+
+// What norm_backward returned, float32 (C); null in eval.
+struct Sums {
+  const float* dy;
+  const float* dy_hhat;
+};
+
+// The statistics of act(a), float32 (C), and the running ones, updated in place; mean is null in eval.
+struct Statistics {
+  float* mean;
+  float* var;
+  MutableParam running_mean, running_var;
+  double momentum;
+};
+
+// eval: y = norm(act(conv(x) + bias)) (+ x); training: y = a = conv(x) + bias, and statistics.
+struct DepthwiseForward {
+  Shape shape;
+  int kh, kw;
+  const void* x;
+  Param weight, bias;
+  int activation;
+  Norm norm;
+  bool residual;
+  Statistics statistics;
+  void* y;
+  int threads;
+};
+
+struct DepthwiseInputGrad {
+  Shape shape;
+  int kh, kw;
+  const void* dy;
+  const void* a;  // null where da = dy
+  Param weight;
+  int activation;
+  Norm norm;
+  Sums sums;
+  bool residual;
+  void* dx;
+  int threads;
+};
+
+struct DepthwiseWeightGrad {
+  Shape shape;
+  int kh, kw;
+  const void* dy;
+  const void* a;  // null where da = dy
+  const void* x;
+  int activation;
+  Norm norm;
+  Sums sums;
+  MutableParam dw, db;  // db.data may be null
+  int threads;
+};
+
+struct Normalize {
+  Shape shape;
+  const void* a;
+  int activation;
+  Norm norm;
+  const void* residual;  // may be null
+  void* y;
+  int threads;
+};
+
+struct NormBackward {
+  Shape shape;
+  const void* dy;
+  const void* a;
+  int activation;
+  Norm norm;
+  float* sum_dy;
+  float* sum_dy_hhat;
+  int threads;
+};
+
+// eval: y = norm(act(W x + bias)); training: y = a = W x + bias, and statistics. `shape` is y's.
+struct PointwiseForward {
+  Shape shape;
+  int64_t c_in;
+  const void* x;
+  Param weight, bias;
+  int activation;
+  Norm norm;
+  Statistics statistics;
+  void* y;
+  int threads;
+};
+
+// da = dh * act'(a) into da, dx = W^T da, dw = da x^T, db = sum da. `shape` is dy's.
+struct PointwiseBackward {
+  Shape shape;
+  int64_t c_in;
+  const void* dy;
+  const void* a;
+  const void* x;
+  Param weight;
+  int activation;
+  Norm norm;
+  Sums sums;
+  float* da;  // workspace of dy's layout
+  void* dx;   // null: not wanted; so are dw and db
+  MutableParam dw, db;
+  int threads;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* isa;
+  int (*depthwise_forward)(const DepthwiseForward&);
+  int (*depthwise_input_grad)(const DepthwiseInputGrad&);
+  int (*depthwise_weight_grad)(const DepthwiseWeightGrad&);
+  int (*normalize)(const Normalize&);
+  int (*norm_backward)(const NormBackward&);
+  int (*pointwise_forward)(const PointwiseForward&);
+  int (*pointwise_backward)(const PointwiseBackward&);
+  void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);
+};
+
+extern const Kernels kAvx512, kAvx2, kBaseline;
+
+// The widest set that this CPU runs, or the one that CONVMIXER_CPU_ISA names. On failure null, with the reason in
+// *error (a static string).
+const Kernels* select_kernels(const char** error);
+// The names of the sets that this build has and this CPU runs, separated by commas.
+const char* supported_isas();
+
+// Asks for huge pages under a large output that is about to be written for the first time. Fresh memory costs a page
+// fault for each 4 KB otherwise, which took half of an evaluation block's time on a virtual machine.
+void advise_output(void* p, size_t bytes);
+
+// Memory of the calling thread that lives until its next call with the same slot; 64-byte aligned; null on failure.
+// Slot 0: the caller's shared tables; slot 1: each thread's planes.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace cpu
+}  // namespace convmixer

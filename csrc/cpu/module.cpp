@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: MIT
+// The pybind11 module convmixer_kernels._cpu: addresses, sizes and dtype codes in, no torch. A parameter is an address
+// (0 for None) and a dtype code. Functions release the GIL; the caller keeps the tensors alive.
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace convmixer::cpu;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Kernels& kernels() {
+  static const char* error = nullptr;
+  static const Kernels* selected = select_kernels(&error);
+  if (selected == nullptr) {
+    throw std::runtime_error(std::string("convmixer_kernels: the value of CONVMIXER_CPU_ISA ") + error +
+                             "; here it may be one of " + supported_isas());
+  }
+  return *selected;
+}
+
+void check(int failed) {
+  if (failed != 0) throw std::bad_alloc();
+}
+
+// An output tensor of n * c * h * w elements.
+void* output(Address address, int64_t elements, int dtype) {
+  advise_output(at(address), static_cast<size_t>(elements) * (dtype == kFloat32 ? 4 : 2));
+  return at(address);
+}
+
+void depthwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                       int kh, int kw, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+                       bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
+                       int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps, bool residual,
+                       int threads) {
+  check(kernels().depthwise_forward({{n, c, h, w, dtype, channels_last},
+                                     kh,
+                                     kw,
+                                     at(x),
+                                     {at(weight), weight_dtype},
+                                     {at(bias), bias_dtype},
+                                     activation,
+                                     {{at(mean), mean_dtype},
+                                      {at(var), var_dtype},
+                                      {at(norm_weight), norm_weight_dtype},
+                                      {at(norm_bias), norm_bias_dtype},
+                                      eps,
+                                      norm},
+                                     residual,
+                                     {},
+                                     output(y, n * c * h * w, dtype),
+                                     threads}));
+}
+
+void depthwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                     int kh, int kw, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+                     Address mean, Address var, Address running_mean, int running_mean_dtype, Address running_var,
+                     int running_var_dtype, double momentum, int threads) {
+  check(kernels().depthwise_forward({{n, c, h, w, dtype, channels_last},
+                                     kh,
+                                     kw,
+                                     at(x),
+                                     {at(weight), weight_dtype},
+                                     {at(bias), bias_dtype},
+                                     activation,
+                                     {},
+                                     false,
+                                     {at<float>(mean),
+                                      at<float>(var),
+                                      {at(running_mean), running_mean_dtype},
+                                      {at(running_var), running_var_dtype},
+                                      momentum},
+                                     output(a, n * c * h * w, dtype),
+                                     threads}));
+}
+
+void depthwise_input_grad(Address dy, Address a, Address dx, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                          bool channels_last, int kh, int kw, Address weight, int weight_dtype, int activation,
+                          bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
+                          int norm_weight_dtype, double eps, Address sum_dy, Address sum_dy_hhat, bool residual,
+                          int threads) {
+  check(kernels().depthwise_input_grad(
+      {{n, c, h, w, dtype, channels_last},
+       kh,
+       kw,
+       at(dy),
+       at(a),
+       {at(weight), weight_dtype},
+       activation,
+       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
+       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
+       residual,
+       output(dx, n * c * h * w, dtype),
+       threads}));
+}
+
+void depthwise_weight_grad(Address dy, Address a, Address x, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                           bool channels_last, int kh, int kw, int activation, bool norm, Address mean, int mean_dtype,
+                           Address var, int var_dtype, Address norm_weight, int norm_weight_dtype, double eps,
+                           Address sum_dy, Address sum_dy_hhat, Address dw, int dw_dtype, Address db, int db_dtype,
+                           int threads) {
+  check(kernels().depthwise_weight_grad(
+      {{n, c, h, w, dtype, channels_last},
+       kh,
+       kw,
+       at(dy),
+       at(a),
+       at(x),
+       activation,
+       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
+       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
+       {at(dw), dw_dtype},
+       {at(db), db_dtype},
+       threads}));
+}
+
+void normalize(Address a, Address residual, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+               bool channels_last, int activation, bool norm, Address mean, int mean_dtype, Address var, int var_dtype,
+               Address norm_weight, int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps,
+               int threads) {
+  check(kernels().normalize({{n, c, h, w, dtype, channels_last},
+                             at(a),
+                             activation,
+                             {{at(mean), mean_dtype},
+                              {at(var), var_dtype},
+                              {at(norm_weight), norm_weight_dtype},
+                              {at(norm_bias), norm_bias_dtype},
+                              eps,
+                              norm},
+                             at(residual),
+                             output(y, n * c * h * w, dtype),
+                             threads}));
+}
+
+void norm_backward(Address dy, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                   int activation, Address mean, int mean_dtype, Address var, int var_dtype, double eps, Address sum_dy,
+                   Address sum_dy_hhat, int threads) {
+  check(kernels().norm_backward({{n, c, h, w, dtype, channels_last},
+                                 at(dy),
+                                 at(a),
+                                 activation,
+                                 {{at(mean), mean_dtype}, {at(var), var_dtype}, {}, {}, eps, true},
+                                 at<float>(sum_dy),
+                                 at<float>(sum_dy_hhat),
+                                 threads}));
+}
+
+void pointwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                       int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+                       bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
+                       int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps, int threads) {
+  check(kernels().pointwise_forward({{n, c, h, w, dtype, channels_last},
+                                     c_in,
+                                     at(x),
+                                     {at(weight), weight_dtype},
+                                     {at(bias), bias_dtype},
+                                     activation,
+                                     {{at(mean), mean_dtype},
+                                      {at(var), var_dtype},
+                                      {at(norm_weight), norm_weight_dtype},
+                                      {at(norm_bias), norm_bias_dtype},
+                                      eps,
+                                      norm},
+                                     {},
+                                     output(y, n * c * h * w, dtype),
+                                     threads}));
+}
+
+void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                     int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+                     Address mean, Address var, Address running_mean, int running_mean_dtype, Address running_var,
+                     int running_var_dtype, double momentum, int threads) {
+  check(kernels().pointwise_forward({{n, c, h, w, dtype, channels_last},
+                                     c_in,
+                                     at(x),
+                                     {at(weight), weight_dtype},
+                                     {at(bias), bias_dtype},
+                                     activation,
+                                     {},
+                                     {at<float>(mean),
+                                      at<float>(var),
+                                      {at(running_mean), running_mean_dtype},
+                                      {at(running_var), running_var_dtype},
+                                      momentum},
+                                     output(a, n * c * h * w, dtype),
+                                     threads}));
+}
+
+void pointwise_backward(Address dy, Address a, Address x, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
+                        bool channels_last, int64_t c_in, Address weight, int weight_dtype, int activation, bool norm,
+                        Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
+                        int norm_weight_dtype, double eps, Address sum_dy, Address sum_dy_hhat, Address da, Address dx,
+                        Address dw, int dw_dtype, Address db, int db_dtype, int threads) {
+  check(kernels().pointwise_backward(
+      {{n, c, h, w, dtype, channels_last},
+       c_in,
+       at(dy),
+       at(a),
+       at(x),
+       {at(weight), weight_dtype},
+       activation,
+       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
+       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
+       static_cast<float*>(output(da, n * c * h * w, kFloat32)),
+       output(dx, n * c_in * h * w, dtype),
+       {at(dw), dw_dtype},
+       {at(db), db_dtype},
+       threads}));
+}
+
+void activation(Address x, Address y, int64_t count, int code, bool gradient) {
+  kernels().activation(at<const float>(x), at<float>(y), count, code, gradient);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of convmixer_kernels; see csrc/cpu/kernels.h.";
+  const auto define = [&m](const char* name, auto f) { m.def(name, f, py::call_guard<py::gil_scoped_release>()); };
+  define("depthwise_forward", depthwise_forward);
+  define("depthwise_train", depthwise_train);
+  define("depthwise_input_grad", depthwise_input_grad);
+  define("depthwise_weight_grad", depthwise_weight_grad);
+  define("normalize", normalize);
+  define("norm_backward", norm_backward);
+  define("pointwise_forward", pointwise_forward);
+  define("pointwise_train", pointwise_train);
+  define("pointwise_backward", pointwise_backward);
+  define("activation", activation);
+  m.def("isa", [] { return kernels().isa; });
+  m.def("supported_isas", [] { return supported_isas(); });
+#ifdef __VERSION__
+  m.attr("compiler") = __VERSION__;
+#endif
+}

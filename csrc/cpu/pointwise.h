@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: MIT
+// The 1x1 convolution as a product of packed panels (gemm.h), with the block's epilogue on each tile while it is in L1:
+//   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a);  backward: dx = W^T da, dw = da x^T
+// Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image, channels are a tile's rows. channels_last: Y[NHW][C_out] =
+// X[NHW][C_in] W^T, channels are its columns. The weights are packed once a call; a work item is a group of positions
+// whose input panels stay in L2. Bound by FMAs: C_in an output, against GELU's 22 operations.
+
+// Bytes of an item's packed input.
+constexpr int64_t kItemBytes = 192 * 1024;
+
+// How positions are cut into items; depends on the shape only.
+struct Items {
+  bool channels_last;
+  int64_t images, positions;  // channels_last: one image of N*H*W positions
+  int64_t size, per_image;
+
+  Items(const Shape& s, int64_t depth) : channels_last(s.channels_last) {
+    images = channels_last ? 1 : s.n;
+    positions = channels_last ? s.n * s.h * s.w : s.h * s.w;
+    const int64_t unit = channels_last ? kGemmRows : kGemmColumns;
+    const int64_t fit = smaller(larger(1, kItemBytes / (4 * depth * unit)), 16);
+    // Equal items, and enough of them to share among threads.
+    const int64_t wanted = ceil_div(positions, fit * unit);
+    size = ceil_div(ceil_div(positions, wanted), unit) * unit;
+    per_image = ceil_div(positions, size);
+  }
+  int64_t count() const { return images * per_image; }
+};
+
+// y[position][channel m] = sum over k of weight(m, k) * x(position, k) for all positions, handed tile by tile to
+//   begin(item, c0, count); tile(item, image, c0, count, p0, positions, floats, ld); end(item, c0, count)
+// with a tile's rows channels (contiguous) or positions (channels_last). Packed weights lie in `packed`.
+template <typename T, typename W, typename Begin, typename Tile, typename End>
+inline void product_item(const Items& items, int64_t item, int64_t channels, int64_t depth, const T* x,
+                         const float* packed, float* panels, Begin begin, Tile tile, End end) {
+  const int64_t image = item / items.per_image, p0 = item % items.per_image * items.size;
+  const int64_t p1 = smaller(p0 + items.size, items.positions);
+  alignas(64) float c[kGemmRows * kGemmColumns];
+  if (items.channels_last) {
+    pack_rows(Operand<T>{x, depth, true}, p0, p1, 0, depth, panels);
+    const RowPanels rows(p1 - p0);
+    for (int64_t n = 0; n < channels; n += kGemmColumns) {
+      const int count = static_cast<int>(smaller(kGemmColumns, channels - n));
+      begin(item, n, count);
+      for (int64_t i = 0; i < rows.panels; i++) {
+        multiply_panels(panels + rows.start(i) * depth, rows.height(i), packed + n * depth, vectors_of(count), depth, c,
+                        kGemmColumns, false);
+        tile(item, image, n, count, p0 + rows.start(i), rows.height(i), c);
+      }
+      end(item, n, count);
+    }
+    return;
+  }
+  pack_columns(Operand<T>{x + image * depth * items.positions, items.positions, false}, p0, p1, 0, depth, panels);
+  const RowPanels rows(channels);
+  for (int64_t i = 0; i < rows.panels; i++) {
+    const int64_t m = rows.start(i);
+    begin(item, m, rows.height(i));
+    for (int64_t p = p0; p < p1; p += kGemmColumns) {
+      const int count = static_cast<int>(smaller(kGemmColumns, p1 - p));
+      multiply_panels(packed + m * depth, rows.height(i), panels + (p - p0) * depth, vectors_of(count), depth, c,
+                      kGemmColumns, false);
+      tile(item, image, m, rows.height(i), p, count, c);
+    }
+    end(item, m, rows.height(i));
+  }
+}
+
+inline int64_t packed_floats(bool channels_last, int64_t channels, int64_t depth) {
+  return channels_last ? columns_floats(channels, depth) : rows_floats(channels, depth) + V;
+}
+inline int64_t panel_floats(const Items& items, int64_t depth) {
+  return items.channels_last ? rows_floats(items.size, depth) : columns_floats(items.size, depth);
+}
+// Panel `i` of the weights; weight(m, k) with either k or m contiguous. There are weight_panels of them.
+inline int64_t weight_panels(bool channels_last, int64_t channels) {
+  return channels_last ? column_panels(channels) : RowPanels(channels).panels;
+}
+inline void pack_weight_panel(const Param& weight, int64_t ld, bool k_contiguous, bool channels_last, int64_t channels,
+                              int64_t depth, int64_t i, float* packed) {
+  with_dtype(weight.dtype, [&](auto tag) {
+    using W = decltype(tag);
+    const Operand<W> from = {static_cast<const W*>(weight.data), ld, k_contiguous};
+    if (channels_last) {
+      const int64_t n = i * kGemmColumns;
+      pack_column_panel(from, n, smaller(n + kGemmColumns, channels), 0, depth, packed + n * depth);
+    } else {
+      // Through a buffer: the last store of a panel reaches into the next one, which another thread may have packed.
+      const RowPanels rows(channels);
+      const int64_t m = rows.start(i);
+      const int height = rows.height(i);
+      alignas(64) float buffer[(64 + 1) * V];
+      for (int64_t k = 0; k < depth; k += 64) {
+        const int64_t end = smaller(k + 64, depth);
+        pack(from, m, height, k, end, buffer, height);
+        __builtin_memcpy(packed + m * depth + k * height, buffer, static_cast<size_t>((end - k) * height) * 4);
+      }
+    }
+  });
+}
+
+inline int pointwise_threads(const Shape& s, int64_t depth, int threads) { return useful_threads(s, depth, threads); }
+
+// `shape` is the output's.
+int pointwise_forward(const PointwiseForward& p) {
+  const Shape& s = p.shape;
+  const Items items(s, p.c_in);
+  const bool training = p.statistics.mean != nullptr, last = s.channels_last;
+  const int64_t stride = padded(s.c) + V, depth = p.c_in, hw = s.h * s.w;
+  const int64_t moments_bytes = training ? items.count() * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
+  char* memory =
+      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(stride) +
+                                                        float_bytes(packed_floats(last, s.c, depth)) + moments_bytes)));
+  if (memory == nullptr) return 1;
+  float* table = aligned_floats(memory, kRows * stride);
+  float* biases = aligned_floats(memory, stride);
+  float* packed = aligned_floats(memory, packed_floats(last, s.c, depth));
+  Moments* partials = reinterpret_cast<Moments*>(memory);  // [item][channel]
+  const int64_t weight_count = weight_panels(last, s.c);
+  const int threads = pointwise_threads(s, depth, p.threads);
+  int failed = 0;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, depth)) * 4));
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < stride; c++) {
+      fill_affine(p.norm, kNoSums, 1, c, s.c, table + c, stride);
+      biases[c] = p.bias.data != nullptr && c < s.c ? param_at(p.bias, c) : 0.f;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < weight_count; i++) {
+      pack_weight_panel(p.weight, depth, true, last, s.c, depth, i, packed);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items.count(); item++) {
+      if (panels == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        T* y = static_cast<T*>(p.y);
+        with_activation(p.activation, [&](auto act) {
+          constexpr int A = decltype(act)::value;
+          // Of each channel of the current rows (contiguous) or lanes (channels_last).
+          LaneSums sum[kGemmRows], squares[kGemmRows];
+          alignas(64) float shift[kGemmColumns];
+          double count = 0;
+          const auto begin = [&](int64_t, int64_t, int) {
+            for (int i = 0; i < kGemmRows; i++) sum[i].clear(), squares[i].clear();
+            count = 0;
+          };
+          const auto tile = [&](int64_t, int64_t image, int64_t c0, int channels, int64_t p0, int positions,
+                                const float* c) {
+            if (!last) {
+              for (int r = 0; r < channels; r++) {
+                const float* channel = table + c0 + r;
+                Affine f;
+                for (int i = 0; i < kRows; i++) f.row[i] = splat(channel[i * stride]);
+                const Vec bias = splat(biases[c0 + r]);
+                T* to = y + (image * s.c + c0 + r) * hw + p0;
+                Vec total_squares = splat(0.f);
+                for (int j = 0; j < positions; j += V) {
+                  const int n = positions - j < V ? positions - j : V;
+                  Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
+                  if (training) {
+                    v = rounded(v, tag);
+                    const Vec h = activate<A>(v);
+                    if (count == 0 && j == 0) shift[r] = h[0];
+                    const Vec d = h - splat(shift[r]);
+                    sum[r].add(n < V ? keep(h, n) : h);
+                    total_squares += n < V ? keep(d * d, n) : d * d;
+                  } else {
+                    v = normalized<A>(v, f, p.norm.present);
+                  }
+                  if (n == V) {
+                    store(to + j, v);
+                  } else {
+                    store_n(to + j, v, n);
+                  }
+                }
+                if (training) squares[r].add(total_squares);
+              }
+            } else {
+              for (int j = 0; j < channels; j += V) {
+                const int n = channels - j < V ? channels - j : V;
+                const Affine f = affine_at(table, stride, c0 + j);
+                const Vec bias = load(biases + c0 + j);
+                T* to = y + p0 * s.c + c0 + j;
+                if (training && count == 0) {
+                  store(shift + j, activate<A>(rounded(*reinterpret_cast<const Vec*>(c + j) + bias, tag)));
+                }
+                for (int r = 0; r < positions; r++) {
+                  Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
+                  if (training) {
+                    v = rounded(v, tag);
+                    const Vec h = activate<A>(v), d = h - load(shift + j);
+                    sum[j / V].add(h);
+                    squares[j / V].add(d * d);
+                  } else {
+                    v = normalized<A>(v, f, p.norm.present);
+                  }
+                  if (n == V) {
+                    store(to + r * s.c, v);
+                  } else {
+                    store_n(to + r * s.c, v, n);
+                  }
+                }
+              }
+            }
+            count += positions;
+          };
+          const auto end = [&](int64_t, int64_t c0, int channels) {
+            if (!training) return;
+            for (int i = 0; i < channels; i++) {
+              const double total = last ? sum[i / V].lane(i % V) : sum[i].total();
+              const double square = last ? squares[i / V].lane(i % V) : squares[i].total();
+              partials[item * s.c + c0 + i] = moments(count, static_cast<double>(shift[i]), total, square);
+            }
+          };
+          product_item<T, float>(items, item, s.c, depth, static_cast<const T*>(p.x), packed, panels, begin, tile, end);
+        });
+      });
+    }
+    if (training) {
+#pragma omp for schedule(static)
+      for (int64_t c = 0; c < s.c; c++) {
+        Moments m = {0, 0, 0};
+        for (int64_t k = 0; k < items.count(); k++) merge(m, partials[k * s.c + c]);
+        finish_statistics(p.statistics, c, m);
+      }
+    }
+  }
+  return failed;
+}
+
+// dx(position, k) = sum over m of da(position, m) * weight(m, k); da is float32.
+inline int pointwise_input_grad(const PointwiseBackward& p) {
+  const Shape& s = p.shape;
+  const Items items(s, s.c);
+  const bool last = s.channels_last;
+  const int64_t depth = s.c, channels = p.c_in, hw = s.h * s.w;
+  float* packed = static_cast<float*>(scratch(0, static_cast<size_t>(packed_floats(last, channels, depth)) * 4));
+  if (packed == nullptr) return 1;
+  const int64_t weight_count = weight_panels(last, channels);
+  const int threads = pointwise_threads(s, channels, p.threads);
+  int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, depth)) * 4));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < weight_count; i++) {
+      pack_weight_panel(p.weight, channels, false, last, channels, depth, i, packed);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items.count(); item++) {
+      if (panels == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        T* dx = static_cast<T*>(p.dx);
+        const auto nothing = [](int64_t, int64_t, int) {};
+        const auto tile = [&](int64_t, int64_t image, int64_t c0, int count, int64_t p0, int positions,
+                              const float* c) {
+          const int rows = last ? positions : count, columns = last ? count : positions;
+          T* to = last ? dx + p0 * channels + c0 : dx + (image * channels + c0) * hw + p0;
+          const int64_t ld = last ? channels : hw;
+          for (int r = 0; r < rows; r++) {
+            for (int j = 0; j < columns; j += V) {
+              const Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j);
+              if (columns - j >= V) {
+                store(to + r * ld + j, v);
+              } else {
+                store_n(to + r * ld + j, v, columns - j);
+              }
+            }
+          }
+        };
+        product_item<float, float>(items, item, channels, depth, p.da, packed, panels, nothing, tile, nothing);
+      });
+    }
+  }
+  return failed;
+}
+
+// dw(m, k) = sum over positions of da(position, m) * x(position, k). A work item is a block of dw and a group of chunks
+// of positions; groups are added in order.
+inline int pointwise_weight_grad(const PointwiseBackward& p) {
+  const Shape& s = p.shape;
+  const bool last = s.channels_last;
+  const int64_t m = s.c, n = p.c_in, hw = s.h * s.w, positions = last ? s.n * hw : hw;
+  constexpr int64_t kBlockRows = 19 * kGemmRows, kBlockColumns = 8 * kGemmColumns;
+  const int64_t row_blocks = ceil_div(m, kBlockRows), column_blocks = ceil_div(n, kBlockColumns);
+  const int64_t blocks = row_blocks * column_blocks;
+  const int64_t per_image = ceil_div(positions, kGemmDepth);
+  const int64_t chunks = (last ? 1 : s.n) * per_image;
+  const int64_t per_group = ceil_div(chunks, smaller(chunks, ceil_div(16, blocks)));
+  const int64_t groups = ceil_div(chunks, per_group);
+  const int64_t ldc = ceil_div(n, V) * V;
+  float* partials = static_cast<float*>(scratch(0, static_cast<size_t>(groups * m * ldc) * 4));  // [group][m][ldc]
+  if (partials == nullptr) return 1;
+  const int64_t left_floats = ceil_div(rows_floats(kBlockRows, kGemmDepth), 16) * 16;
+  const int64_t right_floats = columns_floats(kBlockColumns, kGemmDepth);
+  const int threads = pointwise_threads(s, n, p.threads);
+  int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* left = static_cast<float*>(scratch(1, static_cast<size_t>(left_floats + right_floats) * 4));
+    float* right = left + left_floats;
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < groups * blocks; item++) {
+      if (left == nullptr) {
+#pragma omp atomic write
+        failed = 1;
+        continue;
+      }
+      const int64_t group = item / blocks, block = item % blocks;
+      const int64_t m0 = block / column_blocks * kBlockRows, m1 = smaller(m0 + kBlockRows, m);
+      const int64_t n0 = block % column_blocks * kBlockColumns, n1 = smaller(n0 + kBlockColumns, n);
+      const RowPanels rows(m1 - m0);
+      for (int64_t chunk = group * per_group; chunk < smaller((group + 1) * per_group, chunks); chunk++) {
+        const int64_t image = chunk / per_image, k0 = chunk % per_image * kGemmDepth;
+        const int64_t k1 = smaller(k0 + kGemmDepth, positions), depth = k1 - k0;
+        pack_rows(Operand<float>{p.da + image * m * hw, last ? m : hw, !last}, m0, m1, k0, k1, left);
+        with_dtype(s.dtype, [&](auto tag) {
+          using T = decltype(tag);
+          pack_columns(Operand<T>{static_cast<const T*>(p.x) + image * n * hw, last ? n : hw, !last}, n0, n1, k0, k1,
+                       right);
+        });
+        for (int64_t c = n0; c < n1; c += kGemmColumns) {
+          for (int64_t i = 0; i < rows.panels; i++) {
+            multiply_panels(left + rows.start(i) * depth, rows.height(i), right + (c - n0) * depth, vectors_of(n1 - c),
+                            depth, partials + (group * m + m0 + rows.start(i)) * ldc + c, ldc,
+                            chunk > group * per_group);
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+      with_dtype(p.dw.dtype, [&](auto tag) {
+        auto* to = static_cast<decltype(tag)*>(p.dw.data) + r * n;
+        for (int64_t c = 0; c < n; c += V) {
+          Vec v = splat(0.f);
+          for (int64_t g = 0; g < groups; g++) v += load(partials + (g * m + r) * ldc + c);
+          if (n - c >= V) {
+            store(to + c, v);
+          } else {
+            store_n(to + c, v, static_cast<int>(n - c));
+          }
+        }
+      });
+    }
+  }
+  return failed;
+}
+
+int pointwise_backward(const PointwiseBackward& p) {
+  int failed = pointwise_grad_prologue(p);
+  if (failed == 0 && p.dx != nullptr) failed = pointwise_input_grad(p);
+  if (failed == 0 && p.dw.data != nullptr) failed = pointwise_weight_grad(p);
+  return failed;
+}

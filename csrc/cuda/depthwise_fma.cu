@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: MIT
+// y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with partial statistics of act(a), and dx = conv(da, flipped w) (+ dy),
+// in float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel.
+// A block owns a tile of outputs of one or several planes; a thread owns 4 x 8 outputs of it, keeps a window of 4 input rows in
+// registers and walks down the filter's rows: 32 kTaps FMAs for one new row of 4 and for 3 weights' LDS.128 (kTaps = 9).
+// Bound, k = 9: 81 FMAs an output, and every other instruction takes an FMA's issue slot: about 3 of shared memory, 4 of
+// filling and storing, 32 of an erf; bytes (8 an output in float32) need as long as the FMAs.
+// Registers <= 128, so 4 blocks of 128 threads (channels_last 2 of 256) share a multiprocessor: one fills while others compute.
+#include "depthwise_fma.cuh"
+
+namespace convmixer {
+namespace {
+
+using namespace fma;
+
+struct Tiling {
+  int across, down;         // patches of a tile
+  int images, channels;     // planes of a block
+  int tiles_x, tiles_y;
+  int image_groups, channel_groups;
+  Filter filter;
+  Box box;
+  FastDiv by_across, by_planes, by_images, by_tiles, by_tiles_x, by_channel_groups;
+  FastDiv by_filter, by_row;  // padded taps of a channel, of a filter row
+  int weights;              // floats
+  int threads;
+  size_t shared;
+  __host__ __device__ int64_t parts() const { return static_cast<int64_t>(image_groups) * tiles_x * tiles_y; }
+  int64_t blocks() const { return parts() * channel_groups; }
+};
+
+template <class L>
+Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
+  const Filter filter = filter_of<L>(kh, kw, flipped);
+  const int row_taps = L::kChunked ? 4 * filter.chunks : L::kPaddedTaps, taps = kh * row_taps;
+  const int patches_x = static_cast<int>(ceil_div(s.w, kColumns)), patches_y = static_cast<int>(ceil_div(s.h, kRows));
+  const int64_t most = max_dynamic_shared(), wish = std::min<int64_t>(most, L::kChannelsLast ? 113 << 10 : 56 << 10);
+  const int64_t processors = multiprocessor_count();
+  Tiling best{};
+  double best_cost = 0;
+  for (int64_t limit : {wish, most}) {
+    for (int across = std::min({patches_x, L::kSlots, 16}); across > 0; --across) {
+      const int tiles_x = static_cast<int>(ceil_div(patches_x, across));
+      // a narrower tile may cover the row with as many
+      if (ceil_div(patches_x, tiles_x) != across) continue;
+      const int tallest = L::kSlots / across;
+      for (int tiles_y = static_cast<int>(ceil_div(patches_y, tallest)), tries = 0; tiles_y <= patches_y && tries < 4; ++tiles_y) {
+        const int down = static_cast<int>(ceil_div(patches_y, tiles_y));
+        if (ceil_div(patches_y, down) != tiles_y) continue;
+        ++tries;
+        Tiling t{};
+        t.across = across, t.down = down, t.tiles_x = tiles_x, t.tiles_y = tiles_y, t.filter = filter;
+        t.box = box_of<L>(down * kRows + kh - 1, columns_of<L>(filter, across), across);
+        int planes = L::kSlots / (across * down);
+        for (;; planes = (planes + 1) / 2) {
+          t.images = static_cast<int>(std::min<int64_t>(s.n, planes));
+          t.channels = L::kChannelsLast ? L::kLanes : static_cast<int>(std::min<int64_t>(s.c, planes / t.images));
+          t.image_groups = static_cast<int>(ceil_div(s.n, t.images));
+          t.channel_groups = static_cast<int>(ceil_div(s.c, t.channels));
+          const int tile_planes = L::kChannelsLast ? t.images : t.images * t.channels;
+          t.weights = L::kChannelsLast ? (taps * (L::kLanes + 1) + 3) / 4 * 4 : t.channels * taps;
+          t.shared = sizeof(float) * (static_cast<size_t>(tile_planes) * t.box.plane + t.weights + 4 * t.channels);
+          const int slots = across * down * tile_planes;
+          t.threads = (slots * L::kLanes + 31) / 32 * 32;
+          // room for the statistics' sums
+          t.shared = std::max(t.shared, sizeof(float) * (t.threads + t.weights + 4 * t.channels));
+          const bool fits = static_cast<int64_t>(t.shared) <= limit;
+          const bool fills = t.blocks() >= 2 * processors || t.threads <= 64;
+          if (planes == 1 || (fits && fills)) break;
+        }
+        if (static_cast<int64_t>(t.shared) > limit) continue;
+        const int tile_planes = L::kChannelsLast ? t.images : t.images * t.channels;
+        // in FMAs: an output's own, 40 for its epilogue, and 25 for each element brought into shared memory
+        const double cost = static_cast<double>(t.blocks()) *
+                            (static_cast<double>(t.threads) * kRows * kColumns * (taps + 40) +
+                             25. * tile_planes * L::kLanes * t.box.rows * t.box.columns);
+        if (best.threads == 0 || cost < best_cost) best = t, best_cost = cost;
+      }
+    }
+    if (best.threads != 0) break;
+  }
+  best.by_across = FastDiv(best.across);
+  best.by_planes = FastDiv(L::kChannelsLast ? best.images : best.images * best.channels);
+  best.by_images = FastDiv(best.images);
+  best.by_tiles = FastDiv(best.tiles_x * best.tiles_y);
+  best.by_tiles_x = FastDiv(best.tiles_x);
+  best.by_channel_groups = FastDiv(best.channel_groups);
+  best.by_filter = FastDiv(taps);
+  best.by_row = FastDiv(row_taps);
+  return best;
+}
+
+// Weights with zeros around each row: contiguous [channel][i][tap], channels_last [i][tap][channel] with an odd pitch.
+template <class L, class T, bool kFlipped>
+__device__ __forceinline__ void fill_weights(float* to, const Param& weight, const Tiling& t, int c0, int64_t channels) {
+  const int taps = t.by_filter.divisor, size = t.channels * taps;
+  for (int i = threadIdx.x; i < size; i += blockDim.x) {
+    uint32_t tap, column;
+    const int channel = t.by_filter.divmod(i, tap), row = t.by_row.divmod(tap, column), j = column - t.filter.front;
+    float w = 0.f;
+    if (j >= 0 && j < t.filter.kw && c0 + channel < channels) {
+      const int r = kFlipped ? t.filter.kh - 1 - row : row, q = kFlipped ? t.filter.kw - 1 - j : j;
+      w = load_param_as<T>(weight, (static_cast<int64_t>(c0 + channel) * t.filter.kh + r) * t.filter.kw + q);
+    }
+    to[L::kChannelsLast ? tap * (L::kLanes + 1) + channel : i] = w;
+  }
+}
+
+// acc[r][q] = sum over taps; `row` is the first row of this thread's window, `weights` its channel's.
+template <class L>
+__device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const float* row, int group, const float* weights,
+                                         const Tiling& t) {
+  constexpr int kTap = L::kChannelsLast ? L::kLanes + 1 : 1;
+  const int row_taps = t.by_row.divisor;
+  for (int chunk = 0; chunk < (L::kChunked ? t.filter.chunks : 1); ++chunk) {
+    Cursor at = cursor<L>(row, t.box, group + chunk);
+    const float* w_row = weights + chunk * 4 * kTap;
+    float window[kRows][L::kWindow];
+#pragma unroll
+    for (int r = 0; r < kRows - 1; ++r) {
+      read_row<L>(window[r], at, 0);
+      at.even += t.box.pitch, at.odd += t.box.pitch;
+    }
+    for (int i = 0; i < t.filter.kh; i += kRows) {
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if (i + u >= t.filter.kh) break;
+        read_row<L>(window[(u + kRows - 1) % kRows], at, 0);
+        at.even += t.box.pitch, at.odd += t.box.pitch;
+        float w[L::kPaddedTaps];
+        if constexpr (L::kChannelsLast) {
+#pragma unroll
+          for (int b = 0; b < L::kTaps; ++b) w[b] = w_row[b * kTap];
+        } else {
+#pragma unroll
+          for (int b = 0; b < L::kPaddedTaps; b += 4) {
+            const float4 v = *reinterpret_cast<const float4*>(w_row + b);
+            w[b] = v.x, w[b + 1] = v.y, w[b + 2] = v.z, w[b + 3] = v.w;
+          }
+        }
+        w_row += row_taps * kTap;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int b = 0; b < L::kTaps; ++b)
+#pragma unroll
+            for (int q = 0; q < kColumns; ++q)
+              acc[r][q] = fmaf(w[b], window[(u + r) % kRows][L::kShift + q + b], acc[r][q]);
+      }
+    }
+  }
+}
+
+// Sum of v over the threads of a channel, in a fixed order: `count` threads, this one is number `index` at `at`, others `stride` apart.
+__device__ __forceinline__ float channel_sum(float v, float* scratch, int at, int stride, int index, int count) {
+  int reach = 1;
+  while (reach < count) reach *= 2;
+  __syncthreads();
+  if (index < count) scratch[at] = v;
+  __syncthreads();
+  for (reach /= 2; reach > 0; reach /= 2) {
+    if (index < reach && index + reach < count) scratch[at] += scratch[at + reach * stride];
+    __syncthreads();
+  }
+  return scratch[index < count ? at - index * stride : 0];
+}
+
+// Where a thread's patch lies.
+struct Patch {
+  int across, down, image, channel;  // within the block
+  int slot;                          // of the slots of its channel
+  bool used;                         // the thread has a slot
+};
+template <class L>
+__device__ __forceinline__ Patch patch_of(const Tiling& t) {
+  Patch p;
+  const int lane = threadIdx.x % L::kLanes;
+  uint32_t across, plane;
+  p.down = t.by_planes.divmod(t.by_across.divmod(threadIdx.x / L::kLanes, across), plane);
+  p.across = across;
+  p.channel = L::kChannelsLast ? lane : static_cast<int>(t.by_images.div(plane));
+  p.image = plane - (L::kChannelsLast ? 0 : p.channel * t.images);
+  p.slot = (p.down * t.images + p.image) * t.across + p.across;
+  p.used = p.down < t.down;
+  return p;
+}
+
+// The block's tile and the thread's patch in the tensor.
+template <class L>
+struct Position {
+  Place place;
+  Patch patch;
+  int n, c, y, x;
+  int part;
+  bool active;
+  __device__ __forceinline__ Position(const Tiling& t, const Shape& s) : patch(patch_of<L>(t)) {
+    uint32_t channel_group, tile, column;
+    part = t.by_channel_groups.divmod(blockIdx.x, channel_group);
+    const int image_group = t.by_tiles.divmod(part, tile);
+    const int y0 = t.by_tiles_x.divmod(tile, column) * t.down * kRows, x0 = column * t.across * kColumns;
+    place = {y0 - t.filter.top, x0 - t.filter.pad, image_group * t.images, static_cast<int>(channel_group) * t.channels, t.images, t.channels};
+    n = place.n + patch.image, c = place.c + patch.channel;
+    y = y0 + patch.down * kRows, x = x0 + patch.across * kColumns;
+    active = patch.used && n < s.n && c < s.c && y < s.h && x < s.w;
+  }
+  __device__ __forceinline__ const float* row(const float* tile, const Box& box) const {
+    const int plane = L::kChannelsLast ? patch.image : patch.channel * place.images + patch.image;
+    return tile + plane * box.plane + patch.down * kRows * box.pitch + (L::kChannelsLast ? patch.channel : 0);
+  }
+  __device__ __forceinline__ int64_t offset(const Shape& s, int r) const {
+    return L::kChannelsLast ? ((static_cast<int64_t>(n) * s.h + y + r) * s.w + x) * s.c + c
+                            : ((n * s.c + c) * s.h + y + r) * s.w + x;
+  }
+  // this thread's columns of a row of a tensor
+  template <class T>
+  __device__ __forceinline__ void store(T* row, const float (&v)[kColumns], const Shape& s, bool vector) const {
+    if constexpr (L::kChannelsLast) {
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q)
+        if (x + q < s.w) row[q * s.c] = from_float<T>(v[q]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < kColumns; q += 4)
+        if (x + q < s.w) store4(row + q, Four{{v[q], v[q + 1], v[q + 2], v[q + 3]}}, s.w - x - q, vector);
+    }
+  }
+  template <class T>
+  __device__ __forceinline__ void add(float (&v)[kColumns], const T* row, const Shape& s, bool vector) const {
+    if constexpr (L::kChannelsLast) {
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q)
+        if (x + q < s.w) v[q] += to_float(row[q * s.c]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < kColumns; q += 4) {
+        if (x + q >= s.w) continue;
+        const Four f = load4(row + q, s.w - x - q, vector).wide();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[q + j] += f.v[j];
+      }
+    }
+  }
+};
+
+template <class T, class L>
+__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
+    depthwise_forward_tile(const DepthwiseForward p, const Tiling t, const bool vector) {
+  DYN_SHARED(float, weights);
+  float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
+  float* const tile = weights + t.weights + 4 * t.channels;
+  const Shape& s = p.shape;
+  const Position<L> at(t, s);
+
+  fill_weights<L, T, false>(weights, p.weight, t, at.place.c, s.c);
+  for (int i = threadIdx.x; i < t.channels; i += blockDim.x) {
+    const int c = at.place.c + i;
+    float4 k = make_float4(0.f, 0.f, 1.f, 0.f);  // bias, mean, scale, shift
+    if (c < s.c) {
+      k.x = load_param_as<T>(p.bias, c);
+      if (p.norm.present) {
+        k.y = load_param(p.norm.mean, c);
+        k.z = rsqrtf(load_param(p.norm.var, c) + p.norm.eps) * load_param(p.norm.weight, c, 1.f);
+        k.w = load_param(p.norm.bias, c);
+      }
+    }
+    constants[i] = k;
+  }
+  InputSource<T> source{static_cast<const T*>(p.x), vector};
+  fill<L>(tile, t.box, at.place, s, source);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float acc[kRows][kColumns] = {};
+  const float* const row = at.row(tile, t.box);
+  float4 k = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (at.active) {
+    convolve<L>(acc, row, 2 * at.patch.across,
+                weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
+    k = constants[at.patch.channel];
+  }
+  T* const y = static_cast<T*>(p.y);
+  const bool training = p.partials != nullptr;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int q = 0; q < kColumns; ++q) {
+      acc[r][q] += k.x;
+      if (training) acc[r][q] = to_float(from_float<T>(acc[r][q]));
+    }
+    if (training && at.active && at.y + r < s.h) at.store(y + at.offset(s, r), acc[r], s, vector);
+  }
+  dispatch_activation(p.activation, [&](auto act) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q) acc[r][q] = activation<decltype(act)::value>(acc[r][q]);
+  });
+  if (!training) {
+    if (!at.active) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (at.y + r >= s.h) break;
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q) acc[r][q] = (acc[r][q] - k.y) * k.z + k.w;
+      if (p.residual) {
+        const float* const center = row + (r + t.filter.top) * t.box.pitch;
+        if constexpr (L::kChannelsLast) {
+          const int column = at.patch.across * kColumns + t.filter.pad;
+#pragma unroll
+          for (int q = 0; q < kColumns; ++q) acc[r][q] += center[column_offset<L>(t.box, column + q)];
+        } else {
+          float x[kColumns];
+          read_row<L>(x, cursor<L>(center, t.box, 2 * at.patch.across + t.filter.pad / 4), 0);
+#pragma unroll
+          for (int q = 0; q < kColumns; ++q) acc[r][q] += x[q];
+        }
+      }
+      at.store(y + at.offset(s, r), acc[r], s, vector);
+    }
+    return;
+  }
+
+  // the statistics of act(a) in two steps: the mean, then squared deviations from it
+  float sum = 0.f;
+  if (at.active) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q)
+        if (at.y + r < s.h && at.x + q < s.w) sum += acc[r][q];
+  }
+  const int slots = t.across * t.down * t.images, stride = L::kChannelsLast ? L::kLanes : 1;
+  const int first = L::kChannelsLast ? at.patch.channel : at.patch.channel * slots;
+  const int index = at.patch.used ? at.patch.slot : slots;
+  const int rows = min(t.down * kRows, s.h - at.place.y - t.filter.top);
+  const int columns = min(t.across * kColumns, s.w - at.place.x - t.filter.pad);
+  const float count = static_cast<float>(min(static_cast<int64_t>(t.images), s.n - at.place.n) * rows * columns);
+  const float mean = channel_sum(sum, tile, first + index * stride, stride, index, slots) / count;
+  float square = 0.f;
+  if (at.active) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q)
+        if (at.y + r < s.h && at.x + q < s.w) square = fmaf(acc[r][q] - mean, acc[r][q] - mean, square);
+  }
+  square = channel_sum(square, tile, first + index * stride, stride, index, slots);
+  if (index == 0 && at.c < s.c) {
+    float* const out = p.partials + (static_cast<int64_t>(at.c) * t.parts() + at.part) * 3;
+    out[0] = count, out[1] = mean, out[2] = square;
+  }
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
+    depthwise_input_grad_tile(const DepthwiseInputGrad p, const Tiling t, const bool vector) {
+  DYN_SHARED(float, weights);
+  float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
+  float* const tile = weights + t.weights + 4 * t.channels;
+  const Shape& s = p.shape;
+  const Position<L> at(t, s);
+
+  fill_weights<L, T, true>(weights, p.weight, t, at.place.c, s.c);
+  const float count = static_cast<float>(s.n * s.h * s.w);
+  for (int i = threadIdx.x; i < t.channels; i += blockDim.x)
+    constants[i] = at.place.c + i < s.c ? gradient_constants(p.norm, p.sums, at.place.c + i, count)
+                                        : make_float4(0.f, 0.f, 0.f, 0.f);
+  __syncthreads();
+  GradientSource<T, L::kChannelsLast> source{static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation,
+                                             p.sums.dy != nullptr,        vector};
+  fill<L>(tile, t.box, at.place, s, source);
+  __syncthreads();
+  if (!at.active) return;
+
+  float acc[kRows][kColumns] = {};
+  convolve<L>(acc, at.row(tile, t.box), 2 * at.patch.across,
+              weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (at.y + r >= s.h) break;
+    const int64_t offset = at.offset(s, r);
+    if (p.residual) at.add(acc[r], static_cast<const T*>(p.dy) + offset, s, vector);
+    at.store(static_cast<T*>(p.dx) + offset, acc[r], s, vector);
+  }
+}
+
+template <class K, class P>
+int launch(K kernel, const P& p, const Tiling& t, bool vector, void* stream) {
+  if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
+  if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess) return static_cast<int>(error);
+  LAUNCH(kernel, dim3(static_cast<unsigned>(t.blocks())), dim3(t.threads), t.shared, static_cast<cudaStream_t>(stream), p, t, vector);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace
+
+int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw) {
+  int64_t parts = 0;
+  dispatch(shape, kh, kw, [&](auto, auto layout) {
+    parts = tiling_of<decltype(layout)>(shape, kh, kw, false).parts();
+    return 0;
+  });
+  return parts;
+}
+
+int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
+  return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
+    using T = decltype(type);
+    using L = decltype(layout);
+    return launch(depthwise_forward_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, false), vectors<T>(p.shape, {p.x, p.y}), stream);
+  });
+}
+
+int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream) {
+  return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
+    using T = decltype(type);
+    using L = decltype(layout);
+    return launch(depthwise_input_grad_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, true), vectors<T>(p.shape, {p.dy, p.a, p.dx}), stream);
+  });
+}
+
+}  // namespace convmixer

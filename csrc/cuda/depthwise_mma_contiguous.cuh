@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: MIT
+// The contiguous (N, C, H, W) kernel of depthwise_mma.cuh. A block of 4 warps owns channel blockIdx.x and the items
+// blockIdx.y, blockIdx.y + splits, ...; an item is some images, or a band of rows and columns of one. Three stages of
+// the input tile: two in flight while one is computed, one barrier an item. The input gradient turns dy and a into da
+// in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
+// 16-byte stores. W % 8 != 0: the same tile, filled and stored value by value.
+#pragma once
+#include "depthwise_mma.cuh"
+
+namespace convmixer {
+namespace mma {
+
+constexpr int kContiguousWarps = 4;
+
+__host__ __device__ constexpr int round_up_to(int a, int b) { return (a + b - 1) / b * b; }
+
+// Bytes of a warp's output strip, 16 rows; the rows' pitch is an odd number of 16-byte pieces: no bank conflicts.
+template <int NT, bool SINGLE>
+struct OutputStrip {
+  static constexpr int pieces = SINGLE ? NT : NT + 1;  // 16-byte pieces at multiples of 8 columns
+  static constexpr int pitch = 16 * (pieces | 1);
+  static constexpr int bytes = 16 * pitch;
+};
+
+// 16 bytes of an item's input, the same for every item where plan.pieces > 0: where they go in the stage (16 bits),
+// their image (8 bits) and how many of the 8 values lie in the image; and their position from the item's first image.
+struct Piece {
+  uint32_t place;
+  int index;
+};
+
+template <bool SINGLE>
+__device__ void list_pieces(const Plan& plan, Piece* pieces) {
+  for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
+    uint32_t chunk, row;
+    const uint32_t image = plan.by_copy_rows.divmod(plan.by_copy_chunks.divmod(q, chunk), row);
+    const uint32_t offset = image * plan.plane_bytes + (row + plan.row_lo) * plan.pitch + (chunk + plan.chunk_lo) * 16;
+    const int x = 8 * chunk, count = min(8, plan.w - x);
+    pieces[q] = {offset | image << 16 | static_cast<uint32_t>(count) << 24,
+                 static_cast<int>((image * plan.c * plan.h + row) * plan.w + x)};
+  }
+}
+
+// Calls f(offset, index, count) for each 16-byte piece of an item that this thread copies: `count` of the 8 values,
+// from element `index` on, lie in the image.
+template <int S, bool SINGLE, class F>
+__device__ __forceinline__ void for_each_piece(const Plan& plan, const Piece* pieces, const Item& item, int c, F&& f) {
+  if (plan.pieces > 0) {
+    const int64_t base = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w;
+    const uint32_t images = plan.n - item.image;
+    for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
+      const Piece piece = pieces[q];
+      if ((piece.place >> 16 & 0xff) < images) f(piece.place & 0xffff, base + piece.index, piece.place >> 24);
+    }
+    return;
+  }
+  const int total = plan.images * plan.row_count * plan.chunk_count;
+  for (int q = threadIdx.x; q < total; q += 32 * kContiguousWarps) {
+    uint32_t chunk, row;
+    const uint32_t rest = plan.by_copy_chunks.divmod(q, chunk);
+    const int image = plan.by_copy_rows.divmod(rest, row);
+    chunk += plan.chunk_lo;
+    row += plan.row_lo;
+    const int n = item.image + image, y = item.row + static_cast<int>(row) - plan.top;
+    const int x = SINGLE ? 8 * chunk : item.column + 8 * (static_cast<int>(chunk) - S);
+    const bool inside = n < plan.n && y >= 0 && y < plan.h && x >= 0 && x < plan.w;
+    const int64_t index = ((static_cast<int64_t>(n) * plan.c + c) * plan.h + y) * plan.w + x;
+    f(image * plan.plane_bytes + static_cast<int>(row) * plan.pitch + static_cast<int>(chunk) * 16, index,
+      inside ? min(8, plan.w - x) : 0);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void copy_piece(void* to, const T* from, int64_t index, int count, bool vectors) {
+  if (vectors) {
+    cp_async<16>(to, count > 0 ? from + index : from, count > 0 ? 16 : 0);
+  } else {
+    uint32_t w[4] = {0, 0, 0, 0};
+    const uint16_t* const values = reinterpret_cast<const uint16_t*>(from) + index;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < count) w[i / 2] |= static_cast<uint32_t>(values[i]) << (16 * (i & 1));
+    store16(to, make_uint4(w[0], w[1], w[2], w[3]));
+  }
+}
+
+// The first `count` of 8 values, then zeros.
+__device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
+  if (count >= 8) return v;
+  const auto keep = [count](uint32_t w, int i) { return count >= i + 2 ? w : (count == i + 1 ? w & 0xffffu : 0u); };
+  return make_uint4(keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6));
+}
+
+template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
+__global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(const __grid_constant__ Args p) {
+  using Strip = OutputStrip<NT, SINGLE>;
+  DYN_SHARED(unsigned char, shared);
+  const Plan& plan = p.plan;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int c = blockIdx.x, split = blockIdx.y;
+  const bool transforms = GRAD && p.a != nullptr;
+  const T* x = static_cast<const T*>(p.x);
+  const T* a = static_cast<const T*>(p.a);
+  unsigned char* const stages = shared;
+  unsigned char* const a_stages = transforms ? stages + kStages * plan.tile_bytes : stages;
+  const int a_offset = static_cast<int>(a_stages - stages);
+  // every item alike and aligned: copies and stores follow the list of pieces
+  const bool listed = plan.pieces > 0 && plan.vectors;
+  unsigned char* const strips = a_stages + kStages * plan.tile_bytes;
+  unsigned char* const strip_out = strips + warp * Strip::bytes;
+  Piece* const pieces = reinterpret_cast<Piece*>(strips + kContiguousWarps * Strip::bytes);
+  T* const table = reinterpret_cast<T*>(pieces + plan.pieces);
+
+  const int to_clear = static_cast<int>(reinterpret_cast<unsigned char*>(pieces) - shared);
+  for (int i = 16 * threadIdx.x; i < to_clear; i += 16 * 32 * kContiguousWarps)
+    store16(shared + i, make_uint4(0, 0, 0, 0));
+  build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
+  list_pieces<SINGLE>(plan, pieces);
+  const Affine affine = load_affine<T, GRAD>(p, c);
+  // where this lane's pairs of row g go in the strip: tile j at 16 j, but tile 0 of SINGLE is split over both edges
+  uint32_t* const strip_pair = reinterpret_cast<uint32_t*>(strip_out + g * Strip::pitch + 4 * t + (SINGLE ? -8 : 8));
+  uint32_t* const strip_pair0 = strip_pair + (SINGLE && t < 2 ? 4 * NT : 0);
+  __syncthreads();
+
+  uint32_t fixed[KH > 0 ? KH : 1][2 * S];
+  if constexpr (KH > 0) {
+#pragma unroll
+    for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
+  }
+
+  const auto copy = [&](int item, int stage) {
+    if (item < plan.items && listed) {
+      const int image = locate(plan, item).image;
+      const int64_t first = (static_cast<int64_t>(image) * plan.c + c) * plan.h * plan.w;
+      unsigned char* const to = stages + stage * plan.tile_bytes;
+      for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
+        const Piece piece = pieces[q];
+        if ((piece.place >> 16 & 0xff) >= static_cast<uint32_t>(plan.n - image)) continue;
+        cp_async<16>(to + (piece.place & 0xffff), x + first + piece.index);
+        if (transforms) cp_async<16>(to + a_offset + (piece.place & 0xffff), a + first + piece.index);
+      }
+    } else if (item < plan.items) {
+      for_each_piece<S, SINGLE>(plan, pieces, locate(plan, item), c, [&](int offset, int64_t index, int count) {
+        copy_piece(stages + stage * plan.tile_bytes + offset, x, index, count, plan.vectors);
+        if (transforms) copy_piece(a_stages + stage * plan.tile_bytes + offset, a, index, count, plan.vectors);
+      });
+    }
+    cp_async_commit();
+  };
+
+  for (int s = 0; s < kStages - 1; ++s) copy(split + s * plan.splits, s);
+  Moments moments = {0.f, 0.f, 0.f};
+  uint32_t trace = 0;
+  int stage = 0;
+  for (int current = split; current < plan.items; current += plan.splits) {
+    const Item item = locate(plan, current);
+    const int64_t first_image = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w;
+    const uint32_t images_left = plan.n - item.image;
+    const unsigned char* const x_tile = stages + stage * plan.tile_bytes;
+    unsigned char* const tile = a_stages + stage * plan.tile_bytes;
+    cp_async_wait<kStages - 2>();
+    if (transforms) {
+      for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
+        uint4 da = make_uint4(0, 0, 0, 0);
+        if (count > 0) {
+          da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), affine, p.activation);
+          da = keep_first(da, count);
+        }
+        store16(tile + offset, da);
+      });
+    }
+    // also: every warp is done with the stage that the next copy fills
+    __syncthreads();
+    copy(current + (kStages - 1) * plan.splits, stage == 0 ? kStages - 1 : stage - 1);
+
+    for (int unit = warp; unit < plan.strips * plan.groups; unit += kContiguousWarps) {
+      uint32_t group = 0;
+      const int strip = SINGLE ? unit : static_cast<int>(plan.by_groups.divmod(unit, group));
+      const int count = plan.images * plan.rows;
+      uint32_t y;
+      const int image = plan.by_rows.divmod(min(16 * strip + (lane & 15), count - 1), y);
+      const int pitch = SINGLE ? 16 * (NT | 1) : plan.pitch;
+      const int offset =
+          image * plan.plane_bytes + static_cast<int>(y) * pitch + 16 * NT * static_cast<int>(group) + 16 * (lane >> 4);
+      float acc[NT][4];
+      convolve<T, S, KH, NT, SINGLE>(acc, tile + offset, pitch, plan.kh, fixed, table, affine.bias, lane);
+      if (!GRAD && p.partials == nullptr) apply_block(acc, affine, p.activation);
+      if (p.residual) {
+        Unit<T, S, NT, SINGLE> inputs;
+        inputs.load(x_tile + offset + plan.top * pitch);
+        inputs.add_identity(acc, lane);
+      }
+      uint32_t words[NT][2];
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          words[j][i] = pack2<T>(acc[j][2 * i], acc[j][2 * i + 1]);
+          (j == 0 ? strip_pair0 : strip_pair)[4 * j + 2 * i * Strip::pitch] = words[j][i];
+        }
+      if (!GRAD && p.partials != nullptr) {
+        const bool all = SINGLE && plan.w == 8 * NT && 16 * strip + 16 <= count && item.image + plan.images <= plan.n &&
+                         item.row + plan.rows <= plan.h;
+        uint32_t valid = 0;
+#pragma unroll
+        for (int i = 0; i < 2 && !all; ++i) {
+          uint32_t row;
+          const int v = 16 * strip + g + 8 * i, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+          if (v >= count || n >= plan.n || item.row + static_cast<int>(row) >= plan.h) continue;
+#pragma unroll
+          for (int j = 0; j < NT; ++j) {
+            const int column = !SINGLE ? item.column + 8 * (NT * static_cast<int>(group) + j) - 4 + 2 * t
+                                       : (j > 0 || t >= 2 ? 8 * j - 4 + 2 * t : 8 * NT - 4 + 2 * t);
+            if (column >= 0 && column < plan.w) valid |= 1u << (4 * j + 2 * i);
+            if (column >= 0 && column + 1 < plan.w) valid |= 2u << (4 * j + 2 * i);
+          }
+        }
+        add_moments<T, NT>(moments, words, all, valid, p.activation);
+      }
+      __syncwarp();
+      if (SINGLE && listed) {
+#pragma unroll
+        for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
+          const int q = lane + 32 * k, row = q / NT, block = q % NT;
+          const int entry = (16 * strip + row) * plan.chunk_count + block;
+          if ((16 * NT < 32 && q >= 16 * NT) || block >= plan.chunk_count || entry >= plan.pieces) continue;
+          const Piece piece = pieces[entry];
+          if ((piece.place >> 16 & 0xff) >= images_left) continue;
+          const uint4 out = load16(strip_out + row * Strip::pitch + 16 * block);
+          trace = trace_finite16<T>(trace, out);
+          store16(static_cast<T*>(p.y) + first_image + piece.index, out);
+        }
+        __syncwarp();
+        continue;
+      }
+#pragma unroll
+      for (int q = lane; q < round_up_to(16 * Strip::pieces, 32); q += 32) {
+        const int r = q / Strip::pieces, piece = q % Strip::pieces, v = 16 * strip + r;
+        const int block = SINGLE ? piece : NT * static_cast<int>(group) + piece - 1;
+        const int from = !SINGLE && piece == 0 ? 4 : 0;
+        int to = !SINGLE && piece == NT ? 4 : 8;
+        int64_t index;
+        if (q >= 16 * Strip::pieces || v >= count) continue;
+        if (plan.pieces > 0) {
+          if (block < 0 || block >= plan.chunk_count) continue;
+          const Piece entry = pieces[v * plan.chunk_count + block];
+          if ((entry.place >> 16 & 0xff) >= images_left) continue;
+          index = first_image + entry.index;
+          to = min(to, static_cast<int>(entry.place >> 24));
+        } else {
+          uint32_t row;
+          const int n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+          const int out_y = item.row + static_cast<int>(row), first = item.column + 8 * block;
+          if (n >= plan.n || out_y >= plan.h || first < 0) continue;
+          index = ((static_cast<int64_t>(n) * plan.c + c) * plan.h + out_y) * plan.w + first;
+          to = min(to, plan.w - first);
+        }
+        if (from >= to) continue;
+        const T* const staged = reinterpret_cast<const T*>(strip_out + r * Strip::pitch + 16 * piece);
+        const uint4 out = load16(staged);
+        trace = trace_finite16<T>(trace, out);
+        T* const y_out = static_cast<T*>(p.y) + index;
+        if (!plan.vectors) {
+#pragma unroll 1
+          for (int i = from; i < to; ++i) y_out[i] = staged[i];
+        } else if (SINGLE || (from == 0 && to == 8)) {
+          store16(y_out, out);
+        } else {
+          *reinterpret_cast<uint2*>(y_out + from) = from == 0 ? make_uint2(out.x, out.y) : make_uint2(out.z, out.w);
+        }
+      }
+      __syncwarp();
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+
+  if (__syncthreads_or(!was_finite<T>(trace)))
+    settle_nan<T, GRAD, false>(p, c, split, threadIdx.x, 32 * kContiguousWarps);
+  if (!GRAD && p.partials != nullptr) {
+    moments = warp_merge(moments);
+    Moments* const of_warps = reinterpret_cast<Moments*>(strips);
+    __syncthreads();
+    if (lane == 0) of_warps[warp] = moments;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 1; i < kContiguousWarps; ++i) moments = merge(moments, of_warps[i]);
+      float* const out = p.partials + (static_cast<int64_t>(c) * plan.splits + split) * 3;
+      out[0] = moments.count;
+      out[1] = moments.mean;
+      out[2] = moments.m2;
+    }
+  }
+}
+
+}  // namespace mma
+}  // namespace convmixer

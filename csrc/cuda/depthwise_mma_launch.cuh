@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: MIT
+// Host side of depthwise_mma.cuh: how a tensor is cut into items, and which instantiation runs it. The plan depends on
+// the shape alone, so that the partials' number and the bits of the result do not depend on the GPU.
+#pragma once
+#include "depthwise_mma_channels_last.cuh"
+#include "depthwise_mma_contiguous.cuh"
+
+namespace convmixer {
+namespace mma {
+
+// S: 16-column steps of the window. KH: kernel rows whose Toeplitz fragments live in registers; 0: any number,
+// fragments from shared memory. NT: tiles of 8 columns a warp computes at a time.
+struct Variant {
+  int s, kh, nt, channels;
+  bool single;
+};
+
+// False where no tensor-core kernel fits (float32, shared memory, grid).
+inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms, Plan& q, Variant& v) {
+  if (s.dtype == kFloat32 || kh > 31 || kw > 31 || s.n > 1 << 28 || s.c > 1 << 28) return false;
+  q = Plan();
+  q.n = static_cast<int>(s.n), q.c = static_cast<int>(s.c), q.h = s.h, q.w = s.w, q.kh = kh, q.kw = kw;
+  q.top = grad ? kh / 2 : (kh - 1) / 2;
+  q.left = grad ? kw / 2 : (kw - 1) / 2;
+  v.s = kw <= 9 ? 1 : kw <= 25 ? 2 : 3;
+  const int blocks = (s.w + 7) / 8;
+  v.kh = kw > 9 || kh > 9 ? 0 : kh <= 7 && blocks > 2 ? 7 : 9;
+  v.channels = v.kh > 0 ? 16 : 8;
+  const int kernel_rows = v.kh > 0 ? v.kh : kh;
+  v.single = blocks <= 4 && (v.kh > 0 || v.s > 1);
+  v.nt = v.single && v.kh > 0 ? (blocks <= 2 ? blocks : 4) : 4;
+  const int tiles = v.single ? v.nt : round_up_to((s.w + 4 + 7) / 8, v.nt);
+  q.tiles = v.single ? v.nt : std::min(tiles, s.channels_last ? v.nt : 16);
+  q.column_tiles = (tiles + q.tiles - 1) / q.tiles;
+  q.chunks = v.single ? q.tiles : q.tiles + 2 * v.s - 1;
+  q.pitch = 16 * (q.chunks | 1);
+  q.groups = q.tiles / v.nt;
+
+  // rows of an item: the whole image where it is small, else a band of a multiple of 16 rows
+  const int limit = s.channels_last ? 3328 : 12288;
+  const int most = std::max(16, (limit / q.pitch - (kernel_rows - 1)) / 16 * 16);
+  q.bands = (s.h + most - 1) / most;
+  q.rows = q.bands == 1 ? s.h : round_up_to((s.h + q.bands - 1) / q.bands, 16);
+  q.bands = (s.h + q.rows - 1) / q.rows;
+  const bool whole = q.bands == 1 && q.column_tiles == 1;
+  q.tile_rows = q.rows + kernel_rows - 1;
+  q.plane_bytes = q.tile_rows * q.pitch;
+
+  // images of an item: as few as keep the rows of its strips, and the warps, 90 % busy
+  const int together = s.channels_last ? 2 : kContiguousWarps;
+  q.images = 1;
+  double best = 0;
+  for (int images = 1; whole && images <= std::min(q.n, 64); ++images) {
+    if (images > 1 && images * q.plane_bytes > limit + limit / 2) break;
+    const int units = (images * q.rows + 15) / 16 * q.groups;
+    const double busy = images * q.rows * q.groups / 16.0 / round_up_to(units, together);
+    if (busy > best) best = busy, q.images = images;
+    if (busy > 0.9) break;
+  }
+  q.strips = (q.images * q.rows + 15) / 16;
+  q.tile_bytes = q.images * q.plane_bytes;
+  if (whole && !s.channels_last) {
+    q.row_lo = q.top, q.row_count = q.rows, q.chunk_lo = v.single ? 0 : v.s, q.chunk_count = blocks;
+  } else {
+    q.row_lo = 0, q.row_count = q.tile_rows, q.chunk_lo = 0, q.chunk_count = q.chunks;
+  }
+  // every item alike: its 16-byte pieces are listed once
+  const int64_t reach = int64_t(q.images) * s.c * s.h * s.w;
+  q.pieces = whole && !s.channels_last && reach < int64_t(1) << 31 ? q.images * q.row_count * q.chunk_count : 0;
+  const int64_t image_groups = (s.n + q.images - 1) / q.images, items = image_groups * q.bands * q.column_tiles;
+  const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
+  if (items > 1 << 30) return false;
+  q.items = static_cast<int>(items);
+  const int64_t wanted_blocks = s.channels_last ? 264 : 1056;
+  int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
+  per_block = std::max(per_block, (items + 65534) / 65535);
+  q.splits = static_cast<int>((items + per_block - 1) / per_block);
+
+  q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
+  if (s.channels_last) {
+    q.raw_chunk = 16 * v.channels + (v.channels == 8 ? 16 : 32);
+    q.raw_bytes = q.images * q.tile_rows * q.chunks * q.raw_chunk;
+    q.shared_bytes = v.channels * (q.tile_bytes + q.table_bytes + static_cast<int>(sizeof(Affine))) +
+                     q.raw_bytes * (transforms ? 2 : 1);
+    q.vectors = s.c % 8 == 0;
+  } else {
+    const int strip = 16 * 16 * ((v.single ? v.nt : v.nt + 1) | 1);
+    q.shared_bytes = kStages * q.tile_bytes * (transforms ? 2 : 1) + kContiguousWarps * strip +
+                     q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
+    q.vectors = s.w % 8 == 0;
+  }
+  q.by_rows = FastDiv(q.rows), q.by_tiles = FastDiv(q.tiles), q.by_groups = FastDiv(q.groups);
+  q.by_copy_rows = FastDiv(q.row_count), q.by_copy_chunks = FastDiv(q.chunk_count);
+  q.by_bands = FastDiv(q.bands), q.by_column_tiles = FastDiv(q.column_tiles);
+  return q.shared_bytes <= max_dynamic_shared();
+}
+
+template <class K>
+inline int launch_kernel(K kernel, const Args& p, int64_t owners, int threads, cudaStream_t stream) {
+  const cudaError_t error = set_dynamic_shared(kernel, p.plan.shared_bytes);
+  if (error != cudaSuccess) return error;
+  LAUNCH(kernel, dim3(static_cast<unsigned>(owners), p.plan.splits), dim3(threads), p.plan.shared_bytes, stream, p);
+  return cudaGetLastError();
+}
+
+template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
+int launch_layout(const Args& p, bool channels_last, cudaStream_t stream) {
+  constexpr int channels = KH > 0 ? 16 : 8;
+  if (channels_last) {
+    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, channels>, p,
+                         (p.plan.c + channels - 1) / channels, 32 * channels, stream);
+  }
+  return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, p.plan.c, 32 * kContiguousWarps, stream);
+}
+
+// Fragments in registers: kernels up to 9 x 9.
+template <class T, bool GRAD, int KH>
+int launch_small(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  if (!v.single) return launch_layout<T, GRAD, 1, KH, 4, false>(p, channels_last, stream);
+  if constexpr (KH == 9) {
+    if (v.nt == 1) return launch_layout<T, GRAD, 1, KH, 1, true>(p, channels_last, stream);
+    if (v.nt == 2) return launch_layout<T, GRAD, 1, KH, 2, true>(p, channels_last, stream);
+  }
+  return launch_layout<T, GRAD, 1, KH, 4, true>(p, channels_last, stream);
+}
+
+template <class T, bool GRAD, int S>
+int launch_large(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  if constexpr (S > 1) {
+    if (v.single) return launch_layout<T, GRAD, S, 0, 4, true>(p, channels_last, stream);
+  }
+  return launch_layout<T, GRAD, S, 0, 4, false>(p, channels_last, stream);
+}
+
+template <class T, bool GRAD>
+int launch(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  if (v.kh == 9) return launch_small<T, GRAD, 9>(p, v, channels_last, stream);
+  if (v.kh == 7) return launch_small<T, GRAD, 7>(p, v, channels_last, stream);
+  if (v.s == 1) return launch_large<T, GRAD, 1>(p, v, channels_last, stream);
+  if (v.s == 2) return launch_large<T, GRAD, 2>(p, v, channels_last, stream);
+  return launch_large<T, GRAD, 3>(p, v, channels_last, stream);
+}
+
+}  // namespace mma
+}  // namespace convmixer

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT
+// The depthwise weight gradient for every shape, kernel size and layout: a block owns `channels` channels and every
+// parts-th unit of images, loads x, computes da on the way into shared memory, and its warps split the kernel rows
+// (groups), the channels, and the K steps and column tiles (slices). One part of dw and db per block.
+#pragma once
+#include "depthwise_weight_grad_tile.cuh"
+
+namespace convmixer {
+namespace weight_grad {
+
+constexpr int kMaxChannels = 8;
+// Warps of a block: enough for all kernel rows of two channels. Two blocks on a multiprocessor, one for wide kernels.
+constexpr int max_warps(int blocks) { return blocks == 1 ? 8 : 12; }
+
+// A thread moves two columns of CHANNELS neighbouring channels (1, or 2 of a channels_last tensor) at a time, always the
+// same channels. values[k] receives those of channel k: the left column's in the low half.
+template <int CHANNELS, class T>
+__device__ __forceinline__ void load_columns(const T* source, int64_t column_stride, bool left, bool right,
+                                             uint32_t (&values)[CHANNELS]) {
+  if constexpr (CHANNELS == 1) {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(source);
+    values[0] = uint32_t(left ? bits[0] : 0) | uint32_t(right ? bits[column_stride] : 0) << 16;
+  } else {
+    const uint32_t low = left ? *reinterpret_cast<const uint32_t*>(source) : 0;
+    const uint32_t high = right ? *reinterpret_cast<const uint32_t*>(source + column_stride) : 0;
+    values[0] = __byte_perm(low, high, 0x5410);
+    values[1] = __byte_perm(low, high, 0x7632);
+  }
+}
+
+// Pairs of columns that a thread has loaded before it uses the first, of x and of dy and a.
+constexpr int kBatchX = 4, kBatchD = 2;
+
+// x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
+template <int CHANNELS, class T>
+__device__ __forceinline__ void load_x(const Plan& p, const Unit& u, const T* x, int first, int step, T* tile) {
+  const Strides& s = p.strides;
+  const int pairs = p.x_pitch / 2, count = u.images * u.x_rows * pairs;
+#pragma unroll 1
+  for (int start = first; start < count; start += kBatchX * step) {
+    uint32_t values[kBatchX][CHANNELS];
+    int target[kBatchX];
+#pragma unroll
+    for (int j = 0; j < kBatchX; ++j) {
+      const int i = start + j * step;
+      if (i < count) {
+        const int row = int(p.x_pairs.div(i)), pair = i - row * pairs, image = image_of(p, row);
+        const int y = u.x0 + row - image * u.x_rows, column = u.c0 - p.shift + 2 * pair;
+        load_columns(x + (u.image + image) * s.image + y * s.row + column * s.column, s.column,
+                     unsigned(column) < unsigned(p.w), unsigned(column + 1) < unsigned(p.w), values[j]);
+        target[j] = row * p.x_pitch + 2 * pair;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatchX; ++j) {
+      if (start + j * step < count) {
+#pragma unroll
+        for (int k = 0; k < CHANNELS; ++k) {
+          *reinterpret_cast<uint32_t*>(tile + k * p.x_plane + target[j]) = values[j][k];
+        }
+      }
+    }
+  }
+}
+
+// da of the unit, zeros in the padding rows and columns; db collects this thread's sums.
+template <int CHANNELS, class T>
+__device__ __forceinline__ void load_da(const Plan& p, const Unit& u, const GradInput& g,
+                                        const GradCoefficients* coefficients, const T* dy, const T* a, int first,
+                                        int step, T* tile, float (&db)[CHANNELS]) {
+  const Strides& s = p.strides;
+  const int pairs = p.d_pitch / 2, rows = u.images * u.rows, count = round_up(rows, 16) * pairs;
+#pragma unroll 1
+  for (int start = first; start < count; start += kBatchD * step) {
+    uint32_t values[kBatchD][CHANNELS], pre[kBatchD][CHANNELS];
+    int target[kBatchD], inside[kBatchD];  // inside: columns of the pair that are not padding
+#pragma unroll
+    for (int j = 0; j < kBatchD; ++j) {
+      const int i = start + j * step;
+      if (i < count) {
+        const int row = int(p.d_pairs.div(i)), pair = i - row * pairs, image = image_of(p, row);
+        const int y = u.y0 + row - image * u.rows;
+        const int64_t at = (u.image + image) * s.image + y * s.row + (u.c0 + 2 * pair) * s.column;
+        inside[j] = row < rows ? u.cols - 2 * pair : 0;
+        load_columns(dy + at, s.column, inside[j] > 0, inside[j] > 1, values[j]);
+        if (g.has_a) load_columns(a + at, s.column, inside[j] > 0, inside[j] > 1, pre[j]);
+        target[j] = d_offset(p, row, pair / 4) + pair % 4 * 2;
+      }
+    }
+    const auto finish = [&](const auto& gradient) {
+#pragma unroll
+      for (int j = 0; j < kBatchD; ++j) {
+        if (start + j * step < count) {
+#pragma unroll
+          for (int k = 0; k < CHANNELS; ++k) {
+            const float2 d = gradient(k, inside[j], unpack2<T>(values[j][k]), pre[j][k]);
+            db[k] += d.x + d.y;
+            *reinterpret_cast<uint32_t*>(tile + k * p.d_plane + target[j]) = pack2<T>(d.x, d.y);
+          }
+        }
+      }
+    };
+    if (g.has_a) {
+      dispatch_activation(g.activation, [&](auto act) {
+        constexpr int kAct = decltype(act)::value;
+        finish([&](int k, int columns, float2 d, uint32_t packed) {
+          const GradCoefficients& c = coefficients[k];
+          const float2 h = unpack2<T>(packed);
+          return make_float2(grad_of<kAct>(g, c, columns > 0 ? c.offset : 0.f, d.x, h.x),
+                             grad_of<kAct>(g, c, columns > 1 ? c.offset : 0.f, d.y, h.y));
+        });
+      });
+    } else {
+      finish([](int, int, float2 d, uint32_t) { return d; });
+    }
+  }
+}
+
+// A warp's share of the arithmetic.
+struct alignas(16) Role {
+  int first_row, kernel_rows, channel, slice;
+};
+
+template <class T, int BLOCKS, int CHANNELS>
+__global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1) block_kernel(const Plan p, const Arguments<T> g) {
+  constexpr int ROWS = warp_kernel_rows(BLOCKS);
+  DYN_SHARED(T, shared);
+  SHARED_ARRAY(GradCoefficients, coefficients, kMaxChannels);
+  SHARED_ARRAY(float, db_parts, max_warps(BLOCKS) * kMaxChannels);
+  T* zeros = shared;  // one x row
+  T* x_tiles = zeros + p.x_pitch;
+  T* d_tiles = x_tiles + p.channels * p.x_plane;
+
+  const int lane = threadIdx.x & 31;
+  // the broadcast tells the compiler that a warp does not diverge on it
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0);
+  // read again for each unit: kept in registers, the roles would make others spill
+  SHARED_ARRAY(Role, roles, max_warps(BLOCKS));
+  if (lane == 0) {
+    const int first_row = warp % p.groups * ROWS, rest = warp / p.groups;
+    roles[warp] = {first_row, min(ROWS, p.kh - first_row), rest % p.channels, rest / p.channels};
+  }
+  const int64_t first_channel = int64_t(blockIdx.x) * p.channels;
+  const int channels = int(min(int64_t(p.channels), p.c - first_channel));
+
+  for (int i = threadIdx.x; i < p.x_pitch; i += blockDim.x) zeros[i] = from_float<T>(0.f);
+  if (int(threadIdx.x) < channels) coefficients[threadIdx.x] = grad_coefficients(g.grad, first_channel + threadIdx.x);
+
+  // while loading, `sharers` threads work on an element's channels
+  const int sharers = p.channels / CHANNELS, own = threadIdx.x % sharers * CHANNELS;
+  const int first = own < channels ? threadIdx.x / sharers : 1 << 28, step = blockDim.x / sharers;
+
+  float acc[ROWS][BLOCKS][4] = {};
+  float db[CHANNELS] = {};
+#pragma unroll 1
+  for (int index = blockIdx.y; index < p.units; index += gridDim.y) {
+    const Unit u = unit_at(p, index);
+    const int64_t start = (int64_t(blockIdx.x) * p.channels + own) * p.strides.channel;
+    __syncthreads();
+    load_x<CHANNELS>(p, u, g.x + start, first, step, x_tiles + own * p.x_plane);
+    load_da<CHANNELS>(p, u, g.grad, coefficients + own, g.dy + start, g.a + (g.grad.has_a ? start : 0), first, step,
+                      d_tiles + own * p.d_plane, db);
+    __syncthreads();
+    const Role role = roles[warp];
+    if (role.channel >= channels) continue;
+    const T* x = x_tiles + role.channel * p.x_plane;
+    const T* d = d_tiles + role.channel * p.d_plane;
+    const int tiles = (u.cols + 7) / 8, chunks = (tiles + kColumnTiles - 1) / kColumnTiles;
+    const int items = (u.images * u.rows + 15) / 16 * chunks;
+#pragma unroll 1
+    for (int item = role.slice; item < items; item += p.slices) {
+      const int k_step = item / chunks, first_tile = (item - k_step * chunks) * kColumnTiles;
+      const int count = min(kColumnTiles, tiles - first_tile), d_row = k_step * 16 + (lane & 15);
+      uint32_t b[kColumnTiles][2];
+      load_fragments(d, lane_fragment(p, d_row, false, lane), first_tile, count, b);
+      const LaneRow row = lane_row(p, u, k_step, role.first_row, role.kernel_rows, lane);
+      accumulate_tiles<T>(count, acc, b, x + first_tile * 8, zeros, row, p.x_pitch);
+    }
+  }
+
+  __syncthreads();
+  const int taps = p.kh * p.kw, warps = blockDim.x >> 5;
+  float* scratch = reinterpret_cast<float*>(shared) + warp * BLOCKS * 128;
+  float* sums = reinterpret_cast<float*>(shared) + warps * BLOCKS * 128;  // [slices][channels][taps]
+  const Role role = roles[warp];
+  diagonal_sums(acc, scratch, sums + (role.slice * p.channels + role.channel) * taps + role.first_row * p.kw, p.kw,
+                p.skew, role.kernel_rows, lane);
+#pragma unroll
+  for (int k = 0; k < CHANNELS; ++k) {
+    // over the lanes with the same channels
+    for (int o = 16; o >= sharers; o >>= 1) db[k] += __shfl_xor_sync(0xffffffffu, db[k], o);
+    if (lane < sharers) db_parts[warp * kMaxChannels + own + k] = db[k];
+  }
+  __syncthreads();
+  float* part = g.partials + (int64_t(blockIdx.y) * p.c + first_channel) * (taps + 1);
+  for (int i = threadIdx.x; i < channels * (taps + 1); i += blockDim.x) {
+    const int k = i / (taps + 1), tap = i - k * (taps + 1);
+    float sum = 0.f;
+    if (tap < taps) {
+      for (int s = 0; s < p.slices; ++s) sum += sums[(s * p.channels + k) * taps + tap];
+    } else {
+      for (int w = 0; w < warps; ++w) sum += db_parts[w * kMaxChannels + k];
+    }
+    part[i] = sum;
+  }
+}
+
+}  // namespace weight_grad
+}  // namespace convmixer

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+// What surrounds torch's GEMM in the pointwise block, one pass each; elementwise.cuh says what a block and a thread own.
+//   pointwise_epilogue, eval   y = norm(act(a + bias)), in place over the GEMM's result
+//   pointwise_epilogue, train  a = a + bias rounded to its dtype, in place, and by part count, mean, M2 of act(a)
+//   pointwise_grad_prologue    da = dh * act'(a), dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M) or, in eval,
+//                              gamma * rstd * dy, written once for the GEMMs; db = sum da by part, then a warp a channel
+// Bound: HBM (two or three accesses an element).
+#include "elementwise.cuh"
+
+namespace convmixer {
+namespace {
+
+
+template <class T>
+struct EpilogueEvalOp {
+  static constexpr int kInputs = 1, kStats = 0;
+  static constexpr bool kMoments = false, kWrites = true, kWide = false;
+  struct Channel {
+    elementwise::Affine norm;
+    float bias;
+  };
+
+  const T* first;  // a
+  const T* second;
+  T* out;  // y, in a's place
+  elementwise::Partial<EpilogueEvalOp>* partials;
+  int activation;
+  Norm norm;
+  Param bias;
+
+  __device__ __forceinline__ Channel channel(int64_t c) const {
+    return {elementwise::affine(norm, c), load_param(bias, c)};
+  }
+
+  template <int ACT>
+  __device__ __forceinline__ T element(const Channel& k, float a, float, float (&)[1]) const {
+    const float h = elementwise::activate<ACT, T>(a + k.bias);
+    return from_float<T>(fmaf(h - k.norm.mean, k.norm.scale, k.norm.shift));
+  }
+};
+
+template <class T>
+struct EpilogueTrainOp {
+  static constexpr int kInputs = 1, kStats = 1;
+  static constexpr bool kMoments = true, kWrites = true, kWide = false;
+  struct Channel {
+    float bias;
+  };
+
+  const T* first;  // a
+  const T* second;
+  T* out;  // a + bias, in its place, or null
+  elementwise::Partial<EpilogueTrainOp>* partials;  // (C, parts): count, mean, M2
+  int activation;
+  Param bias;
+
+  __device__ __forceinline__ Channel channel(int64_t c) const { return {load_param(bias, c)}; }
+
+  template <int ACT>
+  __device__ __forceinline__ T element(const Channel& k, float a, float, float (&stat)[2]) const {
+    const T rounded = from_float<T>(a + k.bias);
+    stat[0] = elementwise::activate<ACT, T>(to_float(rounded));
+    return rounded;
+  }
+};
+
+template <class T>
+struct GradPrologueOp {
+  static constexpr int kInputs = 2, kStats = 1;
+  static constexpr bool kMoments = false, kWrites = true, kWide = sizeof(T) == 4;
+  // dh = scale * (dy - offset - (h - mean) * slope)
+  struct Channel {
+    float mean, scale, offset, slope;
+  };
+
+  const T* first;   // dy
+  const T* second;  // a
+  T* out;           // da
+  elementwise::Partial<GradPrologueOp>* partials;  // (C, parts): sum da
+  int activation;
+  Norm norm;
+  Sums sums;
+  float count;
+
+  __device__ __forceinline__ Channel channel(int64_t c) const {
+    Channel k{0.f, 1.f, 0.f, 0.f};
+    if (!norm.present) return k;
+    k.mean = load_param(norm.mean, c);
+    k.scale = load_param(norm.weight, c, 1.f) * elementwise::rstd(norm, c);
+    if (sums.dy != nullptr) {
+      k.offset = sums.dy[c] / count;
+      k.slope = sums.dy_hhat[c] / count * elementwise::rstd(norm, c);
+    }
+    return k;
+  }
+
+  template <int ACT>
+  __device__ __forceinline__ T element(const Channel& k, float dy, float a, float (&stat)[2]) const {
+    const ValueAndGrad h = elementwise::activate_and_grad<ACT, T>(a);
+    const float da = k.scale * (dy - k.offset - (h.value - k.mean) * k.slope) * h.grad;
+    stat[0] = da;
+    return from_float<T>(da);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(128)
+    bias_grad_finish_kernel(const elementwise::Partial<GradPrologueOp<T>>* __restrict__ partials, int64_t parts,
+                            int64_t channels, void* __restrict__ db, int db_dtype) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (c >= channels) return;
+  const auto total = elementwise::add_parts(partials + c * parts, parts);
+  if (threadIdx.x % 32 == 0) store_param(db, db_dtype, c, static_cast<float>(total.v[0]));
+}
+
+}  // namespace
+
+int64_t pointwise_epilogue_partials(const Shape& shape) { return elementwise::parts_of(shape); }
+
+int pointwise_epilogue(const PointwiseEpilogue& p, void* stream) {
+  return elementwise::with_type(p.shape.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* a = static_cast<T*>(p.a);
+    if (p.partials != nullptr) {
+      // without a bias a stays as it is: only read it
+      T* out = p.bias.data == nullptr ? nullptr : a;
+      auto* partials = reinterpret_cast<elementwise::Partial<EpilogueTrainOp<T>>*>(p.partials);
+      const EpilogueTrainOp<T> op{a, nullptr, out, partials, p.activation, p.bias};
+      return elementwise::launch<T>(op, p.shape, {p.a}, stream);
+    }
+    const EpilogueEvalOp<T> op{a, nullptr, a, nullptr, p.activation, p.norm, p.bias};
+    return elementwise::launch<T>(op, p.shape, {p.a}, stream);
+  });
+}
+
+int64_t pointwise_grad_prologue_workspace(const Shape& shape) {
+  return shape.c * elementwise::parts_of(shape) * static_cast<int64_t>(sizeof(elementwise::Partial<GradPrologueOp<float>>));
+}
+
+int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream) {
+  return elementwise::with_type(p.shape.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto* partials = static_cast<elementwise::Partial<GradPrologueOp<T>>*>(p.workspace);
+    const GradPrologueOp<T> op{static_cast<const T*>(p.dy),
+                               static_cast<const T*>(p.a),
+                               static_cast<T*>(p.da),
+                               partials,
+                               p.activation,
+                               p.norm,
+                               p.sums,
+                               static_cast<float>(p.shape.n * p.shape.h * p.shape.w)};
+    const int error = elementwise::launch<T>(op, p.shape, {p.dy, p.a, p.da}, stream);
+    if (error != 0 || p.db == nullptr) return error;
+    LAUNCH((bias_grad_finish_kernel<T>), dim3(static_cast<unsigned>((p.shape.c + 3) / 4)), dim3(128), 0,
+           static_cast<cudaStream_t>(stream), partials, elementwise::parts_of(p.shape), p.shape.c, p.db, p.db_dtype);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace convmixer

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures, and what keeps one test's global state from the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def _global_state():
+    threads, default = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    assert torch.get_default_dtype() == default, "a test left another default dtype behind"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations():
+    """torch.empty* is filled with NaN, so that an element that a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

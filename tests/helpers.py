@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Shared by the tests: cases, the eager equivalents, and the one comparison (tested in test_helpers.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convmixer_kernels.testing import relative_error, within_twice_eager
+
+ACTIVATIONS = {
+    "identity": lambda a: a,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
+}
+BLOCK_TENSORS = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+
+
+def assert_twice_eager(name: str, ours: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> None:
+    """The twice-eager rule (design: truth is float64) for one tensor; `dtype` is ours.dtype unless given."""
+    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager has {eager.dtype}"
+    error, eager_error = relative_error(ours, exact), relative_error(eager, exact)
+    dtype = ours.dtype if dtype is None else dtype
+    assert within_twice_eager(error, eager_error, dtype), f"{name}: error {error:.3e}, eager's {eager_error:.3e} ({dtype})"
+
+
+def in_format(t: Tensor, memory_format: str) -> Tensor:
+    """t's values as "contiguous", "channels_last", "sliced" (out of a larger buffer) or "expanded" (over N)."""
+    if memory_format == "contiguous":
+        return t.contiguous()
+    if memory_format == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if memory_format == "sliced":
+        larger = torch.full((t.shape[0], t.shape[1] + 2, t.shape[2] + 1, t.shape[3] + 3), float("nan"), dtype=t.dtype)
+        view = larger[:, 1:-1, 1:, 2:-1]
+        return view.copy_(t)
+    assert memory_format == "expanded"
+    return t[:1].expand(t.shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator."""
+
+    op: str  # depthwise_block, pointwise_block, mixer_layer, depthwise_conv2d
+    shape: tuple[int, int, int, int]
+    kernel: tuple[int, int] = (9, 9)
+    channels_out: int | None = None
+    dtype: torch.dtype = torch.float32
+    parameter_dtype: torch.dtype | None = None
+    memory_format: str = "contiguous"
+    training: bool = True
+    activation: str = "gelu"
+    residual: bool = True
+    absent: tuple[str, ...] = ()  # tensors that are None
+
+    def __str__(self) -> str:
+        k, mode = "x".join(map(str, self.kernel)), "train" if self.training else "eval"
+        parts = [self.op, "x".join(map(str, self.shape)), f"k{k}", str(self.dtype).split(".")[1], self.memory_format, mode]
+        parts += [self.activation] if self.activation != "gelu" else []
+        parts += [f"out{self.channels_out}"] if self.channels_out else []
+        parts += ["mixed"] if self.parameter_dtype else []
+        parts += [f"no_{name}" for name in self.absent] + ([] if self.residual else ["no_residual"])
+        return "-".join(parts)
+
+
+def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, list[Tensor | None], Tensor]:
+    """x, the operator's further tensors in order, and dy, in the case's dtypes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    n, c, h, w = case.shape
+    c_out = case.channels_out or c
+    dtype, parameter_dtype = case.dtype, case.parameter_dtype or case.dtype
+    depthwise = [normal(c, 1, *case.kernel) / (case.kernel[0] * case.kernel[1]) ** 0.5, normal(c)]
+    depthwise += [normal(c), normal(c), normal(c), normal(c).abs() + 0.5]
+    pointwise = [normal(c_out, c, 1, 1) / c**0.5, normal(c_out)]
+    pointwise += [normal(c_out), normal(c_out), normal(c_out), normal(c_out).abs() + 0.5]
+    x, dy = normal(n, c, h, w), normal(n, c_out if case.op in ("pointwise_block", "mixer_layer") else c, h, w)
+    blocks = {
+        "depthwise_block": depthwise,
+        "pointwise_block": pointwise,
+        "mixer_layer": depthwise + pointwise,
+        "depthwise_conv2d": depthwise[:2],
+    }[case.op]
+    tensors = [
+        None if BLOCK_TENSORS[i % 6] in case.absent else t.to(parameter_dtype) for i, t in enumerate(blocks)
+    ]
+    return in_format(x.to(dtype), case.memory_format), tensors, dy.to(dtype)
+
+
+def eager(case: Case, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
+    """The operator as torch users write it. Running statistics are updated in place."""
+
+    def norm(h: Tensor, block: list[Tensor | None]) -> Tensor:
+        return F.batch_norm(h, block[4], block[5], block[2], block[3], case.training, 0.1, 1e-5)
+
+    act = ACTIVATIONS[case.activation]
+
+    def depthwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
+        h = norm(act(F.conv2d(x, block[0], block[1], padding="same", groups=x.shape[1])), block)
+        return h + x if case.residual else h
+
+    def pointwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
+        return norm(act(F.conv2d(x, block[0], block[1])), block)
+
+    if case.op == "depthwise_conv2d":
+        return F.conv2d(x, tensors[0], tensors[1], padding="same", groups=x.shape[1])
+    if case.op == "depthwise_block":
+        return depthwise(x, tensors)
+    if case.op == "pointwise_block":
+        return pointwise(x, tensors)
+    return pointwise(depthwise(x, tensors[:6]), tensors[6:])
+
+
+def ours(case: Case, x: Tensor, tensors: list[Tensor | None], backend: str | None) -> Tensor:
+    """The operator through the public function."""
+    import convmixer_kernels as ck
+
+    options = {"backend": backend}
+    if case.op != "depthwise_conv2d":
+        options |= {"training": case.training, "activation": case.activation}
+    if case.op == "depthwise_block":
+        options["residual"] = case.residual
+    return getattr(ck, case.op)(x, *tensors, **options)
+
+
+def run(call, x: Tensor, tensors: list[Tensor | None], dy: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Forward and backward of `call(x, tensors)`: output, all gradients, running statistics, by name."""
+    leaves = [None if t is None else t.clone() for t in tensors]
+    for i, t in enumerate(leaves):
+        if t is not None and i % 6 < 4:
+            t.requires_grad_()
+    x = x.detach().requires_grad_()
+    context = torch.autocast(x.device.type, dtype=autocast) if autocast else contextlib.nullcontext()
+    with context:
+        y = call(x, leaves)
+    y.backward(dy.to(y.dtype))
+    results = {"y": y.detach(), "dx": x.grad}
+    for i, t in enumerate(leaves):
+        if t is not None:
+            name = ("" if len(tensors) <= 6 else "depthwise_" if i < 6 else "pointwise_") + BLOCK_TENSORS[i % 6]
+            results[name if i % 6 >= 4 else f"d{name}"] = t if i % 6 >= 4 else t.grad
+    return results
+
+
+def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cpu") -> None:
+    """Ours against float64 by the twice-eager rule: output, every gradient, running statistics, memory format."""
+    x, tensors, dy = make_inputs(case, seed)
+    exact = run(
+        lambda x, t: eager(case, x, t), x.double(), [None if t is None else t.double() for t in tensors], dy.double()
+    )
+    x, dy = x.to(device), dy.to(device)
+    tensors = [None if t is None else t.to(device) for t in tensors]
+    mixed = case.dtype if case.parameter_dtype not in (None, case.dtype) else None
+    baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy, mixed)
+    results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy)
+    assert results.keys() == exact.keys()
+    for name in results:
+        if case.activation == "identity" and case.training and name.endswith("bias") and "norm" not in name:
+            # batch norm removes a constant: this gradient is 0, and what anyone computes is rounding
+            continue
+        assert_twice_eager(f"{case}: {name}", results[name], baseline[name], exact[name], case.dtype)
+    dense = case.memory_format in ("contiguous", "channels_last")
+    if dense:
+        expected = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+        assert results["y"].is_contiguous(memory_format=expected)
+        assert results["dx"].is_contiguous(memory_format=expected)

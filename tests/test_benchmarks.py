@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""python -m benchmarks on a model small enough for a test, its report, and its counters against numbers by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import accuracy, models, optional, photo, report, roofline, timing
+
+for package in ("PIL", "rich", "sklearn", "matplotlib"):
+    pytest.importorskip(package, reason=f"the benchmarks need {package}: pip install '.[bench]'")
+
+# Wide enough that the error of a bias's gradient is not a matter of luck.
+TINY = models.Case(64, 2, 3, 2, 16, "gelu", 5, batch=3, quick_batch=2, quick_training=False)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> models.Case:
+    """The only model there is, on a machine whose peaks take no time to measure; one thread is enough for it."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(models, "CASES", {"tiny": TINY})
+    monkeypatch.setattr(roofline, "measure_peaks", lambda device, dtype: roofline.Peaks(1e11, 1e10))
+    return TINY
+
+
+def run(tmp_path, *arguments: str) -> tuple[int, dict]:
+    path = tmp_path / "results.json"
+    status = command.main(["--repeats", "2", "--json", str(path), *arguments])
+    return status, json.loads(path.read_text())
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_checks_times_prints_and_writes(tmp_path, capsys, layout):
+    status, document = run(tmp_path, "--layout", layout, "--dtype", "float32", "bfloat16")
+    assert status == 0
+    printed = capsys.readouterr()
+    for word in (*report.HEADINGS, "ConvMixer-64/2, 16x16, batch 3", "eval", "train", "bfloat16"):
+        assert word in printed.out
+    assert "tiny" not in printed.out
+    assert "float64" in printed.err
+    assert [(row["mode"], row["dtype"]) for row in document["results"]] == [
+        ("eval", "float32"),
+        ("train", "float32"),
+        ("eval", "bfloat16"),
+        ("train", "bfloat16"),
+    ]
+    # 1 output; 1 output + images + 2 per convolution and norm of a block + classifier + 3 buffers of each of 5 norms
+    parameters = (1 + 2 * TINY.depth) * 4 + 2
+    assert [row["tensors_checked"] for row in document["results"]] == [1, 2 + parameters + 15] * 2
+    for row in document["results"]:
+        assert row["layout"] == layout
+        assert row["case"] == "tiny"
+        assert set(row["implementations"]) == {"reference", "ours"}
+        for each in row["implementations"].values():
+            assert 0 < each["q20_ms"] <= each["median_ms"] <= each["q80_ms"]
+            assert each["repeats"] == 2
+    found = document["environment"]
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_quick_says_what_it_leaves_out(tmp_path, capsys):
+    status, document = run(tmp_path, "--quick")
+    assert status == 0
+    assert [row["mode"] for row in document["results"]] == ["eval"]
+    assert report.table_rows(document)[1][3:] == ["-"] * 5
+    assert "not run with --quick" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "mode, tensor", [("eval", "output"), ("train", "gradient of 3.0.fn.0.weight"), ("train", "3.3.running_var")]
+)
+def test_a_wrong_tensor_is_named_and_fails(tmp_path, capsys, monkeypatch, mode, tensor):
+    """One element of one tensor of ours is off by a thousandth of the largest."""
+    name = "evaluate" if mode == "eval" else "training_step"
+    honest, calls = getattr(accuracy, name), []
+
+    def wrong(model, images, *rest):
+        results = honest(model, images, *rest)
+        calls.append(images.dtype)
+        if len(calls) == 3:  # after float64 and eager
+            results[tensor] = results[tensor].clone()
+            results[tensor].view(-1)[0] += results[tensor].abs().max() / 1000
+        return results
+
+    monkeypatch.setattr(accuracy, name, wrong)
+    status, document = run(tmp_path)
+    assert status == 1
+    assert calls == [torch.float64, torch.float32, torch.float32]
+    printed = capsys.readouterr()
+    assert f"ConvMixer-64/2, 16x16, {mode}, float32: {tensor}: relative error" in printed.err
+    assert report.WRONG in printed.out
+    bad, good = sorted(document["results"], key=lambda row: row["passed"])
+    assert bad["mode"] == mode
+    assert [each["tensor"] for each in bad["wrong"]] == [tensor]
+    assert good["passed"]
+    assert good["implementations"]
+    assert not bad["implementations"]
+
+
+def test_nan_and_missing_tensors_are_wrong():
+    exact = {"a": torch.ones(3), "b": torch.ones(3)}
+    found = accuracy.compare(exact, exact, {"a": torch.tensor([1.0, float("nan"), 1.0])}, torch.float32)
+    assert [each.passed for each in found] == [False, False]
+    assert found[0].share == float("inf")
+
+
+def test_checkpoint_with_the_names_of_timm(tmp_path, capsys):
+    images = torch.randn(2, 3, 16, 16)
+    state = models.random_reference(TINY, images).state_dict()
+    names = {"stem.": ("0.", "2."), "head.": (f"{TINY.depth + 5}.",)}
+    timm = {}
+    for key, tensor in state.items():
+        index, _, rest = key.partition(".")
+        layer = int(index) - 3
+        if 0 <= layer < TINY.depth:
+            key = f"blocks.{layer}.{rest}"
+        else:
+            key = next(
+                start + (key if start == "stem." else rest) for start, own in names.items() if key.startswith(own)
+            )
+        timm[key] = tensor
+    assert set(timm) >= {
+        "stem.0.weight",
+        "stem.2.running_var",
+        "blocks.1.0.fn.2.weight",
+        "blocks.0.3.bias",
+        "head.bias",
+    }
+    path = tmp_path / "timm.pth"
+    torch.save({"state_dict": timm}, path)
+    loaded = models.checkpoint_reference(TINY, path).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert run(tmp_path, "--checkpoint", str(path))[0] == 0
+    del timm["head.bias"]
+    torch.save(timm, path)
+    assert command.main(["--checkpoint", str(path)]) == 2
+    assert "is not a state_dict of ConvMixer-64/2, 16x16" in capsys.readouterr().err
+
+
+def test_one_image_is_not_trained_on(tmp_path, capsys):
+    """Batch norm and pooling over one image leave nothing of it: every gradient before them is exactly 0."""
+    status, document = run(tmp_path, "--batch", "1")
+    assert status == 0
+    assert [row["mode"] for row in document["results"]] == ["eval"]
+    assert "a training step needs two images" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert command.main([]) == 2
+    error = capsys.readouterr().err
+    assert "PIL" in error
+    assert "pip install '.[bench]'" in error
+    assert "Traceback" not in error
+    with pytest.raises(optional.MissingPackage, match="'no_such_package'"):
+        optional.require("no_such_package")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--backend", "fpga"], "available here are reference"),
+        (["--device", "meta"], "must be cpu or cuda"),
+        (["--repeats", "0"], "must be at least 1"),
+        (["--json", "no/such/folder/a.json"], "is not a folder"),
+        (["--models", "vgg"], "invalid choice"),
+    ],
+)
+def test_bad_options_end_with_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- the photo ----
+
+
+def test_batch_of_a_photo_is_normalised_and_varied(tmp_path):
+    picture = photo.load_photo()
+    assert picture.dtype == torch.uint8
+    assert picture.shape == (3, 427, 640)
+    images = photo.image_batch(picture, 4, 32)
+    assert images.shape == (4, 3, 32, 32)
+    assert torch.equal(images, photo.image_batch(picture, 4, 32))
+    assert all(not torch.allclose(images[i], images[j], atol=0.1) for i in range(4) for j in range(i))
+    # a white image file, enlarged, is white's normalised value everywhere
+    path = tmp_path / "white.png"
+    optional.require("PIL.Image").new("L", (9, 7), 255).save(path)
+    white = photo.image_batch(photo.load_photo(path), 2, 16)
+    expected = (1 - torch.tensor(photo.MEAN)) / torch.tensor(photo.STD)
+    torch.testing.assert_close(white, expected.view(1, 3, 1, 1).expand(2, 3, 16, 16))
+
+
+# ---- timing and counters ----
+
+
+def test_timing_interleaves_in_alternating_order():
+    calls = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    found = timing.interleaved(functions, repeats=2, warmup=1, device=torch.device("cpu"))
+    assert "".join(calls) == "abbaab"
+    assert found["a"].repeats == 2
+    assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 1.8, 4.2, 5)
+
+
+def test_counters_equal_numbers_by_hand():
+    # 16 x 16 in patches of 2: 64 positions, 3 images: 192 pixels of 64 channels
+    stem, layer, head = 192 * 64 * 12, 192 * 64 * (9 + 64), 3 * 64 * 5
+    assert roofline.multiply_adds(TINY, 3, training=False) == stem + 2 * layer + head == 1_942_464
+    assert roofline.multiply_adds(TINY, 3, training=True) == 3 * 1_942_464 - stem == 5_679_936
+    assert roofline.activations(TINY, 3) == 192 * 64 * 5 == 61_440
+    assert roofline.activation_bytes(TINY, 3, training=False, itemsize=2) == 192 * 64 * 2 * 2 * 4
+    assert roofline.activation_bytes(TINY, 3, training=True, itemsize=4) == 192 * 64 * 2 * 4 * 26
+    cpu, slow, narrow = torch.device("cpu"), roofline.Peaks(1e9, 1e12), roofline.Peaks(1e15, 1e9)
+    floor = roofline.floor_seconds(TINY, 3, False, torch.float32, cpu, slow)
+    assert floor == pytest.approx(2 * (1_942_464 + 18 * 61_440) / 1e9)
+    floor = roofline.floor_seconds(TINY, 3, True, torch.float32, cpu, narrow)
+    assert floor == pytest.approx(192 * 64 * 2 * 4 * 26 / 1e9)
+
+
+def test_published_models_have_the_published_parameters(monkeypatch):
+    """Tables 1 and 2 of the paper: 21.1 M and 51.6 M parameters; 256/8 with patch 2 on CIFAR-10 0.71 M."""
+    monkeypatch.undo()
+    published = {"256/8@32": 0.71, "768/32@224": 21.1, "1536/20@224": 51.6}
+    for name, millions in published.items():
+        with torch.device("meta"):
+            model = models.CASES[name].build(models.convmixer.reference.ConvMixer)
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+# ---- the report ----
+
+
+def test_report_writes_the_table_between_the_markers_and_a_picture(tmp_path, capsys):
+    run(tmp_path, "--quick", "--dtype", "float32", "float16")
+    readme, picture = tmp_path / "README.md", tmp_path / "docs" / "speedup.png"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = [str(tmp_path / "results.json"), "--readme", str(readme), "--picture", str(picture)]
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert text.count("| ConvMixer-64/2, 16x16, batch 2 | eval |") == 2
+    assert report.main(arguments) == 0
+    assert readme.read_text() == text
+    with optional.require("PIL.Image").open(picture) as image:
+        assert image.width > 800
+    readme.write_text("no markers\n")
+    assert report.main(arguments) == 2
+    assert "must contain" in capsys.readouterr().err
+    assert readme.read_text() == "no markers\n"
+
+
+def test_numbers_keep_three_digits():
+    found = [report.milliseconds(value) for value in (0.1234, 1.234, 12.34, 123.4, 1234.5)]
+    assert found == ["0.123", "1.23", "12.3", "123", "1234"]

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA backend through the public functions: on a GPU where there is one (marked gpu), and emulated on the CPU everywhere.
+
+One table for both. The grid is small because every case runs all primitives forward and backward, and an emulated one takes up to a
+second: each size, kernel, layout and dtype appears at least once with each primitive, not each with every other.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, check_case
+from torch import Tensor
+
+from convmixer_kernels.backends import cuda, reference
+from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.testing import relative_error, within_twice_eager
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("contiguous", "channels_last")
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"."""
+    emulated = request.param == "emulated"
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
+    cuda._native.cache_clear()
+    reason = cuda._native().reason
+    if reason is not None:
+        pytest.fail(reason)
+    yield "cpu" if emulated else "cuda"
+    cuda._native.cache_clear()
+
+
+# ---- blocks -----------------------------------------------------------------------------------------------------
+
+
+def _depthwise(shape, kernel, **options) -> Case:
+    return Case("depthwise_block", shape, (kernel, kernel) if isinstance(kernel, int) else kernel, **options)
+
+
+DEPTHWISE_CASES = [
+    # planes equal to, below and above the tiles of 16 rows and 8 columns; smaller than the kernel; odd
+    *(
+        _depthwise((2, 3, h, w), 9, dtype=torch.bfloat16)
+        for h, w in ((16, 16), (15, 17), (17, 15), (7, 7), (33, 32), (3, 40), (1, 1))
+    ),
+    *(_depthwise((3, 10, h, w), 9, dtype=torch.float16, memory_format="channels_last") for h, w in ((16, 16), (7, 9))),
+    _depthwise((2, 16, 9, 17), 9, dtype=torch.bfloat16, memory_format="channels_last"),
+    *(_depthwise((2, 3, h, w), 7, memory_format=f) for h, w in ((16, 16), (13, 9)) for f in FORMATS),
+    # kernels: odd, even, non-square, 1x1, the largest
+    *(_depthwise((1, 2, 12, 13), k, dtype=torch.bfloat16) for k in (1, 2, 5, 8, 15, 25, (3, 10))),
+    *(_depthwise((1, 8, 12, 13), k, dtype=torch.float16, memory_format="channels_last") for k in (3, 4, 11, (6, 3))),
+    *(_depthwise((1, 2, 12, 13), k) for k in (1, 4, 11, (3, 10))),
+    _depthwise((1, 1, 20, 33), 31, dtype=torch.bfloat16),
+    _depthwise((1, 1, 9, 33), 31),
+    # eval, activations, what may be None, parameters of another dtype
+    *(_depthwise((2, 3, 16, 16), 9, dtype=d, training=False, memory_format=f) for d in DTYPES for f in FORMATS),
+    *(_depthwise((2, 3, 9, 16), 5, dtype=d, activation=a) for d in DTYPES[:2] for a in ("relu", "gelu_tanh", "identity")),
+    _depthwise((2, 3, 9, 16), 5, dtype=torch.bfloat16, residual=False, absent=("bias", "norm_weight")),
+    _depthwise((2, 3, 9, 16), 5, dtype=torch.float16, absent=("norm_bias", "running_mean", "running_var")),
+    _depthwise((2, 3, 9, 16), 5, dtype=torch.bfloat16, parameter_dtype=torch.float32),
+    _depthwise((2, 3, 9, 16), 5, dtype=torch.bfloat16, memory_format="sliced"),
+    _depthwise((2, 3, 9, 16), 5, memory_format="expanded"),
+]
+
+POINTWISE_CASES = [
+    Case("pointwise_block", shape, (1, 1), channels_out, dtype=dtype, memory_format=memory_format, training=training)
+    for dtype in DTYPES
+    for memory_format in FORMATS
+    for shape, channels_out, training in (
+        ((2, 16, 8, 8), None, True),
+        ((3, 5, 7, 7), 11, True),
+        ((1, 8, 3, 5), 16, False),
+        ((4, 6, 1, 1), 8, True),
+    )
+]
+POINTWISE_CASES += [
+    Case("pointwise_block", (2, 8, 5, 5), (1, 1), dtype=torch.bfloat16, activation=activation, absent=absent)
+    for activation, absent in (("relu", ()), ("gelu_tanh", ("bias",)), ("identity", ("norm_weight", "norm_bias")))
+]
+
+OTHER_CASES = [
+    Case("mixer_layer", (2, 8, 8, 9), (5, 5), dtype=dtype, memory_format=memory_format)
+    for dtype, memory_format in ((torch.float32, "contiguous"), (torch.bfloat16, "channels_last"))
+]
+OTHER_CASES += [Case("depthwise_conv2d", (2, 3, 8, 9), (7, 4), dtype=dtype) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE_CASES + POINTWISE_CASES + OTHER_CASES, ids=str)
+def test_operator(case, device):
+    check_case(case, "cuda", device=device)
+
+
+# ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
+
+
+def _formatted(t: Tensor, memory_format: str) -> Tensor:
+    return t.contiguous(memory_format=getattr(torch, f"{memory_format}_format" if memory_format == "contiguous" else memory_format))
+
+
+def _inputs(shape, dtype, memory_format, device, count=2, mean=0.0):
+    tensors = [_formatted(torch.randn(shape) + mean, memory_format).to(dtype) for _ in range(count)]
+    c = shape[1]
+    norm = Norm(torch.randn(c), torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), 1e-5)
+    return [t.to(device) for t in tensors], Norm(*(t.to(device) for t in norm[:4]), norm.eps)
+
+
+def _wide(*values):
+    """Arguments of a primitive in float64."""
+    return tuple(
+        Norm(*(None if t is None else t.double() for t in v[:4]), v.eps)
+        if isinstance(v, Norm)
+        else v.double()
+        if isinstance(v, Tensor)
+        else tuple(t.double() for t in v)
+        if isinstance(v, tuple) and v and isinstance(v[0], Tensor)
+        else v
+        for v in values
+    )
+
+
+def _check(primitive: str, *arguments, dtype: torch.dtype) -> None:
+    """The primitive against the reference backend: in float64, and as the eager baseline."""
+    results = getattr(cuda, primitive)(*arguments)
+    baseline = getattr(reference, primitive)(*arguments)
+    exact = getattr(reference, primitive)(*_wide(*arguments))
+    if isinstance(results, Tensor):
+        results, baseline, exact = (results,), (baseline,), (exact,)
+    for i, (r, b, e) in enumerate(zip(results, baseline, exact, strict=True)):
+        if r is not None:
+            error, allowed = relative_error(r, e), relative_error(b, e)
+            assert r.dtype == b.dtype
+            assert within_twice_eager(error, allowed, dtype), f"{primitive}[{i}]: {error:.3e}, reference {allowed:.3e}"
+
+
+#: planes that are and are not whole 16-byte windows, more than one part a channel, more channels than a block of lanes
+NORM_SHAPES = [(3, 5, 7, 7), (2, 8, 4, 4), (1, 3, 131, 127), (5, 300, 2, 3), (2, 1, 64, 130)]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_norm_primitives(shape, dtype, memory_format, device):
+    (dy, a), norm = _inputs(shape, dtype, memory_format, device)
+    _check("normalize", a, "gelu", norm, dy, dtype=dtype)
+    _check("normalize", a, "gelu_tanh", norm._replace(weight=None, bias=None), None, dtype=dtype)
+    # the sums are float32 of whatever dtype: held to float32's rounding
+    _check("norm_backward", dy, a, "relu", norm, dtype=torch.float32)
+    sums = cuda.norm_backward(dy, a, "gelu", norm)
+    x = dy[:, :2].contiguous(memory_format=torch.channels_last if not dy.is_contiguous() else torch.contiguous_format)
+    weight, bias = torch.randn(shape[1], 2 if shape[1] > 1 else 1, 1, 1, device=device), norm.bias
+    _check("pointwise_backward", dy, a, x, weight, bias, "gelu", norm, sums, (True, True, True), dtype=dtype)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_statistics(shape, dtype, memory_format, device):
+    """Mean, variance and running statistics within 1e-6 of float64 of the very values that were stored, far from mean 0."""
+    (x,), _ = _inputs(shape, dtype, memory_format, device, count=1, mean=3.0)
+    c = shape[1]
+    weight, bias = torch.eye(c, device=device)[:, :, None, None].contiguous(), torch.full((c,), 0.25, device=device)
+    running = torch.randn(c, device=device), torch.rand(c, device=device)
+    expected = [t.double() for t in running]
+    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", *running, 0.1)
+    h = torch.nn.functional.gelu(a.double())
+    exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+    reference.update_running_statistics(*expected, exact_mean, exact_var, a.numel() // c, 0.1)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
+    for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
+        assert relative_error(ours, exact) < tolerance
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_addresses_off_16_bytes(dtype, memory_format, device):
+    """A dense tensor may start anywhere: no vector access then."""
+    shape = (2, 8, 6, 8)
+    (dy, a), norm = _inputs(shape, dtype, memory_format, device)
+    moved = torch.empty(a.numel() + 1, dtype=dtype, device=device)[1:].as_strided(a.shape, a.stride()).copy_(a)
+    assert moved.data_ptr() % 16 != 0
+    assert torch.equal(cuda.normalize(moved, "gelu", norm, dy), cuda.normalize(a, "gelu", norm, dy))
+    for ours, aligned in zip(
+        cuda.norm_backward(dy, moved, "gelu", norm), cuda.norm_backward(dy, a, "gelu", norm), strict=True
+    ):
+        assert relative_error(ours, aligned) < 1e-6
+    weight = torch.randn(8, 1, 5, 5, device=device)
+    assert torch.equal(
+        cuda.depthwise_eval(moved, weight, None, "gelu", norm, True), cuda.depthwise_eval(a, weight, None, "gelu", norm, True)
+    )
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
+def test_non_finite_values_go_through(activation, dtype, memory_format, device):
+    (a, dy), norm = _inputs((1, 8, 4, 5), dtype, memory_format, device)
+    # of an infinity, torch's own gelu depends on the memory format
+    highest = 3e4 if activation.startswith("gelu") else float("inf")
+    specials = torch.tensor([float("nan"), highest, -highest, 0.0, -0.0, 3e4, -3e4], dtype=dtype)
+    a[0, 1, 0, :5], a[0, 2, 0, :2] = specials[:5].to(device), specials[5:].to(device)
+    ours, expected = cuda.normalize(a, activation, norm, None), reference.normalize(a, activation, norm, None)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.isinf(), expected.isinf())
+    statistics = torch.stack(cuda.norm_backward(dy, a, activation, norm)).isfinite()
+    assert torch.equal(statistics, torch.stack(reference.norm_backward(dy, a, activation, norm)).isfinite())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_bits_do_not_change_between_runs(memory_format, device):
+    (dy, a, x), norm = _inputs((4, 8, 16, 16), torch.bfloat16, memory_format, device, count=3)
+    weight, bias = torch.randn(8, 1, 9, 9, device=device), torch.randn(8, device=device)
+
+    def everything() -> list[Tensor]:
+        sums = cuda.norm_backward(dy, a, "gelu", norm)
+        return [
+            *cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1),
+            *sums,
+            cuda.depthwise_input_grad(dy, a, weight, "gelu", norm, sums, True),
+            *cuda.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums),
+        ]
+
+    for first, second in zip(everything(), everything(), strict=True):
+        assert torch.equal(first, second)
+
+
+# ---- limits -----------------------------------------------------------------------------------------------------
+
+
+def test_can_run_names_what_it_cannot(device):
+    weight, x = torch.empty(2, 1, 9, 9, device=device), torch.empty(1, 2, 4, 4, device=device)
+    assert cuda.can_run("depthwise", x, weight) is None
+    assert "float64" in cuda.can_run("depthwise", x.double(), weight)
+    assert "31x31" in cuda.can_run("depthwise", x, torch.empty(2, 1, 32, 3, device=device))
+    assert "x.device=meta" in cuda.can_run("depthwise", torch.empty(1, 2, 4, 4, device="meta"), weight)
+    assert cuda.build_info()["available"]
+
+
+def test_a_missing_module_says_how_to_build_it(monkeypatch):
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "0")
+    monkeypatch.setitem(__import__("sys").modules, "convmixer_kernels._cuda", None)
+    monkeypatch.delattr("convmixer_kernels._cuda", raising=False)
+    cuda._native.cache_clear()
+    try:
+        reason = cuda.can_run("depthwise", torch.empty(1, 2, 4, 4), torch.empty(2, 1, 3, 3))
+        assert "not built" in reason
+        assert "CONVMIXER_BUILD_CUDA=1 pip install" in reason
+        assert cuda.build_info() == {"available": False, "detail": reason}
+    finally:
+        cuda._native.cache_clear()
+
+
+@pytest.mark.gpu
+def test_graph_capture_and_streams():
+    """No allocation outside the caching allocator, no synchronisation, the current stream: a capture replays the same bits."""
+    cuda._native.cache_clear()
+    (dy, a, x), norm = _inputs((4, 16, 16, 16), torch.bfloat16, "contiguous", "cuda", count=3)
+    weight, bias = torch.randn(16, 1, 9, 9, device="cuda"), torch.randn(16, device="cuda")
+    matrix = torch.randn(16, 16, 1, 1, device="cuda")
+
+    def everything() -> list[Tensor]:
+        sums = cuda.norm_backward(dy, a, "gelu", norm)
+        return [
+            *cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1),
+            cuda.depthwise_input_grad(dy, a, weight, "gelu", norm, sums, True),
+            *cuda.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums),
+            cuda.pointwise_eval(x, matrix, bias, "gelu", norm),
+            *cuda.pointwise_backward(dy, a, x, matrix, bias, "gelu", norm, sums, (True, True, True)),
+        ]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = everything()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = everything()
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.gpu
+def test_launch_counts():
+    """Training forward of a depthwise block: 3 kernels; backward: at most 5 (reduce, finish, dx, dw, finish)."""
+    cuda._native.cache_clear()
+    import convmixer_kernels as ck
+
+    x = torch.randn(4, 16, 32, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    parameters = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in ((16, 1, 9, 9), (16,), (16,), (16,))]
+    running = torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")
+
+    def kernels(call) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum("convmixer" in event.name for event in profile.events())
+
+    def block() -> Tensor:
+        return ck.depthwise_block(x, *parameters, *running, training=True, backend="cuda")
+
+    y = block()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert kernels(block) == 3
+    y = block()
+    assert 0 < kernels(lambda: y.backward(dy)) <= 5

@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: MIT
+"""When a layer runs as one operator, as two, or by its modules: settings, hooks, replaced modules, inputs, modes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_twice_eager
+from model_helpers import DIM, MODES, SMALL, assert_matches, count_operators, features, image, make_pair, step
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from convmixer import ConvMixer, MixerLayer, reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are too small to share; conftest.py restores the number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the operators that layers call, in order."""
+    return count_operators(monkeypatch)
+
+
+# ---- settings of norms and convolutions ------------------------------------------------------------------------------
+
+
+def freeze_one_norm(layer):
+    layer[0].fn[2].eval()
+
+
+def freeze_norms(layer):
+    layer[0].fn[2].eval()
+    layer[3].eval()
+
+
+def cumulative_average(layer):
+    for norm in (layer[0].fn[2], layer[3]):
+        norm.momentum = None
+        norm.num_batches_tracked.fill_(2)
+
+
+def untracked(layer):
+    for holder, name in ((layer[0].fn, "2"), (layer, "3")):
+        setattr(holder, name, nn.BatchNorm2d(DIM, track_running_stats=False).train(layer.training))
+
+
+def stop_tracking(layer):
+    layer[0].fn[2].track_running_stats = False
+    layer[3].track_running_stats = False
+
+
+def untracked_pointwise(layer):
+    layer[3] = nn.BatchNorm2d(DIM, track_running_stats=False).train(layer.training)
+
+
+def not_affine(layer):
+    layer[0].fn[2] = nn.BatchNorm2d(DIM, affine=False).train(layer.training)
+
+
+def other_eps(layer):
+    layer[3].eps = 0.1
+
+
+def other_momentum(layer):
+    layer[0].fn[2].momentum = 0.7
+
+
+def other_activation(layer):
+    layer[2] = nn.ReLU(inplace=True)
+
+
+def no_biases(layer):
+    layer[0].fn[0].bias = None
+    layer[1].register_parameter("bias", None)
+
+
+def numeric_padding(layer):
+    layer[0].fn[0].padding = (2, 2)
+    layer[1].padding = "valid"
+
+
+def wider(layer):
+    layer[1] = nn.Conv2d(DIM, 24, 1)
+    layer[3] = nn.BatchNorm2d(24).train(layer.training)
+
+
+ONE, TWO = ["mixer_layer"], ["depthwise_block", "pointwise_block"]
+# change of a layer -> the operators that run it in eval and in training
+SETTINGS = [
+    (freeze_one_norm, ONE, TWO),
+    (freeze_norms, ONE, ONE),
+    (cumulative_average, ONE, ONE),
+    (untracked, ONE, ONE),
+    (stop_tracking, ONE, ONE),
+    (untracked_pointwise, TWO, ONE),
+    (not_affine, ONE, ONE),
+    (other_eps, TWO, TWO),
+    (other_momentum, TWO, TWO),
+    (other_activation, TWO, TWO),
+    (no_biases, ONE, ONE),
+    (numeric_padding, ONE, ONE),
+    (wider, ONE, ONE),
+]
+
+
+@MODES
+@pytest.mark.parametrize(("change", "eval_calls", "train_calls"), SETTINGS, ids=[s[0].__name__ for s in SETTINGS])
+def test_settings_of_norms_and_convolutions(calls, change, eval_calls, train_calls, training):
+    layer, ref = (m[3].train(training) for m in make_pair())
+    for one in (layer, ref):
+        torch.manual_seed(4)
+        change(one)
+    assert_matches(layer, ref, features())
+    assert calls == (train_calls if training else eval_calls)
+
+
+def test_cumulative_average_over_steps():
+    layer, ref = (m[3] for m in make_pair())
+    for one in (layer, ref):
+        cumulative_average(one)
+    for n in (3, 2, 5):
+        assert_matches(layer, ref, features(n))
+    assert layer[3].num_batches_tracked == 5
+
+
+def inner_modules(layer: nn.Sequential) -> dict[str, nn.Module]:
+    return {name: module for name, module in layer.named_modules() if name}
+
+
+INNER = ["0", "0.fn", "0.fn.0", "0.fn.1", "0.fn.2", "1", "2", "3"]
+
+
+# ---- never a silently ignored hook ------------------------------------------------------------------------------
+
+
+def forward_hook(module, seen):
+    return module.register_forward_hook(lambda m, args, out: seen.append(m))
+
+
+def forward_pre_hook(module, seen):
+    return module.register_forward_pre_hook(lambda m, args: seen.append(m))
+
+
+def full_backward_hook(module, seen):
+    return module.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(m))
+
+
+def full_backward_pre_hook(module, seen):
+    return module.register_full_backward_pre_hook(lambda m, grad_out: seen.append(m))
+
+
+def legacy_backward_hook(module, seen):
+    return module.register_backward_hook(lambda m, grad_in, grad_out: seen.append(m))
+
+
+HOOKS = [forward_hook, forward_pre_hook, full_backward_hook, full_backward_pre_hook, legacy_backward_hook]
+HOOKS = pytest.mark.parametrize("register", HOOKS, ids=lambda f: f.__name__)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@HOOKS
+@pytest.mark.parametrize("name", INNER)
+def test_hooks_on_inner_modules_fire(calls, register, name):
+    layer = make_pair()[0][3]
+    layer(features())
+    assert calls == ["mixer_layer"]
+    module, seen = inner_modules(layer)[name], []
+    handle = register(module, seen)
+    layer(features().requires_grad_()).sum().backward()
+    assert seen == [module]
+    assert calls == ["mixer_layer"]
+    handle.remove()
+    layer(features())
+    assert len(seen) == 1
+    assert calls == ["mixer_layer"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@HOOKS
+def test_hooks_on_whole_layers_and_models_fire_beside_the_operator(calls, register):
+    model, seen = make_pair()[0], []
+    register(model[3], seen)
+    register(model, seen)
+    model(image().requires_grad_()).sum().backward()
+    assert {id(m) for m in seen} == {id(model), id(model[3])}
+    assert len(seen) == 2
+    assert calls == ["mixer_layer"] * 2
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch_module.register_module_forward_hook,
+        torch_module.register_module_forward_pre_hook,
+        torch_module.register_module_full_backward_hook,
+        torch_module.register_module_full_backward_pre_hook,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_hooks_on_all_modules_fire(calls, register):
+    layer, seen = make_pair()[0][3], []
+    handle = register(lambda m, *rest: seen.append(m))
+    try:
+        layer(features().requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    # the order of backward hooks is the reverse; each of the 8 inner modules and the layer once
+    assert {id(m) for m in seen} == {id(m) for m in layer.modules()}
+    assert len(seen) == len(INNER) + 1
+    assert calls == []
+    layer(features())
+    assert calls == ["mixer_layer"]
+
+
+def test_a_forward_hook_may_replace_the_output():
+    layer, ref = (m[3].eval() for m in make_pair())
+    for one in (layer, ref):
+        one[0].fn[0].register_forward_hook(lambda m, args, out: out.clamp(-0.1, 0.1))
+    assert torch.equal(layer(features()), ref(features()))
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def doubled_conv(layer):
+    layer[0].fn[0].__class__ = DoubledConv
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer[0].fn[0], "weight", Doubled())
+
+
+def weight_norm(layer):
+    parametrizations.weight_norm(layer[1])
+
+
+def spectral_norm(layer):
+    torch.manual_seed(6)
+    parametrizations.spectral_norm(layer[1])
+
+
+def legacy_spectral_norm(layer):
+    torch.manual_seed(6)
+    nn.utils.spectral_norm(layer[0].fn[0])
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer[0].fn[0], "weight", 0.5)
+
+
+def own_forward(layer):
+    layer[1].forward = lambda x: 3 * x
+
+
+def own_forward_of_the_residual(layer):
+    layer[0].forward = lambda x: x - layer[0].fn(x)
+
+
+def plain_attribute(layer):
+    weight = 2 * layer[1].weight.detach()
+    del layer[1].weight
+    layer[1].weight = weight
+
+
+def group_norm(layer):
+    layer[3] = nn.GroupNorm(4, DIM)
+
+
+def sync_batch_norm(layer):
+    layer[3] = nn.SyncBatchNorm.convert_sync_batchnorm(layer[3])
+
+
+def group_norm_inside(layer):
+    layer[0].fn[2] = nn.GroupNorm(4, DIM)
+
+
+def silu(layer):
+    layer[0].fn[1] = nn.SiLU()
+
+
+def dilated(layer):
+    layer[0].fn[0].dilation = (2, 2)
+
+
+def reflecting(layer):
+    torch.manual_seed(7)
+    layer[0].fn[0] = nn.Conv2d(DIM, DIM, 5, groups=DIM, padding="same", padding_mode="reflect")
+
+
+def grouped_less(layer):
+    torch.manual_seed(7)
+    layer[0].fn[0] = nn.Conv2d(DIM, DIM, 5, groups=4, padding="same")
+
+
+def grouped_pointwise(layer):
+    torch.manual_seed(7)
+    layer[1] = nn.Conv2d(DIM, DIM, 1, groups=2)
+
+
+def pointwise_of_three(layer):
+    torch.manual_seed(7)
+    layer[1] = nn.Conv2d(DIM, DIM, 3, padding=1)
+
+
+def strided_pointwise(layer):
+    layer[1].stride = (2, 2)
+
+
+def padded_pointwise(layer):
+    layer[1].padding = (1, 1)
+
+
+def fused_pair(layer):
+    nn.utils.fusion.fuse_conv_bn_weights  # noqa: B018 - the name must exist
+    layer[1] = nn.utils.fusion.fuse_conv_bn_eval(layer[1].eval(), layer[3].eval())
+    layer[3] = nn.Identity()
+
+
+def dropout_added(layer):
+    layer.append(nn.Flatten())
+
+
+def norm_removed(layer):
+    del layer[3]
+
+
+def longer_fn(layer):
+    layer[0].fn.append(nn.Tanh())
+
+
+class ScaledResidual(reference.Residual):
+    def forward(self, x):
+        return 0.5 * self.fn(x) + x
+
+
+def scaled_residual(layer):
+    layer[0].__class__ = ScaledResidual
+
+
+class Annotated(torch.Tensor):
+    """A tensor subclass: what its operations mean is its own business."""
+
+
+def subclassed_parameter(layer):
+    layer[1].weight.data = layer[1].weight.data.as_subclass(Annotated)
+    layer[1]._parameters["weight"] = layer[1].weight.detach().as_subclass(Annotated)
+
+
+def subclassed_norm_parameter(layer):
+    layer[0].fn[2]._parameters["bias"] = layer[0].fn[2].bias.detach().as_subclass(Annotated)
+
+
+ALTERATIONS = [
+    doubled_conv,
+    parametrized,
+    weight_norm,
+    spectral_norm,
+    legacy_spectral_norm,
+    pruned,
+    own_forward,
+    own_forward_of_the_residual,
+    plain_attribute,
+    group_norm,
+    group_norm_inside,
+    silu,
+    dilated,
+    reflecting,
+    grouped_less,
+    grouped_pointwise,
+    pointwise_of_three,
+    strided_pointwise,
+    padded_pointwise,
+    fused_pair,
+    dropout_added,
+    norm_removed,
+    longer_fn,
+    scaled_residual,
+    subclassed_parameter,
+    subclassed_norm_parameter,
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda f: f.__name__)
+def test_an_altered_layer_runs_its_modules(calls, alter):
+    layer, ref = (m[3] for m in make_pair())
+    for one in (layer, ref):
+        alter(one)
+    for _ in range(2):
+        results = [step(one, features()) for one in (layer, ref)]
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert type(layer) is MixerLayer
+    assert calls == []
+
+
+def test_a_sync_batch_norm_runs_as_a_module(calls):
+    layer, ref = (m[3].eval() for m in make_pair())
+    for one in (layer, ref):
+        sync_batch_norm(one)
+    assert torch.equal(layer(features()), ref(features()))
+    assert calls == []
+
+
+def test_a_compiled_inner_module_is_called(calls):
+    layer = make_pair()[0][3].eval()
+    layer[1].compile(backend="eager")
+    layer(features())
+    assert calls == []
+
+
+# ---- inputs and modes that the operators do not take ---------------------------------------------------------------
+
+
+@MODES
+def test_float64_is_the_references_bit_by_bit(calls, training):
+    ours, ref = (m.double().train(training) for m in make_pair())
+    results = [step(m, image(dtype=torch.float64)) for m in (ours, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        features()[0],
+        features().double(),
+        features().bfloat16(),
+        features().to(torch.complex64),
+        features().int(),
+        [1.0],
+    ],
+    ids=["unbatched", "float64", "bfloat16", "complex", "int", "list"],
+)
+def test_inputs_that_the_reference_refuses_are_refused_alike(x):
+    layer, ref = (m[3] for m in make_pair())
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(Exception) as expected:
+        ref(x)
+    with pytest.raises(expected.type) as raised:
+        layer(x)
+    assert str(raised.value) == str(expected.value)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def half_norm(layer):
+    layer[3].half()
+
+
+def half_running_statistics(layer):
+    layer[3].running_mean, layer[3].running_var = layer[3].running_mean.half(), layer[3].running_var.half()
+
+
+def one_running_statistic(layer):
+    layer.eval()[3].running_var = None
+
+
+@pytest.mark.parametrize(
+    "change", [half_norm, half_running_statistics, one_running_statistic], ids=lambda f: f.__name__
+)
+def test_norms_that_the_reference_refuses_are_refused_alike(calls, change):
+    layer, ref = (m[3] for m in make_pair())
+    for one in (layer, ref):
+        change(one)
+    with pytest.raises(Exception) as expected:
+        ref(features())
+    with pytest.raises(expected.type) as raised:
+        layer(features())
+    assert str(raised.value) == str(expected.value)
+    assert calls == []
+
+
+def wrong_pointwise_weight(layer):
+    layer[1].weight = nn.Parameter(torch.zeros(DIM, DIM // 2, 1, 1))
+
+
+def wrong_pointwise_norm(layer):
+    other_eps(layer)
+    layer[3].bias = nn.Parameter(torch.zeros(DIM + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "x", "message"),
+    [
+        (lambda layer: None, features()[:, :8], "mixer_layer: depthwise_weight must be"),
+        (lambda layer: None, features(1, 1), "mixer_layer: training needs more than one value per channel"),
+        (cumulative_average, features(1, 1), "mixer_layer: training needs more than one value per channel"),
+        (wrong_pointwise_weight, features(), "mixer_layer: pointwise_weight must be"),
+        (wrong_pointwise_norm, features(), "pointwise_block: norm_bias must be"),
+    ],
+    ids=["channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
+)
+def test_a_call_that_raises_changes_nothing(change, x, message):
+    layer = make_pair()[0][3]
+    change(layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_meta_fake_and_subclassed_inputs(calls):
+    with torch.device("meta"):
+        assert ConvMixer(**SMALL)(torch.empty(2, 3, 12, 12)).shape == (2, 7)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert ConvMixer(**SMALL)(torch.empty(2, 3, 12, 12)).shape == (2, 7)
+    layer, ref = (m[3].eval() for m in make_pair())
+    y = layer(features().as_subclass(Annotated))
+    assert type(y) is Annotated
+    assert torch.equal(y.as_subclass(torch.Tensor), ref(features()))
+    assert calls == []
+
+
+def test_transforms_and_forward_mode(calls):
+    layer, ref = (m[3].eval() for m in make_pair())
+    parameters = dict(ref.named_parameters())
+
+    def loss(model):
+        return lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()
+
+    results = [torch.func.grad(loss(one))(parameters, features()) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    results = [torch.func.vmap(one)(torch.stack([features(), features() + 1])) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    results = [torch.func.jvp(one, (features(),), (features(),)) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.autograd.forward_ad.dual_level():
+        results = [
+            torch.autograd.forward_ad.unpack_dual(
+                one(torch.autograd.forward_ad.make_dual(features(), features()))
+            ).tangent
+            for one in (layer, ref)
+        ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_scripting_and_export_see_the_modules(calls):
+    model = make_pair()[0].eval()
+    expected = make_pair()[1].eval()(image())
+    programs = {
+        "torch.fx": torch.fx.symbolic_trace(model),
+        "torch.jit.trace": torch.jit.trace(model, image(), check_trace=False),
+        "torch.jit.script": torch.jit.script(model),
+        "torch.export": torch.export.export(model, (image(),)).module(),
+    }
+    assert calls == []
+    for name, program in programs.items():
+        torch.testing.assert_close(program(image()), expected, msg=name)
+
+
+@MODES
+def test_autocast(calls, training):
+    """Inside a model the stem hands autocast's dtype on; a wide input straight to a layer runs the modules."""
+    ours, ref = (m.train(training) for m in make_pair())
+    exact = step(copy.deepcopy(ref).double(), image().double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, actual = (step(m, image()) for m in (ref, ours))
+        assert calls == ["mixer_layer"] * 2
+        assert actual["output"].dtype == eager["output"].dtype == torch.bfloat16
+        wide = [m[3].eval()(features()) for m in make_pair()]
+        assert torch.equal(*wide)
+        assert calls == ["mixer_layer"] * 2
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype
+        if value.dtype.is_floating_point:
+            # parameters stay float32, but eager's error is that of the 16-bit arithmetic in between
+            rounded = (t[name].to(torch.bfloat16) for t in (actual, eager))
+            assert_twice_eager(name, *rounded, exact[name])
+
+
+def test_float32_norms_in_a_half_model(calls):
+    layer, ref = (m[3].bfloat16() for m in make_pair())
+    for one in (layer, ref):
+        one[0].fn[2].float()
+        one[3].float()
+    assert_matches(layer, ref, features(dtype=torch.bfloat16))
+    assert calls == ["mixer_layer"]

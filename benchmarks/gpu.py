@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu: build, test, sanitize and measure the CUDA kernels on the GPU of this machine, within 9 minutes.
+"""python -m benchmarks.gpu: build, test, sanitize and measure the CUDA kernels on this machine's GPU, within 9 minutes.
 
 Writes benchmarks/results/<gpu>.json after every row, so that a run that is cut off keeps what it has. Needs no network.
 """
@@ -54,7 +54,8 @@ class Run:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all right, 1 a build, test, sanitizer run or result is wrong, 2 there is no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split(": ", 1)[1].split("\n")[0])
+    what = __doc__.split(": ", 1)[1].split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=what)
     parser.add_argument("--seconds", type=float, default=530, help="stop after so many (530)")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
     parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/<gpu>.json)")
@@ -165,7 +166,8 @@ def build(run: Run) -> bool:
         run.note("build", {"ok": True, "done": False, "seconds": 0.0})
         return True
     print("building: pip install --no-build-isolation --no-deps .", flush=True)
-    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--force-reinstall", "."]
+    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
+    command += ["--force-reinstall", "."]
     status, output, seconds = _command(run, command, _LIMITS["build"], CONVMIXER_BUILD_CUDA="1")
     importlib.invalidate_caches()
     run.note("build", {"ok": status == 0, "done": True, "seconds": seconds})
@@ -182,7 +184,13 @@ def tests(run: Run) -> None:
     ending = lines[-1] if lines else ""
     run.note(
         "tests",
-        {"ok": status == 0, "finished": status is not None, "seconds": seconds, "summary": ending, "failures": failures[:100]},
+        {
+            "ok": status == 0,
+            "finished": status is not None,
+            "seconds": seconds,
+            "summary": ending,
+            "failures": failures[:100],
+        },
     )
     print(f"tests: {'out of time' if status is None else ending}", flush=True)
     if status != 0:

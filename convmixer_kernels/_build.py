@@ -32,7 +32,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=1"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=1"]
 
 
 class Object(NamedTuple):
@@ -116,7 +116,7 @@ def gencode_flags(archs: Iterable[str]) -> list[str]:
 def _binding_includes() -> list[str]:
     import pybind11
 
-    return [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
 
 def cpu_instruction_sets() -> list[str]:
@@ -137,7 +137,7 @@ def cpu_objects(cxx: str) -> list[Object]:
 
 def cuda_objects(cxx: str, nvcc: Path, archs: list[str]) -> list[Object]:
     """The objects of _cuda: one per .cu file, and the binding, which nvcc never sees."""
-    device = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs), f"-I{CSRC}"]
+    device = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs)]
     device += ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     objects = [Object(path, device) for path in sorted((CSRC / "cuda").glob("*.cu"))]
     host = [*cxx.split(), *CXX_FLAGS, *_binding_includes(), "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]

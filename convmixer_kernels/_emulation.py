@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels' own source compiled for the CPU, for tests without a GPU: CONVMIXER_CUDA_EMULATION=1.
 
-csrc/cuda/*.cu compile with g++ through tests/emulation/cuda_emu.h, which runs them with CUDA's semantics, thousands of times slower than a
-GPU. The module is built on first use, from a source checkout only, into $XDG_CACHE_HOME/convmixer-kernels (default ~/.cache), under a
-name that holds a digest of everything that goes into it. EMU_ORDER chooses the order of threads (0 forward, 1 reverse, n >= 2 shuffled).
+csrc/cuda/*.cu compile with g++ through tests/emulation/cuda_emu.h, which runs them with CUDA's semantics, thousands of
+times slower than a GPU. The module is built on first use, from a source checkout only, into
+$XDG_CACHE_HOME/convmixer-kernels (default ~/.cache), under a name that holds a digest of everything that goes into it.
+EMU_ORDER chooses the order of threads (0 forward, 1 reverse, n >= 2 shuffled).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def sources() -> list[Path]:
     header = EMULATOR / "cuda_emu.h"
     if not found or not header.exists():
         raise RuntimeError(
-            f"CONVMIXER_CUDA_EMULATION=1 needs a source checkout (csrc/cuda and tests/emulation), found none at {_build.ROOT}: "
-            "run from the repository's root, or unset the variable"
+            "CONVMIXER_CUDA_EMULATION=1 needs a source checkout (csrc/cuda and tests/emulation), "
+            f"found none at {_build.ROOT}: run from the repository's root, or unset the variable"
         )
     return [*found, _build.CSRC / "math.h", header]
 

@@ -127,7 +127,7 @@ def depthwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
     a = torch.empty_like(x)
-    mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32).unbind()
+    mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32, device="cpu").unbind()
     native.depthwise_train(
         x.data_ptr(),
         a.data_ptr(),
@@ -150,7 +150,7 @@ def depthwise_train(
 def _pointwise_output(x: Tensor, weight: Tensor) -> Tensor:
     n, _, height, width = x.shape
     memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return torch.empty((n, weight.shape[0], height, width), dtype=x.dtype, memory_format=memory_format)
+    return torch.empty((n, weight.shape[0], height, width), dtype=x.dtype, memory_format=memory_format, device=x.device)
 
 
 def _pointwise_shape(y: Tensor, x: Tensor) -> tuple[int, int, int, int, int, bool, int]:
@@ -191,7 +191,7 @@ def pointwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
     a = _pointwise_output(x, weight)
-    mean, var = torch.empty((2, a.shape[1]), dtype=torch.float32).unbind()
+    mean, var = torch.empty((2, a.shape[1]), dtype=torch.float32, device="cpu").unbind()
     native.pointwise_train(
         x.data_ptr(),
         a.data_ptr(),
@@ -236,7 +236,7 @@ def norm_backward(
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) float32 each."""
-    sum_dy, sum_dy_hhat = torch.empty((2, a.shape[1]), dtype=torch.float32).unbind()
+    sum_dy, sum_dy_hhat = torch.empty((2, a.shape[1]), dtype=torch.float32, device="cpu").unbind()
     native.norm_backward(
         dy.data_ptr(),
         a.data_ptr(),
@@ -290,8 +290,8 @@ def depthwise_weight_grad(
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
-    dw = torch.empty(weight.shape, dtype=weight.dtype)
-    db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype)
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device="cpu")
     native.depthwise_weight_grad(
         dy.data_ptr(),
         _preactivation(a, activation, norm),
@@ -311,7 +311,7 @@ def depthwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor,  # (N, C_in, H, W)
+    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -322,14 +322,15 @@ def pointwise_backward(
     """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
     # float32 for 16-bit tensors too: rounding da would add to the error of both products
     da = torch.empty_like(dy, dtype=torch.float32)
-    dx = torch.empty_like(x) if needs[0] else None
-    dw = torch.empty(weight.shape, dtype=weight.dtype) if needs[1] else None
-    db = torch.empty(bias.shape, dtype=bias.dtype) if needs[2] and bias is not None else None
+    source = _pointwise_output(dy, weight.transpose(0, 1)) if x is None else x
+    dx = torch.empty_like(source) if needs[0] else None
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device="cpu") if needs[1] else None
+    db = torch.empty(bias.shape, dtype=bias.dtype, device="cpu") if needs[2] and bias is not None else None
     native.pointwise_backward(
         dy.data_ptr(),
         a.data_ptr(),
-        x.data_ptr(),
-        *_pointwise_shape(dy, x),
+        source.data_ptr(),
+        *_pointwise_shape(dy, source),
         *_param(weight),
         _ACTIVATION_CODES[activation],
         *_norm_grad(norm, sums),

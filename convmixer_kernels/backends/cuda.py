@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The primitives in CUDA C++ (csrc/cuda), on the current stream; the pointwise convolutions are torch's GEMMs between two kernels.
+"""The primitives in CUDA C++ (csrc/cuda), on the current stream; pointwise convolutions are torch's GEMM and a kernel.
 
-Nothing here synchronises, and memory comes from torch's allocator alone, so every primitive can be captured in a CUDA graph.
+Nothing here synchronises, and memory comes from torch's allocator alone: every primitive fits in a CUDA graph.
 The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
-With CONVMIXER_CUDA_EMULATION=1 the same kernels, compiled for the CPU, take CPU tensors: for tests only (see _emulation.py).
+With CONVMIXER_CUDA_EMULATION=1 the same kernels, compiled for the CPU, take CPU tensors, for tests (see _emulation.py).
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def _native() -> _Native:
     try:
         from convmixer_kernels import _cuda as module
     except ImportError as error:
-        fix = "install a CUDA 13 toolkit (nvcc) and reinstall: CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
+        fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
         return _Native(None, f"the native module is not built ({error}); {fix}", False)
     count, error = module.device_count()
     if count == 0:
-        return _Native(module, f"no usable NVIDIA GPU: {error or 'none found'} (a driver of the 580 series or newer?)", False)
+        why = f"no usable NVIDIA GPU: {error or 'none found'} (it needs a driver of the 580 series or newer)"
+        return _Native(module, why, False)
     return _Native(module, None, False)
 
 
@@ -142,6 +143,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _aligned(t: Tensor | None) -> Tensor | None:
+    """t, or a copy if its address is no multiple of 16 (an odd slice of a batch), which the depthwise kernels need."""
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+
 @functools.lru_cache(maxsize=1024)
 def _size(function: str, device: int, *arguments: int) -> int:
     """What the native size function says: it may depend on the device."""
@@ -172,7 +178,8 @@ def _merged(
     dtype = 0 if given is None else _CODES[given.dtype]
     if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
         raise NotImplementedError(
-            f"backend 'cuda': running_mean and running_var must have one dtype, got {running_mean.dtype} and {running_var.dtype}"
+            "backend 'cuda': running_mean and running_var must have one dtype, "
+            f"got {running_mean.dtype} and {running_var.dtype}"
         )
     native.merge_statistics(
         channels,
@@ -202,6 +209,7 @@ def depthwise_eval(
     residual: bool,
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one launch."""
+    x = _aligned(x)
     y = torch.empty_like(x)
     with _On(x) as stream:
         _native().module.depthwise_forward(
@@ -230,6 +238,7 @@ def depthwise_train(
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
+    x = _aligned(x)
     native, a = _native().module, torch.empty_like(x)
     with _On(x) as stream:
         shape, kernel = _shape(x), tuple(weight.shape[2:])
@@ -261,6 +270,7 @@ def depthwise_input_grad(
     residual: bool,
 ) -> Tensor:  # (N, C, H, W)
     """dx = correlate(da, flipped weight) (+ dy), in one launch."""
+    dy, a = _aligned(dy), _aligned(a)
     dx = torch.empty_like(dy)
     with _On(dy) as stream:
         _native().module.depthwise_input_grad(
@@ -290,6 +300,7 @@ def depthwise_weight_grad(
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None where bias is."""
+    dy, a, x = _aligned(dy), _aligned(a), _aligned(x)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     with _On(dy) as stream:
         shape, kernel = _shape(dy), tuple(weight.shape[2:])
@@ -373,7 +384,7 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_rows(*tensors: Tensor | None) -> bool:
-    """Whether these tensors of one image size lie in memory as rows: channels_last, or H = W = 1, where both formats agree."""
+    """Whether these tensors of one image size lie as rows: channels_last, or H = W = 1, where both formats agree."""
     return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
 
 
@@ -425,7 +436,7 @@ def pointwise_train(
     running_var: Tensor | None,  # (C_out,) updated in place
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As depthwise_train: the GEMM, one pass for bias and statistics (which only reads where the GEMM adds the bias), the merge."""
+    """As depthwise_train: the GEMM, a pass for bias and statistics (it only reads if the GEMM adds it), the merge."""
     fused = _is_rows(x)
     a = _pointwise(x, weight, bias if fused else None)
     native = _native().module
@@ -508,7 +519,8 @@ def _planes_product(
     """sum over n of da[n] x[n]^T, in float32, without a transposed copy of either tensor.
 
     Images and channels interleave in memory, so this is no single GEMM. One GEMM an image would leave a partial wave of
-    tiles N times, one batch of N would write N products to memory: batches whose products fit in the L2 cache, added up there.
+    tiles N times, one batch of N would write N products to memory: so batches whose products fit in the L2 cache, added
+    up there.
     """
     if not x.is_cuda:
         da, x = da.float(), x.float()

@@ -240,7 +240,7 @@ def depthwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor,  # (N, C_in, H, W)
+    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -250,12 +250,11 @@ def pointwise_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
     da = _da(dy, a, activation, norm, sums)
-    rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
-    matrix = weight.flatten(1).to(da.dtype)
     dx = dw = db = None
     if needs[0]:
-        dx = F.conv2d(da, matrix.t()[:, :, None, None]).to(x.dtype)
+        dx = F.conv2d(da, weight.to(da.dtype).transpose(0, 1)).to(dy.dtype)
     if needs[1]:
+        rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)
     if needs[2] and bias is not None:
         db = _sum(da).to(bias.dtype)

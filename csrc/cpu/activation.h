@@ -49,9 +49,12 @@ VEC_INLINE Vec normal_cdf_less_half(Vec x) {
 constexpr float kKappa = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float kCubic = 0.044715f;
 
-VEC_INLINE Vec gelu_tanh_sigmoid(Vec x) {
+// s = sigmoid(2 * kKappa * (x + kCubic * x^3)) and 1 - s, each without cancellation.
+VEC_INLINE Vec gelu_tanh_sigmoid(Vec x, Vec& complement) {
   const Vec z = x * fma(x * x, splat(-2.f * kKappa * kCubic), splat(-2.f * kKappa));
-  const Vec s = splat(1.f) / (splat(1.f) + exponential(vmin(splat(87.f), z)));
+  const Vec e = exponential(vmin(splat(87.f), z));
+  const Vec s = splat(1.f) / (splat(1.f) + e);
+  complement = e * s;
   return z > splat(87.f) ? splat(0.f) : s;
 }
 
@@ -59,7 +62,10 @@ template <int A>
 VEC_INLINE Vec activate(Vec x) {
   if constexpr (A == kRelu) return vmax(splat(0.f), x);
   if constexpr (A == kGelu) return fma(x, normal_cdf_less_half(x), splat(0.5f) * x);
-  if constexpr (A == kGeluTanh) return x * gelu_tanh_sigmoid(x);
+  if constexpr (A == kGeluTanh) {
+    Vec unused;
+    return x * gelu_tanh_sigmoid(x, unused);
+  }
   return x;
 }
 
@@ -78,9 +84,10 @@ VEC_INLINE void activate_with_grad(Vec x, Vec& h, Vec& d) {
     h = fma(x, cdf, splat(0.5f) * x);
     d = fma(x, density, splat(0.5f) + cdf);
   } else if constexpr (A == kGeluTanh) {
-    const Vec s = gelu_tanh_sigmoid(x);
+    Vec complement;
+    const Vec s = gelu_tanh_sigmoid(x, complement);
     h = x * s;
     const Vec slope = fma(x * x, splat(6.f * kKappa * kCubic), splat(2.f * kKappa));
-    d = fma(h * (splat(1.f) - s), slope, s);
+    d = fma(h * complement, slope, s);
   }
 }

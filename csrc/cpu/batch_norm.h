@@ -6,51 +6,87 @@
 // Reductions leave one partial per item and channel, in double, merged in order. Bound by memory, and by GELU's
 // 22 operations where the tensor is in cache.
 
+// `items` work items; in channels_last memory each is `rows` positions. `parts` partial sums a channel.
 struct Split {
-  int64_t items, rows;  // rows: positions of an item (channels_last)
-  int64_t bytes;        // of the partials, 3 doubles for each item and channel
+  int64_t items, rows, parts;
 };
 inline Split split_of(const Shape& s) {
-  const int64_t total = s.n * s.h * s.w;
-  if (!s.channels_last) return {s.n * s.c, s.h * s.w, s.n * s.c * 24};
-  const int64_t rows = larger(64, 64 * ceil_div(total, 64 * 128));
-  const int64_t items = ceil_div(total, rows);
-  return {items, rows, items * s.c * 24};
+  if (!s.channels_last) return {s.n * s.c, s.h * s.w, s.n};
+  const int64_t total = s.n * s.h * s.w, rows = 64 * ceil_div(total, 64 * 128), items = ceil_div(total, rows);
+  return {items, rows, items};
 }
 
 inline int useful_threads(const Shape& s, int64_t cost, int threads) {
   return s.n * s.c * s.h * s.w * cost < 40000 ? 1 : threads;
 }
 
-// Calls f(offset, count, affine, c) for each vector of an item; count < V at an end.
-// Between `begin(c, lanes are channels)` and `end(...)` all vectors belong to the same channel or V channels.
+// Calls f(offset, full, count, affine) for each vector of an item; `full` is Int<V> where count is V.
+// Between begin() and end(c, first) all vectors belong to channel c (contiguous) or to V channels from c on
+// (channels_last); `first` says whether it is the item's first end for c.
 template <typename Begin, typename F, typename End>
 inline void for_each_vector(const Shape& s, const Split& split, int64_t item, const Norm& norm, const Sums& sums,
                             const float* table, Begin begin, F f, End end) {
   if (!s.channels_last) {
     const int64_t hw = s.h * s.w, c = item % s.c;
     const Affine affine = affine_of_channel(norm, sums, s, c);
-    begin(item * hw, c, static_cast<int>(smaller(V, hw)));
+    begin();
     int64_t p = 0;
     for (; p + V <= hw; p += V) f(item * hw + p, Int<V>{}, V, affine);
     if (p < hw) f(item * hw + p, Int<0>{}, static_cast<int>(hw - p), affine);
-    end(c, hw);
+    end(c, true);
     return;
   }
-  const int64_t first_row = item * split.rows, rows = smaller(split.rows, s.n * s.h * s.w - first_row);
-  for (int64_t c = 0; c < s.c; c += V) {
-    const Affine affine = affine_at(table, padded(s.c), c);
-    const int count = static_cast<int>(smaller(V, s.c - c));
-    const int64_t start = first_row * s.c + c;
-    begin(start, c, count);
-    if (count == V) {
-      for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<V>{}, V, affine);
-    } else {
-      for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<0>{}, count, affine);
+  // A few rows at a time, so that neighbouring cache lines and the rows' pages are used together.
+  constexpr int64_t kRowsTogether = 16;
+  const int64_t first = item * split.rows, last = smaller(first + split.rows, s.n * s.h * s.w);
+  for (int64_t row = first; row < last; row += kRowsTogether) {
+    const int64_t rows = smaller(kRowsTogether, last - row);
+    for (int64_t c = 0; c < s.c; c += V) {
+      const Affine affine = affine_at(table, padded(s.c), c);
+      const int count = static_cast<int>(smaller(V, s.c - c));
+      const int64_t start = row * s.c + c;
+      begin();
+      if (count == V) {
+        for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<V>{}, V, affine);
+      } else {
+        for (int64_t r = 0; r < rows; r++) f(start + r * s.c, Int<0>{}, count, affine);
+      }
+      end(c, row == first);
     }
-    end(c, rows);
   }
 }
+
+// Partial sums of several kinds: [kind][part][padded(C)], each written by one item.
+struct Partials {
+  double* data;
+  int64_t parts, stride, channels;
+  bool channels_last;
+
+  Partials(void* memory, const Shape& s, const Split& split)
+      : data(static_cast<double*>(memory)),
+        parts(split.parts),
+        stride(padded(s.c)),
+        channels(s.c),
+        channels_last(s.channels_last) {}
+  static int64_t bytes(const Shape& s, const Split& split, int kinds) {
+    return kinds * split.parts * padded(s.c) * static_cast<int64_t>(sizeof(double));
+  }
+  void put(int kind, int64_t item, int64_t c, bool first, const LaneSums& sum) {
+    if (!channels_last) {
+      data[(kind * parts + item / channels) * stride + c] = sum.total();
+      return;
+    }
+    DVec* to = reinterpret_cast<DVec*>(data + (kind * parts + item) * stride + c);
+    to[0] = first ? sum.low : to[0] + sum.low;
+    to[1] = first ? sum.high : to[1] + sum.high;
+  }
+  // In order of images or of positions.
+  double merged(int kind, int64_t c) const {
+    double sum = 0;
+    for (int64_t k = 0; k < parts; k++) sum += data[(kind * parts + k) * stride + c];
+    return sum;
+  }
+};
 
 template <typename T, int N>
 inline Vec load_some(const T* p, Int<N>, int count) {
@@ -88,9 +124,6 @@ inline void run_items(const Shape& s, const Split& split, const Norm& norm, cons
     }
   }
 }
-// The partial of channel c in the order of merging: by image (contiguous) or chunk (channels_last).
-inline int64_t partials_per_channel(const Shape& s, const Split& split) { return s.channels_last ? split.items : s.n; }
-
 constexpr Sums kNoSums = {nullptr, nullptr};
 constexpr Norm kNoNorm = {{nullptr, 0}, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}, 0, false};
 // Vectors whose float sum is taken before it goes into double: few, so that rounding does not add up.
@@ -110,13 +143,13 @@ int normalize(const Normalize& p) {
       constexpr int A = decltype(act)::value;
       const auto item = [&](int64_t i) {
         for_each_vector(
-            s, split, i, p.norm, kNoSums, table, [](int64_t, int64_t, int) {},
+            s, split, i, p.norm, kNoSums, table, [] {},
             [&](int64_t at, auto full, int count, const Affine& f) {
               Vec v = normalized<A>(load_some(a + at, full, count), f, p.norm.present);
               if (residual != nullptr) v += load_some(residual + at, full, count);
               store_some(y + at, v, full, count);
             },
-            [](int64_t, int64_t) {});
+            [](int64_t, bool) {});
       };
       run_items(s, split, p.norm, kNoSums, table, useful_threads(s, 4, p.threads), false, item, [](int64_t) {});
     });
@@ -127,11 +160,11 @@ int normalize(const Normalize& p) {
 int norm_backward(const NormBackward& p) {
   const Shape& s = p.shape;
   const Split split = split_of(s);
-  char* memory =
-      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + split.items * s.c * 16)));
+  char* memory = static_cast<char*>(
+      scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + Partials::bytes(s, split, 2))));
   if (memory == nullptr) return 1;
   float* table = aligned_floats(memory, kRows * padded(s.c));
-  double* partials = reinterpret_cast<double*>(memory);  // [item (, channel)][2]
+  Partials partials(memory, s, split);
   with_dtype(s.dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* a = static_cast<const T*>(p.a);
@@ -142,7 +175,7 @@ int norm_backward(const NormBackward& p) {
         LaneSums sum, product;
         for_each_vector(
             s, split, i, p.norm, kNoSums, table,
-            [&](int64_t, int64_t, int) {
+            [&] {
               sum.clear();
               product.clear();
             },
@@ -152,27 +185,15 @@ int norm_backward(const NormBackward& p) {
               sum.add(g);
               product.add(g * (activate<A>(load_some(a + at, full, count)) - f.row[kMean]));
             },
-            [&](int64_t c, int64_t) {
-              if (!s.channels_last) {
-                partials[i * 2] = sum.total();
-                partials[i * 2 + 1] = product.total();
-              } else {
-                for (int l = 0; l < V && c + l < s.c; l++) {
-                  partials[(i * s.c + c + l) * 2] = sum.lane(l);
-                  partials[(i * s.c + c + l) * 2 + 1] = product.lane(l);
-                }
-              }
+            [&](int64_t c, bool first) {
+              partials.put(0, i, c, first, sum);
+              partials.put(1, i, c, first, product);
             });
       };
       const auto finish = [&](int64_t c) {
-        double sum = 0, product = 0;
-        for (int64_t k = 0; k < partials_per_channel(s, split); k++) {
-          sum += partials[(k * s.c + c) * 2];
-          product += partials[(k * s.c + c) * 2 + 1];
-        }
         const double rstd = 1.0 / __builtin_sqrt(static_cast<double>(param_at(p.norm.var, c)) + p.norm.eps);
-        p.sum_dy[c] = static_cast<float>(sum);
-        p.sum_dy_hhat[c] = static_cast<float>(product * rstd);
+        p.sum_dy[c] = static_cast<float>(partials.merged(0, c));
+        p.sum_dy_hhat[c] = static_cast<float>(partials.merged(1, c) * rstd);
       };
       run_items(s, split, p.norm, kNoSums, table, useful_threads(s, 4, p.threads), true, item, finish);
     });
@@ -184,11 +205,11 @@ inline int pointwise_grad_prologue(const PointwiseBackward& p) {
   const Shape& s = p.shape;
   const Split split = split_of(s);
   const bool sums = p.sums.dy != nullptr, wants_db = p.db.data != nullptr;
-  char* memory =
-      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + split.items * s.c * 8)));
+  char* memory = static_cast<char*>(
+      scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + Partials::bytes(s, split, 1))));
   if (memory == nullptr) return 1;
   float* table = aligned_floats(memory, kRows * padded(s.c));
-  double* partials = reinterpret_cast<double*>(memory);  // [item (, channel)]
+  Partials partials(memory, s, split);
   with_dtype(s.dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* a = static_cast<const T*>(p.a);
@@ -199,26 +220,16 @@ inline int pointwise_grad_prologue(const PointwiseBackward& p) {
       const auto item = [&](int64_t i) {
         LaneSums sum;
         for_each_vector(
-            s, split, i, p.norm, p.sums, table, [&](int64_t, int64_t, int) { sum.clear(); },
+            s, split, i, p.norm, p.sums, table, [&] { sum.clear(); },
             [&](int64_t at, auto full, int count, const Affine& f) {
               Vec g = gradient<A>(load_some(dy + at, full, count), load_some(a + at, full, count), f, sums);
               store_some(da + at, g, full, count);
               if (!s.channels_last && count < V) g = keep(g, count);
               sum.add(g);
             },
-            [&](int64_t c, int64_t) {
-              if (!s.channels_last) {
-                partials[i] = sum.total();
-              } else {
-                for (int l = 0; l < V && c + l < s.c; l++) partials[i * s.c + c + l] = sum.lane(l);
-              }
-            });
+            [&](int64_t c, bool first) { partials.put(0, i, c, first, sum); });
       };
-      const auto finish = [&](int64_t c) {
-        double sum = 0;
-        for (int64_t k = 0; k < partials_per_channel(s, split); k++) sum += partials[k * s.c + c];
-        set_param(p.db, c, static_cast<float>(sum));
-      };
+      const auto finish = [&](int64_t c) { set_param(p.db, c, static_cast<float>(partials.merged(0, c))); };
       run_items(s, split, p.norm, p.sums, table, useful_threads(s, 4, p.threads), wants_db, item, finish);
     });
   });

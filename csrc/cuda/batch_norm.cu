@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Batch norm after the activation, h = act(a), y = (h - mean) * gamma * rsqrt(var + eps) + beta (+ residual): the passes around the
-// convolutions. Contiguous and channels_last, any sizes; elementwise.cuh says what a block and a thread own.
+// Batch norm after the activation, h = act(a), y = (h - mean) * gamma * rsqrt(var + eps) + beta (+ residual): the
+// passes around the convolutions. Contiguous and channels_last, any sizes; elementwise.cuh says what a block and a
+// thread own.
 //   merge_statistics  a warp owns a channel: Chan's merge of the convolution's partials in double, running statistics
 //   normalize         reads a (and the residual), writes y
-//   norm_backward     reads dy and a: sum dy and sum dy * (h - mean) by part; then a warp owns a channel and adds up its parts
+//   norm_backward     reads dy and a: sum dy and sum dy * (h - mean) by part; then a warp owns a channel and adds up
+//   its parts
 // Bound: HBM for all but merge_statistics, whose bytes are a few percent of a pass.
 #include "elementwise.cuh"
 
@@ -61,9 +63,9 @@ struct NormalizeOp {
   __device__ __forceinline__ Channel channel(int64_t c) const { return elementwise::affine(norm, c); }
 
   template <int ACT>
-  __device__ __forceinline__ T element(const Channel& k, float a, float residual, float (&)[1]) const {
+  __device__ __forceinline__ float element(const Channel& k, float a, float residual, float (&)[1]) const {
     const float h = elementwise::activate<ACT, T>(a);
-    return from_float<T>(fmaf(h - k.mean, k.scale, k.shift) + residual);
+    return fmaf(h - k.mean, k.scale, k.shift) + residual;
   }
 };
 
@@ -85,10 +87,10 @@ struct NormBackwardOp {
   __device__ __forceinline__ Channel channel(int64_t c) const { return {load_param(norm.mean, c)}; }
 
   template <int ACT>
-  __device__ __forceinline__ T element(const Channel& k, float dy, float a, float (&stat)[3]) const {
+  __device__ __forceinline__ float element(const Channel& k, float dy, float a, float (&stat)[3]) const {
     stat[0] = dy;
     stat[1] = dy * (elementwise::activate<ACT, T>(a) - k.mean);
-    return T();
+    return 0.f;
   }
 };
 
@@ -122,22 +124,27 @@ int merge_statistics(const MergeStatistics& p, void* stream) {
 int normalize(const Normalize& p, void* stream) {
   return elementwise::with_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
-    const NormalizeOp<T> op{static_cast<const T*>(p.a), static_cast<const T*>(p.residual), static_cast<T*>(p.y),
-                            nullptr,                    p.activation,                      p.norm};
+    const NormalizeOp<T> op{static_cast<const T*>(p.a),
+                            static_cast<const T*>(p.residual),
+                            static_cast<T*>(p.y),
+                            nullptr,
+                            p.activation,
+                            p.norm};
     return elementwise::launch<T>(op, p.shape, {p.a, p.residual, p.y}, stream);
   });
 }
 
 int64_t norm_backward_workspace(const Shape& shape) {
-  return shape.c * elementwise::parts_of(shape) * static_cast<int64_t>(sizeof(elementwise::Partial<NormBackwardOp<float>>));
+  return shape.c * elementwise::parts_of(shape) *
+         static_cast<int64_t>(sizeof(elementwise::Partial<NormBackwardOp<float>>));
 }
 
 int norm_backward(const NormBackward& p, void* stream) {
   return elementwise::with_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
     auto* partials = static_cast<elementwise::Partial<NormBackwardOp<T>>*>(p.workspace);
-    const NormBackwardOp<T> op{static_cast<const T*>(p.dy), static_cast<const T*>(p.a), nullptr, partials, p.activation,
-                               p.norm};
+    const NormBackwardOp<T> op{
+        static_cast<const T*>(p.dy), static_cast<const T*>(p.a), nullptr, partials, p.activation, p.norm};
     const int error = elementwise::launch<T>(op, p.shape, {p.dy, p.a}, stream);
     if (error != 0) return error;
     LAUNCH((norm_backward_finish_kernel<T>), dim3(warp_blocks(p.shape.c)), dim3(32 * kChannelsPerBlock), 0,

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with partial statistics of act(a), and dx = conv(da, flipped w) (+ dy),
-// in float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel.
-// A block owns a tile of outputs of one or several planes; a thread owns 4 x 8 outputs of it, keeps a window of 4 input rows in
-// registers and walks down the filter's rows: 32 kTaps FMAs for one new row of 4 and for 3 weights' LDS.128 (kTaps = 9).
-// Bound, k = 9: 81 FMAs an output, and every other instruction takes an FMA's issue slot: about 3 of shared memory, 4 of
-// filling and storing, 32 of an erf; bytes (8 an output in float32) need as long as the FMAs.
-// Registers <= 128, so 4 blocks of 128 threads (channels_last 2 of 256) share a multiprocessor: one fills while others compute.
+// y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with partial statistics of act(a), and dx = conv(da,
+// flipped w) (+ dy), in float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel. A block owns
+// a tile of outputs of one or several planes; a thread owns 4 x 8 outputs of it, keeps a window of 4 input rows in
+// registers and walks down the filter's rows: 32 kTaps FMAs for one new row and one row of weights.
+// Bound: issue slots. k = 9, 32x32, sm_90a SASS, an output: 81 FMAs, 5 to read rows and weights, 25 of erf-GELU and, by
+// estimate, 35 to place, fill and store, so that FMAs are at most 55 % (GELU) or 65 % (ReLU) of what issues. Bytes, 8
+// an output in float32, take about as long as the FMAs. Registers <= 128 let 4 blocks of 128 threads (channels_last: 2
+// of 256) share a multiprocessor, one filling while others compute.
 #include "depthwise_fma.cuh"
 
 namespace convmixer {
@@ -14,15 +15,15 @@ namespace {
 using namespace fma;
 
 struct Tiling {
-  int across, down;         // patches of a tile
-  int images, channels;     // planes of a block
+  int across, down;      // patches of a tile
+  int images, channels;  // planes of a block
   int tiles_x, tiles_y;
   int image_groups, channel_groups;
   Filter filter;
   Box box;
   FastDiv by_across, by_planes, by_images, by_tiles, by_tiles_x, by_channel_groups;
   FastDiv by_filter, by_row;  // padded taps of a channel, of a filter row
-  int weights;              // floats
+  int weights;                // floats
   int threads;
   size_t shared;
   __host__ __device__ int64_t parts() const { return static_cast<int64_t>(image_groups) * tiles_x * tiles_y; }
@@ -44,7 +45,8 @@ Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
       // a narrower tile may cover the row with as many
       if (ceil_div(patches_x, tiles_x) != across) continue;
       const int tallest = L::kSlots / across;
-      for (int tiles_y = static_cast<int>(ceil_div(patches_y, tallest)), tries = 0; tiles_y <= patches_y && tries < 4; ++tiles_y) {
+      for (int tiles_y = static_cast<int>(ceil_div(patches_y, tallest)), tries = 0; tiles_y <= patches_y && tries < 4;
+           ++tiles_y) {
         const int down = static_cast<int>(ceil_div(patches_y, tiles_y));
         if (ceil_div(patches_y, down) != tiles_y) continue;
         ++tries;
@@ -71,9 +73,9 @@ Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
         if (static_cast<int64_t>(t.shared) > limit) continue;
         const int tile_planes = L::kChannelsLast ? t.images : t.images * t.channels;
         // in FMAs: an output's own, 40 for its epilogue, and 25 for each element brought into shared memory
-        const double cost = static_cast<double>(t.blocks()) *
-                            (static_cast<double>(t.threads) * kRows * kColumns * (taps + 40) +
-                             25. * tile_planes * L::kLanes * t.box.rows * t.box.columns);
+        const double cost =
+            static_cast<double>(t.blocks()) * (static_cast<double>(t.threads) * kRows * kColumns * (taps + 40) +
+                                               25. * tile_planes * L::kLanes * t.box.rows * t.box.columns);
         if (best.threads == 0 || cost < best_cost) best = t, best_cost = cost;
       }
     }
@@ -91,8 +93,9 @@ Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
 }
 
 // Weights with zeros around each row: contiguous [channel][i][tap], channels_last [i][tap][channel] with an odd pitch.
-template <class L, class T, bool kFlipped>
-__device__ __forceinline__ void fill_weights(float* to, const Param& weight, const Tiling& t, int c0, int64_t channels) {
+template <class L, bool kFlipped>
+__device__ __forceinline__ void fill_weights(float* to, const Param& weight, const Tiling& t, int c0,
+                                             int64_t channels) {
   const int taps = t.by_filter.divisor, size = t.channels * taps;
   for (int i = threadIdx.x; i < size; i += blockDim.x) {
     uint32_t tap, column;
@@ -100,7 +103,7 @@ __device__ __forceinline__ void fill_weights(float* to, const Param& weight, con
     float w = 0.f;
     if (j >= 0 && j < t.filter.kw && c0 + channel < channels) {
       const int r = kFlipped ? t.filter.kh - 1 - row : row, q = kFlipped ? t.filter.kw - 1 - j : j;
-      w = load_param_as<T>(weight, (static_cast<int64_t>(c0 + channel) * t.filter.kh + r) * t.filter.kw + q);
+      w = load_param(weight, (static_cast<int64_t>(c0 + channel) * t.filter.kh + r) * t.filter.kw + q);
     }
     to[L::kChannelsLast ? tap * (L::kLanes + 1) + channel : i] = w;
   }
@@ -108,25 +111,25 @@ __device__ __forceinline__ void fill_weights(float* to, const Param& weight, con
 
 // acc[r][q] = sum over taps; `row` is the first row of this thread's window, `weights` its channel's.
 template <class L>
-__device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const float* row, int group, const float* weights,
-                                         const Tiling& t) {
+__device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const float* row, int across,
+                                         const float* weights, const Tiling& t) {
   constexpr int kTap = L::kChannelsLast ? L::kLanes + 1 : 1;
   const int row_taps = t.by_row.divisor;
   for (int chunk = 0; chunk < (L::kChunked ? t.filter.chunks : 1); ++chunk) {
-    Cursor at = cursor<L>(row, t.box, group + chunk);
+    Cursor at = cursor<L>(row, t.box, across, chunk);
     const float* w_row = weights + chunk * 4 * kTap;
     float window[kRows][L::kWindow];
 #pragma unroll
     for (int r = 0; r < kRows - 1; ++r) {
-      read_row<L>(window[r], at, 0);
-      at.even += t.box.pitch, at.odd += t.box.pitch;
+      read_row<L>(window[r], at);
+      at.at += t.box.pitch;
     }
     for (int i = 0; i < t.filter.kh; i += kRows) {
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         if (i + u >= t.filter.kh) break;
-        read_row<L>(window[(u + kRows - 1) % kRows], at, 0);
-        at.even += t.box.pitch, at.odd += t.box.pitch;
+        read_row<L>(window[(u + kRows - 1) % kRows], at);
+        at.at += t.box.pitch;
         float w[L::kPaddedTaps];
         if constexpr (L::kChannelsLast) {
 #pragma unroll
@@ -151,7 +154,8 @@ __device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const fl
   }
 }
 
-// Sum of v over the threads of a channel, in a fixed order: `count` threads, this one is number `index` at `at`, others `stride` apart.
+// Sum of v over the threads of a channel, in a fixed order: `count` threads, this one is number `index` at `at`, others
+// `stride` apart.
 __device__ __forceinline__ float channel_sum(float v, float* scratch, int at, int stride, int index, int count) {
   int reach = 1;
   while (reach < count) reach *= 2;
@@ -198,7 +202,8 @@ struct Position {
     part = t.by_channel_groups.divmod(blockIdx.x, channel_group);
     const int image_group = t.by_tiles.divmod(part, tile);
     const int y0 = t.by_tiles_x.divmod(tile, column) * t.down * kRows, x0 = column * t.across * kColumns;
-    place = {y0 - t.filter.top, x0 - t.filter.pad, image_group * t.images, static_cast<int>(channel_group) * t.channels, t.images, t.channels};
+    place = {y0 - t.filter.top, x0 - t.filter.pad, image_group * t.images, static_cast<int>(channel_group) * t.channels,
+             t.images,          t.channels};
     n = place.n + patch.image, c = place.c + patch.channel;
     y = y0 + patch.down * kRows, x = x0 + patch.across * kColumns;
     active = patch.used && n < s.n && c < s.c && y < s.h && x < s.w;
@@ -251,12 +256,12 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   const Shape& s = p.shape;
   const Position<L> at(t, s);
 
-  fill_weights<L, T, false>(weights, p.weight, t, at.place.c, s.c);
+  fill_weights<L, false>(weights, p.weight, t, at.place.c, s.c);
   for (int i = threadIdx.x; i < t.channels; i += blockDim.x) {
     const int c = at.place.c + i;
     float4 k = make_float4(0.f, 0.f, 1.f, 0.f);  // bias, mean, scale, shift
     if (c < s.c) {
-      k.x = load_param_as<T>(p.bias, c);
+      k.x = load_param(p.bias, c);
       if (p.norm.present) {
         k.y = load_param(p.norm.mean, c);
         k.z = rsqrtf(load_param(p.norm.var, c) + p.norm.eps) * load_param(p.norm.weight, c, 1.f);
@@ -275,8 +280,9 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   const float* const row = at.row(tile, t.box);
   float4 k = make_float4(0.f, 0.f, 0.f, 0.f);
   if (at.active) {
-    convolve<L>(acc, row, 2 * at.patch.across,
-                weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
+    convolve<L>(
+        acc, row, at.patch.across,
+        weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
     k = constants[at.patch.channel];
   }
   T* const y = static_cast<T*>(p.y);
@@ -311,7 +317,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
           for (int q = 0; q < kColumns; ++q) acc[r][q] += center[column_offset<L>(t.box, column + q)];
         } else {
           float x[kColumns];
-          read_row<L>(x, cursor<L>(center, t.box, 2 * at.patch.across + t.filter.pad / 4), 0);
+          read_row<L>(x, cursor<L>(center, t.box, at.patch.across, t.filter.pad / 4));
 #pragma unroll
           for (int q = 0; q < kColumns; ++q) acc[r][q] += x[q];
         }
@@ -361,21 +367,22 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   const Shape& s = p.shape;
   const Position<L> at(t, s);
 
-  fill_weights<L, T, true>(weights, p.weight, t, at.place.c, s.c);
+  fill_weights<L, true>(weights, p.weight, t, at.place.c, s.c);
   const float count = static_cast<float>(s.n * s.h * s.w);
   for (int i = threadIdx.x; i < t.channels; i += blockDim.x)
     constants[i] = at.place.c + i < s.c ? gradient_constants(p.norm, p.sums, at.place.c + i, count)
                                         : make_float4(0.f, 0.f, 0.f, 0.f);
   __syncthreads();
-  GradientSource<T, L::kChannelsLast> source{static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation,
-                                             p.sums.dy != nullptr,        vector};
+  GradientSource<T, L::kChannelsLast> source{
+      static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation, p.sums.dy != nullptr, vector};
   fill<L>(tile, t.box, at.place, s, source);
   __syncthreads();
   if (!at.active) return;
 
   float acc[kRows][kColumns] = {};
-  convolve<L>(acc, at.row(tile, t.box), 2 * at.patch.across,
-              weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
+  convolve<L>(
+      acc, at.row(tile, t.box), at.patch.across,
+      weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (at.y + r >= s.h) break;
@@ -388,8 +395,10 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
 template <class K, class P>
 int launch(K kernel, const P& p, const Tiling& t, bool vector, void* stream) {
   if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
-  if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess) return static_cast<int>(error);
-  LAUNCH(kernel, dim3(static_cast<unsigned>(t.blocks())), dim3(t.threads), t.shared, static_cast<cudaStream_t>(stream), p, t, vector);
+  if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess)
+    return static_cast<int>(error);
+  LAUNCH(kernel, dim3(static_cast<unsigned>(t.blocks())), dim3(t.threads), t.shared, static_cast<cudaStream_t>(stream),
+         p, t, vector);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -408,7 +417,8 @@ int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);
-    return launch(depthwise_forward_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, false), vectors<T>(p.shape, {p.x, p.y}), stream);
+    return launch(depthwise_forward_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, false),
+                  vectors<T>(p.shape, {p.x, p.y}), stream);
   });
 }
 
@@ -416,7 +426,8 @@ int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream) {
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);
-    return launch(depthwise_input_grad_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, true), vectors<T>(p.shape, {p.dy, p.a, p.dx}), stream);
+    return launch(depthwise_input_grad_tile<T, L>, p, tiling_of<L>(p.shape, p.kh, p.kw, true),
+                  vectors<T>(p.shape, {p.dy, p.a, p.dx}), stream);
   });
 }
 

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Tiles of float32 in shared memory for the depthwise FMA kernels: their geometry, how they are filled, how a thread reads rows.
-//   contiguous:    a tile is rows x columns of some planes; a lane is a position, its reads are LDS.128. The groups of 4 columns
+// Tiles of float32 in shared memory for the depthwise FMA kernels: their geometry, how they are filled, how a thread
+// reads rows.
+//   contiguous:    a tile is rows x columns of some planes; a lane is a position, its reads are LDS.128. The groups of
+//   4 columns
 //                  lie even ones first, then odd ones, so that threads 8 columns apart read neighbouring 16 bytes.
 //   channels_last: a tile is rows x columns x kLanes channels; a lane is a channel, nothing is transposed.
-// A thread owns a patch of kRows x kColumns outputs (forward, input gradient) or strips of kColumns columns (weight gradient).
+// A thread owns a patch of kRows x kColumns outputs (forward, input gradient) or strips of kColumns columns (weight
+// gradient).
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +22,8 @@ namespace convmixer::fma {
 constexpr int kRows = 4;
 constexpr int kColumns = 8;
 
-// kTaps: taps of a row that a thread applies at once; 4 stands for any number of such chunks, others for one chunk of rows up to kTaps.
+// kTaps: taps of a row that a thread applies at once; 4 stands for any number of such chunks, others for one chunk of
+// rows up to kTaps.
 template <bool kLast, int kTaps_>
 struct Layout {
   static constexpr bool kChannelsLast = kLast;
@@ -28,7 +32,8 @@ struct Layout {
   static constexpr int kThreads = kLast ? 256 : 128;
   static constexpr int kLanes = !kLast ? 1 : kChunked ? 8 : 32;  // channels side by side
   static constexpr int kSlots = kThreads / kLanes;
-  // Floats from an even group of 4 columns to the next even one. 72, not 64: positions 8 columns apart meet in one warp.
+  // Floats from an even group of 4 columns to the next even one. 72, not 64: positions 8 columns apart meet in one
+  // warp.
   static constexpr int kPair = !kLast ? 4 : kChunked ? 72 : 8 * kLanes;
   // Columns of the window before the first tap of the first output, which make the window start at a multiple of 4.
   static constexpr int kShift = kLast || kChunked ? 0 : (4 - (kTaps - 1) / 2 % 4) % 4;
@@ -94,36 +99,33 @@ int columns_of(const Filter& f, int patches) {
 }
 
 template <class L>
-__device__ __forceinline__ int group_offset(const Box& box, int group) {
-  return (group >> 1) * L::kPair + (group & 1) * box.odd;
-}
-template <class L>
 __device__ __forceinline__ int column_offset(const Box& box, int column) {
   if constexpr (L::kPair == 8 * L::kLanes && L::kChannelsLast) return column * L::kLanes;
-  return group_offset<L>(box, column >> 2) + (column & 3) * L::kLanes;
+  return (column >> 3) * L::kPair + (column & 4 ? box.odd : 0) + (column & 3) * L::kLanes;
 }
 
-// Two addresses that reach every column of a window that starts at a group of 4 columns.
+// An address and the way from its group of 4 columns to the next: together they reach every column of a window.
 struct Cursor {
-  const float* even;
-  const float* odd;
+  const float* at;
+  int odd;
 };
+// Of patch `across` in a row, `group` groups further. The odd way is the same for all threads.
 template <class L>
-__device__ __forceinline__ Cursor cursor(const float* row, const Box& box, int group) {
-  return {row + group_offset<L>(box, group), row + group_offset<L>(box, group + 1)};
+__device__ __forceinline__ Cursor cursor(const float* row, const Box& box, int across, int group) {
+  const bool flipped = group & 1;
+  return {row + (across + (group >> 1)) * L::kPair + (flipped ? box.odd : 0), flipped ? L::kPair - box.odd : box.odd};
 }
 // Columns [0, N) from the cursor; for contiguous tiles N is a multiple of 4.
 template <class L, int N>
-__device__ __forceinline__ void read_row(float (&row)[N], const Cursor& at, int offset) {
+__device__ __forceinline__ void read_row(float (&row)[N], const Cursor& from) {
   if constexpr (L::kChannelsLast) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      row[i] = (i / 4 % 2 ? at.odd : at.even)[offset + i / 8 * L::kPair + i % 4 * L::kLanes];
+    for (int i = 0; i < N; ++i) row[i] = from.at[(i / 4 % 2 ? from.odd : 0) + i / 8 * L::kPair + i % 4 * L::kLanes];
   } else {
     static_assert(N % 4 == 0, "whole groups");
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      const float4 v = *reinterpret_cast<const float4*>((i % 2 ? at.odd : at.even) + offset + i / 2 * L::kPair);
+      const float4 v = *reinterpret_cast<const float4*>(from.at + (i % 2 ? from.odd : 0) + i / 2 * L::kPair);
       row[4 * i] = v.x, row[4 * i + 1] = v.y, row[4 * i + 2] = v.z, row[4 * i + 3] = v.w;
     }
   }
@@ -194,6 +196,7 @@ bool vectors(const Shape& s, std::initializer_list<const void*> tensors) {
 template <class T>
 struct InputSource {
   static constexpr bool kAsync = sizeof(T) == 4;
+  static constexpr int kBatch = kAsync ? 1 : 4;  // loads in flight
   using Loaded = Raw<T>;
   const T* x;
   bool vector;
@@ -221,6 +224,7 @@ __device__ __forceinline__ float4 gradient_constants(const Norm& norm, const Sum
 template <class T, bool kChannelsLast>
 struct GradientSource {
   static constexpr bool kAsync = false;
+  static constexpr int kBatch = 4;
   struct Loaded {
     Raw<T> dy, a;
   };
@@ -256,12 +260,12 @@ struct GradientSource {
     });
     return d;
   }
-
 };
 
-// A source that adds up what the thread brings in.
+// A source that adds up what the thread brings in. With 4 loads in flight the weight gradient spills on sm_80.
 template <class Source>
 struct Summed : Source {
+  static constexpr int kBatch = 2;
   float sum[4] = {};
   __device__ __forceinline__ Four value(const typename Source::Loaded& raw, int channel, int count) {
     const Four f = Source::value(raw, channel, count);
@@ -271,7 +275,8 @@ struct Summed : Source {
   }
 };
 
-// ---- filling ---------------------------------------------------------------------------------------------------------
+// ---- filling
+// ---------------------------------------------------------------------------------------------------------
 
 // Where a tile lies: column and row of its corner (outside the image in the padding), first image and channel, planes.
 struct Place {
@@ -286,12 +291,12 @@ __device__ __forceinline__ void split(int a, int b, int& q, int& r) {
   if (a >= b) q = a / b, r = a - q * b;
 }
 
-// Fills the tile; zeros outside the image and in planes beyond the tensor. Ends before the barrier that the reader needs.
+// Fills the tile; zeros outside the image and in planes beyond the tensor. Ends before the barrier that the reader
+// needs.
 template <class L, class Source>
 __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& at, const Shape& shape, Source& source) {
   constexpr bool kLast = L::kChannelsLast;
   constexpr int kQuads = kLast ? L::kLanes / 4 : 1;
-  constexpr int kBatch = 4;
   const int tid = threadIdx.x, threads = blockDim.x;
   const int top = max(0, -at.y), height = min(box.rows, shape.h - at.y) - top;
   const int left = max(0, -at.x), right = min(box.columns, shape.w - at.x);
@@ -303,8 +308,8 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
     for (int i = tid; i < size; i += threads) reinterpret_cast<float4*>(tile)[i] = make_float4(0.f, 0.f, 0.f, 0.f);
     __syncthreads();
   }
-  // A line is a row of a plane inside the image; its elements are groups of 4 columns or, of each column, of 4 channels. The
-  // threads take `step` lines at once and then go on by as many: rows, images and channels carry.
+  // A line is a row of a plane inside the image; its elements are groups of 4 columns or, of each column, of 4
+  // channels. The threads take `step` lines at once and then go on by as many: rows, images and channels carry.
   const int elements = kLast ? (right - left) * kQuads : (right - left + 3) / 4;
   const int span = min(elements, threads), step = threads / span, line = tid / span;
   if (line >= step) return;
@@ -326,14 +331,16 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
     if (ends <= 0) continue;
     const int count = static_cast<int>(min(static_cast<int64_t>(4), ends));
     int row = row0, image = image0, channel = channel0;
-    int64_t from = (at.n + image) * image_stride + (at.y + top + row) * row_stride +
-                   (kLast ? (at.x + column) * shape.c + at.c + 4 * quad : (at.c + channel) * plane_stride + at.x + column);
-    int to = column_offset<L>(box, column) + 4 * quad + (top + row) * box.pitch + (channel * at.images + image) * box.plane;
+    int64_t from =
+        (at.n + image) * image_stride + (at.y + top + row) * row_stride +
+        (kLast ? (at.x + column) * shape.c + at.c + 4 * quad : (at.c + channel) * plane_stride + at.x + column);
+    int to =
+        column_offset<L>(box, column) + 4 * quad + (top + row) * box.pitch + (channel * at.images + image) * box.plane;
     while (channel < planes) {
-      typename Source::Loaded loaded[kBatch];
-      int places[kBatch], owners[kBatch];
+      typename Source::Loaded loaded[Source::kBatch];
+      int places[Source::kBatch], owners[Source::kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < Source::kBatch; ++u) {
         places[u] = channel < planes ? to : -1;
         owners[u] = kLast ? 4 * quad : channel;
         if (channel < planes) {
@@ -349,7 +356,7 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
       }
       if constexpr (!Source::kAsync) {
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
+        for (int u = 0; u < Source::kBatch; ++u) {
           if (places[u] < 0) continue;
           const Four f = source.value(loaded[u], owners[u], count);
           *reinterpret_cast<float4*>(tile + places[u]) = make_float4(f.v[0], f.v[1], f.v[2], f.v[3]);
@@ -361,7 +368,8 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-// Calls f(T(), Layout()) for a shape and a filter. Tensor cores serve the common 16-bit cases: the rest makes do with chunks.
+// Calls f(T(), Layout()) for a shape and a filter. Tensor cores serve the common 16-bit cases: the rest makes do with
+// chunks.
 template <class F>
 int dispatch(const Shape& s, int kh, int kw, F&& f) {
   const auto layout = [&](auto type, auto last) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left] and db[c] = sum of da, in float32
-// arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel.
-// A block walks tiles of some channels' images, x with its halo and da in shared memory, each read once. A thread owns a strip of 8
-// columns and kFilterRows x kTaps taps in registers: going down it keeps kFilterRows rows of da and reads one row of x, 8 and 16 floats
-// for 8 kFilterRows kTaps FMAs (216 for k = 9). At its end the block adds up its threads in order and leaves one partial;
-// a second launch adds up the partials in order. Bound: FMAs, 81 an element for k = 9; shared memory takes half as long.
+// dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left] and db[c] = sum of da, in
+// float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel. A block walks tiles of some
+// channels' images, x with its halo and da in shared memory, each read once. A thread owns a strip of 8 columns and
+// kFilterRows x kTaps taps in registers: going down it keeps kFilterRows rows of da and reads one row of x, 8 and 16
+// floats for 8 kFilterRows kTaps FMAs (216 for k = 9). At its end the block adds up its threads in order and leaves one
+// partial; a second launch adds up the partials in order. Bound: FMAs, 81 an element for k = 9; shared memory takes
+// half as long.
 #include "depthwise_fma.cuh"
 
 namespace convmixer {
@@ -13,7 +14,9 @@ namespace {
 using namespace fma;
 
 template <class L>
-constexpr int kFilterRows = L::kTaps == 5 ? 5 : L::kTaps == 7 || L::kChunked ? 4 : 3;
+constexpr int kFilterRows = L::kTaps == 5                  ? 5
+                            : L::kTaps == 7 || L::kChunked ? 4
+                                                           : 3;
 // Up to 168 registers: 3 blocks of 128 or 2 of 192 threads on a multiprocessor.
 template <class L>
 constexpr int kThreads = L::kChannelsLast ? 192 : 128;
@@ -74,10 +77,10 @@ Tiling tiling_of(const Shape& s, int kh, int kw) {
           if (static_cast<int64_t>(t.shared) > limit) continue;
           fits = true;
           // in FMAs: the taps with 12 for each row's reads, 25 for each element brought into shared memory
-          const double cost =
-              static_cast<double>(t.units()) *
-              (static_cast<double>(t.threads) * t.strip_rows * (kColumns * kRowsOfFilter * L::kTaps + 12. * kRowsOfFilter) +
-               25. * t.images * L::kLanes * (t.x.rows * t.x.columns + t.da.rows * t.da.columns));
+          const double cost = static_cast<double>(t.units()) *
+                              (static_cast<double>(t.threads) * t.strip_rows *
+                                   (kColumns * kRowsOfFilter * L::kTaps + 12. * kRowsOfFilter) +
+                               25. * t.images * L::kLanes * (t.x.rows * t.x.columns + t.da.rows * t.da.columns));
           if (best.threads == 0 || cost < best_cost) best = t, best_cost = cost;
         }
         heights += fits;
@@ -87,7 +90,8 @@ Tiling tiling_of(const Shape& s, int kh, int kw) {
   }
   // sixteen blocks a multiprocessor: several rounds of those that run at once
   const int64_t blocks = static_cast<int64_t>(best.channel_groups) * best.splits;
-  best.parts = static_cast<int>(std::max<int64_t>(1, std::min(best.units(), ceil_div(16 * multiprocessor_count(), blocks))));
+  best.parts =
+      static_cast<int>(std::max<int64_t>(1, std::min(best.units(), ceil_div(16 * multiprocessor_count(), blocks))));
   return best;
 }
 
@@ -114,10 +118,10 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
     constants[i] = c0 + i < s.c ? gradient_constants(p.norm, p.sums, c0 + i, count) : make_float4(0.f, 0.f, 0.f, 0.f);
 
   InputSource<T> x{static_cast<const T*>(p.x), vector};
-  Summed<GradientSource<T, L::kChannelsLast>> da{{static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation,
-                                                  p.sums.dy != nullptr, vector}};
-  // Row o: each thread's sum for its tap o; then 4 rows for the bias. In shared memory, so that filling needs few registers, and
-  // sums of units, so that no sum is long.
+  Summed<GradientSource<T, L::kChannelsLast>> da{
+      {static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation, p.sums.dy != nullptr, vector}};
+  // Row o: each thread's sum for its tap o; then 4 rows for the bias. In shared memory, so that filling needs few
+  // registers, and sums of units, so that no sum is long.
   float* const sums = da_tile + t.images * t.da.plane;
   const int pitch = blockDim.x + 1;
 #pragma unroll
@@ -144,17 +148,17 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
     float acc[kOwned] = {}, window[kFilter][kColumns];
     const float* const x_row = x_tile + image * t.x.plane + (strip * t.strip_rows + group * kFilter) * t.x.pitch + lane;
     const float* const da_row = da_tile + image * t.da.plane + strip * t.strip_rows * t.da.pitch + lane;
-    Cursor x_at = cursor<L>(x_row, t.x, 2 * across + chunk), da_at = cursor<L>(da_row, t.da, 2 * across);
+    Cursor x_at = cursor<L>(x_row, t.x, across, chunk), da_at = cursor<L>(da_row, t.da, across, 0);
     for (int step = 0; step < t.strip_rows + kFilter - 1; step += kFilter) {
 #pragma unroll
       for (int u = 0; u < kFilter; ++u) {
         if (step + u >= t.strip_rows + kFilter - 1) break;
         float row[L::kWindow];
-        read_row<L>(row, x_at, 0);
-        x_at.even += t.x.pitch, x_at.odd += t.x.pitch;
+        read_row<L>(row, x_at);
+        x_at.at += t.x.pitch;
         if (step + u < t.strip_rows) {
-          read_row<L>(window[u], da_at, 0);
-          da_at.even += t.da.pitch, da_at.odd += t.da.pitch;
+          read_row<L>(window[u], da_at);
+          da_at.at += t.da.pitch;
         }
 #pragma unroll
         for (int i = 0; i < kFilter; ++i) {
@@ -191,7 +195,8 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
     double sum = 0.;
     if constexpr (L::kChannelsLast) {
       // a thread fills the same 4 channels throughout
-      for (int m = channel / 4; m < static_cast<int>(blockDim.x); m += L::kLanes / 4) sum += sums[(kOwned + channel % 4) * pitch + m];
+      for (int m = channel / 4; m < static_cast<int>(blockDim.x); m += L::kLanes / 4)
+        sum += sums[(kOwned + channel % 4) * pitch + m];
     } else {
       for (int j = 0; j < 4; ++j)
         for (int m = 0; m < static_cast<int>(blockDim.x); ++m) sum += sums[(kOwned + j) * pitch + m];
@@ -202,7 +207,8 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
 
 constexpr int kFinishThreads = 128;
 
-__global__ void __launch_bounds__(kFinishThreads) depthwise_weight_grad_finish(const DepthwiseWeightGrad p, const int parts) {
+__global__ void __launch_bounds__(kFinishThreads)
+    depthwise_weight_grad_finish(const DepthwiseWeightGrad p, const int parts) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   const int taps = p.kh * p.kw;
   const int64_t size = p.shape.c * (taps + 1);
@@ -236,13 +242,15 @@ int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream) {
     const Tiling t = tiling_of<L>(p.shape, p.kh, p.kw);
     if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
     const auto kernel = depthwise_weight_grad_tiles<T, L>;
-    if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess) return static_cast<int>(error);
+    if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess)
+      return static_cast<int>(error);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     const int64_t blocks = static_cast<int64_t>(t.channel_groups) * t.splits * t.parts;
-    LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(t.threads), t.shared, queue, p, t, vectors<T>(p.shape, {p.dy, p.a, p.x}));
+    LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(t.threads), t.shared, queue, p, t,
+           vectors<T>(p.shape, {p.dy, p.a, p.x}));
     const int64_t results = p.shape.c * (p.kh * p.kw + 1);
-    LAUNCH(depthwise_weight_grad_finish, dim3(static_cast<unsigned>(ceil_div(results, kFinishThreads))), dim3(kFinishThreads), 0,
-           queue, p, t.parts);
+    LAUNCH(depthwise_weight_grad_finish, dim3(static_cast<unsigned>(ceil_div(results, kFinishThreads))),
+           dim3(kFinishThreads), 0, queue, p, t.parts);
     return static_cast<int>(cudaGetLastError());
   });
 }

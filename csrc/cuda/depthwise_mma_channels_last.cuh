@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT
-// The channels_last (N, H, W, C) kernel of depthwise_mma.cuh. A block owns G channels, one a warp, and the items
-// blockIdx.y, blockIdx.y + splits, ... A thread copies 8 pixels of 8 channels (16 bytes each) asynchronously to a raw
-// stage, transposes them in registers once they are there (the input gradient turns dy and a into da on the way) and
-// writes 16 bytes of each of 8 channel planes; the next item's copies fly while this one is computed. A warp writes its
-// outputs over the rows of its plane that it no longer needs; the inverse transpose leads to 16-byte stores.
+// The channels_last (N, H, W, C) kernel of depthwise_mma.cuh. A block of 8 warps owns G channels, G / 8 a warp, and the
+// items blockIdx.y, blockIdx.y + splits, ... A thread copies 8 pixels of 8 channels (16 bytes each) asynchronously to a
+// raw stage, transposes them in registers once they are there (the input gradient turns dy and a into da on the way)
+// and writes 16 bytes of each of 8 channel planes; the next item's copies fly while this one is computed. A warp writes
+// its outputs over the rows of its plane that it no longer needs; the inverse transpose leads to 16-byte stores.
 #pragma once
 #include "depthwise_mma.cuh"
 
 namespace convmixer {
 namespace mma {
+
+constexpr int kChannelsLastWarps = 8;
 
 // Eight pixels x eight channels of an item's input tile.
 struct Octet {
@@ -20,8 +22,9 @@ struct Octet {
 
 template <int G, int S, bool SINGLE, class F>
 __device__ __forceinline__ void for_each_octet(const Plan& plan, const Item& item, int c0, F&& f) {
+  // rows outside of [row_lo, row_lo + row_count) lie outside of the image
   const int total = plan.images * plan.tile_rows * plan.chunks * (G / 8);
-  for (int q = threadIdx.x; q < total; q += 32 * G) {
+  for (int q = threadIdx.x; q < total; q += 32 * kChannelsLastWarps) {
     uint32_t chunk, row;
     const int part = q % (G / 8), linear = q / (G / 8);
     const uint32_t rest = plan.by_copy_chunks.divmod(linear, chunk);
@@ -31,7 +34,9 @@ __device__ __forceinline__ void for_each_octet(const Plan& plan, const Item& ite
     const bool inside = n < plan.n && y >= 0 && y < plan.h && c0 + 8 * part < plan.c;
     Octet o;
     o.plane = image * plan.plane_bytes + static_cast<int>(row) * plan.pitch + static_cast<int>(chunk) * 16;
-    o.raw = linear * plan.raw_chunk + part * 16;
+    o.raw = ((image * plan.row_count + static_cast<int>(row) - plan.row_lo) * plan.chunks + static_cast<int>(chunk)) *
+                plan.raw_chunk +
+            part * 16;
     o.index = ((static_cast<int64_t>(n) * plan.h + y) * plan.w + x) * plan.c + c0 + 8 * part;
     o.channel = 8 * part;
     o.from = max(0, -x);
@@ -43,16 +48,21 @@ __device__ __forceinline__ void for_each_octet(const Plan& plan, const Item& ite
 template <class T, int G>
 __device__ __forceinline__ void copy_octet(unsigned char* raw, const T* from, const Octet& o, int channels, int pitch,
                                            bool vectors) {
+  if (vectors) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    unsigned char* const to = raw + o.raw + i * 2 * G;
-    const bool inside = i >= o.from && i < o.to;
-    const T* const pixel = from + o.index + static_cast<int64_t>(i) * pitch;
-    if (vectors) {
-      cp_async<16>(to, inside ? pixel : from, inside ? 16 : 0);
-    } else {
-      for (int k = 0; k < 8; ++k) reinterpret_cast<T*>(to)[k] = inside && k < channels ? pixel[k] : from_float<T>(0.f);
+    for (int i = 0; i < 8; ++i) {
+      const bool inside = i >= o.from && i < o.to;
+      cp_async<16>(raw + o.raw + i * 2 * G, inside ? from + o.index + static_cast<int64_t>(i) * pitch : from,
+                   inside ? 16 : 0);
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < 64; ++i) {
+    const int pixel = i / 8, k = i % 8;
+    const bool inside = pixel >= o.from && pixel < o.to && k < channels;
+    reinterpret_cast<T*>(raw + o.raw + pixel * 2 * G)[k] =
+        inside ? from[o.index + static_cast<int64_t>(pixel) * pitch + k] : from_float<T>(0.f);
   }
 }
 
@@ -73,11 +83,11 @@ __device__ __forceinline__ uint4 keep_range(uint4 v, int from, int to) {
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE, int G>
-__global__ void __launch_bounds__(32 * G) channels_last_kernel(const __grid_constant__ Args p) {
+__global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kernel(const __grid_constant__ Args p) {
   DYN_SHARED(unsigned char, shared);
   const Plan& plan = p.plan;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int c0 = blockIdx.x * G, c = c0 + warp, split = blockIdx.y;
+  const int c0 = blockIdx.x * G, split = blockIdx.y;
   const bool transforms = GRAD && p.a != nullptr;
   const T* x = static_cast<const T*>(p.x);
   const T* a = static_cast<const T*>(p.a);
@@ -86,63 +96,80 @@ __global__ void __launch_bounds__(32 * G) channels_last_kernel(const __grid_cons
   unsigned char* const raw_a = raw_x + plan.raw_bytes;
   unsigned char* const tables = transforms ? raw_a + plan.raw_bytes : raw_a;
   Affine* const affines = reinterpret_cast<Affine*>(tables + G * plan.table_bytes);
-  unsigned char* const plane = planes + warp * plan.tile_bytes;
-  T* const table = reinterpret_cast<T*>(tables + warp * plan.table_bytes);
+  // training: the moments of each lane of each channel
+  Moments* const moments_of_lanes = reinterpret_cast<Moments*>(affines + G);
+  const bool trains = !GRAD && p.partials != nullptr;
 
-  Affine affine = {0.f, 1.f, 0.f, 0.f};
-  if (c < plan.c) {
-    build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, lane, 32);
-    affine = load_affine<T, GRAD>(p, c);
+  for (int k = warp; k < G; k += kChannelsLastWarps) {
+    Affine affine = {0.f, 1.f, 0.f, 0.f};
+    if (c0 + k < plan.c) {
+      build_table<T, GRAD, S>(reinterpret_cast<T*>(tables + k * plan.table_bytes), p, c0 + k, KH > 0 ? KH : plan.kh,
+                              lane, 32);
+      affine = load_affine<T, GRAD>(p, c0 + k);
+    }
+    if (lane == 0) affines[k] = affine;
+    if (trains) moments_of_lanes[32 * k + lane] = {0.f, 0.f, 0.f};
   }
-  if (lane == 0) affines[warp] = affine;
   __syncthreads();
-  uint32_t fixed[KH > 0 ? KH : 1][2 * S];
-  if constexpr (KH > 0) {
-#pragma unroll
-    for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
-  }
 
   const auto copy = [&](int item) {
     if (item < plan.items) {
       for_each_octet<G, S, SINGLE>(plan, locate(plan, item), c0, [&](const Octet& o) {
         if (o.from >= o.to) return;
         const int channels = plan.c - c0 - o.channel;
-        copy_octet<T, G>(raw_x, x, o, channels, plan.c, plan.vectors);
-        if (transforms) copy_octet<T, G>(raw_a, a, o, channels, plan.c, plan.vectors);
+        copy_octet<T, G>(raw_x, x, o, channels, plan.c, plan.granule == 8);
+        if (transforms) copy_octet<T, G>(raw_a, a, o, channels, plan.c, plan.granule == 8);
       });
     }
     cp_async_commit();
   };
 
   copy(split);
-  Moments moments = {0.f, 0.f, 0.f};
   uint32_t trace = 0;
   for (int current = split; current < plan.items; current += plan.splits) {
     const Item item = locate(plan, current);
     cp_async_wait<0>();
     for_each_octet<G, S, SINGLE>(plan, item, c0, [&](const Octet& o) {
       uint4 v[8];
+      unsigned char* const to = planes + o.channel * plan.tile_bytes + o.plane;
       if (o.from < o.to) {
         load_octet<G>(v, raw_x, o);
-        if (transforms) {
-          uint4 w[8];
-          load_octet<G>(w, raw_a, o);
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            v[i] = keep_range(grad_through_block<T>(v[i], w[i], affines[o.channel + i], p.activation), o.from, o.to);
-        }
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) store16(planes + (o.channel + i) * plan.tile_bytes + o.plane, v[i]);
+      for (int i = 0; i < 8; ++i) store16(to + i * plan.tile_bytes, v[i]);
+      if (transforms && o.from < o.to) {
+        load_octet<G>(v, raw_a, o);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) store16(raw_a + o.raw + i * 2 * G, v[i]);
+        // through shared memory, not unrolled: the derivative is long
+#pragma unroll 1
+        for (int i = 0; i < 8; ++i) {
+          unsigned char* const da = to + i * plan.tile_bytes;
+          const uint4 value = grad_through_block<T>(load16(da), load16(raw_a + o.raw + i * 2 * G),
+                                                    affines[o.channel + i], p.activation);
+          store16(da, keep_range(value, o.from, o.to));
+        }
+      }
     });
     __syncthreads();
     copy(current + plan.splits);
 
     const int count = plan.images * plan.rows;
-    if (c < plan.c) {
+#pragma unroll 1
+    for (int k = warp; k < min(G, plan.c - c0); k += kChannelsLastWarps) {
+      unsigned char* const plane = planes + k * plan.tile_bytes;
+      const T* const table = reinterpret_cast<const T*>(tables + k * plan.table_bytes);
+      const Affine affine = affines[k];
+      Moments moments = {0.f, 0.f, 0.f};
+      if (trains) moments = moments_of_lanes[32 * k + lane];
+      uint32_t fixed[KH > 0 ? KH : 1][2 * S];
+      if constexpr (KH > 0) {
+#pragma unroll
+        for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
+      }
       for (int unit = 0; unit < plan.strips * plan.groups; ++unit) {
         uint32_t group = 0;
         const int strip = SINGLE ? unit : static_cast<int>(plan.by_groups.divmod(unit, group));
@@ -153,7 +180,7 @@ __global__ void __launch_bounds__(32 * G) channels_last_kernel(const __grid_cons
                                              16 * NT * static_cast<int>(group) + 16 * (lane >> 4);
         float acc[NT][4];
         convolve<T, S, KH, NT, SINGLE>(acc, address, pitch, plan.kh, fixed, table, affine.bias, lane);
-        if (!GRAD && p.partials == nullptr) apply_block(acc, affine, p.activation);
+        if (!GRAD && !trains) apply_block(acc, affine, p.activation);
         if (!GRAD && p.residual) {
           Unit<T, S, NT, SINGLE> inputs;
           inputs.load(address + plan.top * pitch);
@@ -176,21 +203,22 @@ __global__ void __launch_bounds__(32 * G) channels_last_kernel(const __grid_cons
                                       : (j > 0 || t >= 2 ? 8 * j - 4 + 2 * t : 8 * NT - 4 + 2 * t);
             words[j][i] = pack2<T>(acc[j][2 * i], acc[j][2 * i + 1]);
             if (v < count) *reinterpret_cast<uint32_t*>(out_row + 2 * local) = words[j][i];
-            if (!GRAD && p.partials != nullptr && !all) {
+            if (trains && !all) {
               const int column = SINGLE ? local : item.column - 4 + local;
               if (row_valid && column >= 0 && column < plan.w) valid |= 1u << (4 * j + 2 * i);
               if (row_valid && column >= 0 && column + 1 < plan.w) valid |= 2u << (4 * j + 2 * i);
             }
           }
         }
-        if (!GRAD && p.partials != nullptr) add_moments<T, NT>(moments, words, all, valid, p.activation);
+        if (trains) add_moments<T, NT>(moments, words, all, valid, p.activation);
         __syncwarp();
       }
+      if (trains) moments_of_lanes[32 * k + lane] = moments;
     }
     __syncthreads();
 
     const int outputs = count * plan.tiles * (G / 8);
-    for (int q = threadIdx.x; q < outputs; q += 32 * G) {
+    for (int q = threadIdx.x; q < outputs; q += 32 * kChannelsLastWarps) {
       uint32_t piece, row;
       const int part = q % (G / 8);
       const uint32_t rest = plan.by_tiles.divmod(q / (G / 8), piece);
@@ -208,41 +236,46 @@ __global__ void __launch_bounds__(32 * G) channels_last_kernel(const __grid_cons
         v[i] = load16(source + i * plan.tile_bytes);
         if (i < channels) trace = trace_finite16<T>(trace, v[i]);
       }
-      transpose8(v);
       const int64_t index = ((static_cast<int64_t>(n) * plan.h + y) * plan.w + first) * plan.c + channel;
+      T* const out = static_cast<T*>(p.y) + index;
+      const T* const dy = x + index;
+      if (plan.granule < 8) {
+#pragma unroll 1
+        for (int i = 8 * from; i < 8 * to; ++i) {
+          const int pixel = i / 8, k = i % 8;
+          const int64_t at = static_cast<int64_t>(pixel) * plan.c + k;
+          if (k >= channels) continue;
+          const float value = to_float(reinterpret_cast<const T*>(source + k * plan.tile_bytes)[pixel]);
+          out[at] = from_float<T>(GRAD && p.residual ? value + to_float(dy[at]) : value);
+        }
+        continue;
+      }
+      transpose8(v);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (i < from || i >= to) continue;
-        T* const out = static_cast<T*>(p.y) + index + static_cast<int64_t>(i) * plan.c;
-        const T* const dy = x + index + static_cast<int64_t>(i) * plan.c;
-        Vec16<T> sum;
-        if (plan.vectors) {
-          if (GRAD && p.residual) {
-            Vec16<T> other;
-            sum.unpack(v[i]);
-            other.unpack(load16(dy));
-#pragma unroll
-            for (int k = 0; k < 8; ++k) sum.v[k] += other.v[k];
-            v[i] = sum.pack();
-          }
-          store16(out, v[i]);
-        } else {
+        const int64_t at = static_cast<int64_t>(i) * plan.c;
+        if (GRAD && p.residual) {
+          Vec16<T> sum, other;
           sum.unpack(v[i]);
+          other.unpack(load16(dy + at));
 #pragma unroll
-          for (int k = 0; k < 8; ++k)
-            if (k < channels) out[k] = from_float<T>(GRAD && p.residual ? sum.v[k] + to_float(dy[k]) : sum.v[k]);
+          for (int k = 0; k < 8; ++k) sum.v[k] += other.v[k];
+          v[i] = sum.pack();
         }
+        store16(out + at, v[i]);
       }
     }
     __syncthreads();
   }
 
   const bool settle = __syncthreads_or(!was_finite<T>(trace));
-  if (settle && c < plan.c) settle_nan<T, GRAD, true>(p, c, split, lane, 32);
-  if (!GRAD && p.partials != nullptr && c < plan.c) {
-    moments = warp_merge(moments);
+  for (int k = warp; k < min(G, plan.c - c0); k += kChannelsLastWarps) {
+    if (settle) settle_nan<T, GRAD, true>(p, c0 + k, split, lane, 32);
+    if (!trains) continue;
+    const Moments moments = warp_merge(moments_of_lanes[32 * k + lane]);
     if (lane == 0) {
-      float* const out = p.partials + (static_cast<int64_t>(c) * plan.splits + split) * 3;
+      float* const out = p.partials + (static_cast<int64_t>(c0 + k) * plan.splits + split) * 3;
       out[0] = moments.count;
       out[1] = moments.mean;
       out[2] = moments.m2;

@@ -3,7 +3,7 @@
 // blockIdx.y, blockIdx.y + splits, ...; an item is some images, or a band of rows and columns of one. Three stages of
 // the input tile: two in flight while one is computed, one barrier an item. The input gradient turns dy and a into da
 // in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
-// 16-byte stores. W % 8 != 0: the same tile, filled and stored value by value.
+// 16-byte stores. W % 8 != 0: the same tile, by copies and stores of 8 or 4 bytes, or value by value where W is odd.
 #pragma once
 #include "depthwise_mma.cuh"
 
@@ -22,12 +22,16 @@ struct OutputStrip {
   static constexpr int bytes = 16 * pitch;
 };
 
-// 16 bytes of an item's input, the same for every item where plan.pieces > 0: where they go in the stage (16 bits),
-// their image (8 bits) and how many of the 8 values lie in the image; and their position from the item's first image.
-struct Piece {
-  uint32_t place;
-  int index;
+// 16 bytes of an item's input, the same for every item where plan.pieces > 0: its image (8 bits), how many of the 8
+// values lie in the image (8 bits) and its place in the stage (16 bits); and its distance from the item's first plane
+// in bytes.
+struct alignas(8) Piece {
+  uint32_t place, distance;
 };
+// Pieces whose place is below this belong to the first `images` images.
+__device__ __forceinline__ uint32_t place_limit(int images) {
+  return images > 255 ? 0xffffffffu : static_cast<uint32_t>(images) << 24;
+}
 
 template <bool SINGLE>
 __device__ void list_pieces(const Plan& plan, Piece* pieces) {
@@ -36,8 +40,8 @@ __device__ void list_pieces(const Plan& plan, Piece* pieces) {
     const uint32_t image = plan.by_copy_rows.divmod(plan.by_copy_chunks.divmod(q, chunk), row);
     const uint32_t offset = image * plan.plane_bytes + (row + plan.row_lo) * plan.pitch + (chunk + plan.chunk_lo) * 16;
     const int x = 8 * chunk, count = min(8, plan.w - x);
-    pieces[q] = {offset | image << 16 | static_cast<uint32_t>(count) << 24,
-                 static_cast<int>((image * plan.c * plan.h + row) * plan.w + x)};
+    pieces[q] = {image << 24 | static_cast<uint32_t>(count) << 16 | offset,
+                 2 * ((image * plan.c * plan.h + row) * plan.w + x)};
   }
 }
 
@@ -47,10 +51,10 @@ template <int S, bool SINGLE, class F>
 __device__ __forceinline__ void for_each_piece(const Plan& plan, const Piece* pieces, const Item& item, int c, F&& f) {
   if (plan.pieces > 0) {
     const int64_t base = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w;
-    const uint32_t images = plan.n - item.image;
+    const uint32_t limit = place_limit(plan.n - item.image);
     for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
       const Piece piece = pieces[q];
-      if ((piece.place >> 16 & 0xff) < images) f(piece.place & 0xffff, base + piece.index, piece.place >> 24);
+      if (piece.place < limit) f(piece.place & 0xffff, base + piece.distance / 2, piece.place >> 16 & 0xff);
     }
     return;
   }
@@ -71,9 +75,15 @@ __device__ __forceinline__ void for_each_piece(const Plan& plan, const Piece* pi
 }
 
 template <class T>
-__device__ __forceinline__ void copy_piece(void* to, const T* from, int64_t index, int count, bool vectors) {
-  if (vectors) {
+__device__ __forceinline__ void copy_piece(unsigned char* to, const T* from, int64_t index, int count, int granule) {
+  if (granule == 8) {
     cp_async<16>(to, count > 0 ? from + index : from, count > 0 ? 16 : 0);
+  } else if (granule == 4) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) cp_async<8>(to + 2 * i, i < count ? from + index + i : from, i < count ? 8 : 0);
+  } else if (granule == 2) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) cp_async<4>(to + 2 * i, i < count ? from + index + i : from, i < count ? 4 : 0);
   } else {
     uint32_t w[4] = {0, 0, 0, 0};
     const uint16_t* const values = reinterpret_cast<const uint16_t*>(from) + index;
@@ -81,6 +91,27 @@ __device__ __forceinline__ void copy_piece(void* to, const T* from, int64_t inde
     for (int i = 0; i < 8; ++i)
       if (i < count) w[i / 2] |= static_cast<uint32_t>(values[i]) << (16 * (i & 1));
     store16(to, make_uint4(w[0], w[1], w[2], w[3]));
+  }
+}
+
+// Values [from, to) of 8 staged outputs; both are multiples of the granule.
+template <class T>
+__device__ __forceinline__ void store_piece(T* to, const T* staged, uint4 v, int from, int end, int granule) {
+  if (granule >= 4) {
+    if (granule == 8 && from == 0 && end == 8) {
+      store16(to, v);
+    } else {
+      if (from == 0 && end >= 4) *reinterpret_cast<uint2*>(to) = make_uint2(v.x, v.y);
+      if (end == 8) *reinterpret_cast<uint2*>(to + 4) = make_uint2(v.z, v.w);
+    }
+  } else if (granule == 2) {
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 8; i += 2)
+      if (i >= from && i < end) *reinterpret_cast<uint32_t*>(to + i) = w[i / 2];
+  } else {
+#pragma unroll 1
+    for (int i = from; i < end; ++i) to[i] = staged[i];
   }
 }
 
@@ -92,7 +123,8 @@ __device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
-__global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(const __grid_constant__ Args p) {
+__global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5)
+    contiguous_kernel(const __grid_constant__ Args p) {
   using Strip = OutputStrip<NT, SINGLE>;
   DYN_SHARED(unsigned char, shared);
   const Plan& plan = p.plan;
@@ -105,7 +137,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
   unsigned char* const a_stages = transforms ? stages + kStages * plan.tile_bytes : stages;
   const int a_offset = static_cast<int>(a_stages - stages);
   // every item alike and aligned: copies and stores follow the list of pieces
-  const bool listed = plan.pieces > 0 && plan.vectors;
+  const bool listed = plan.pieces > 0 && plan.granule == 8;
   unsigned char* const strips = a_stages + kStages * plan.tile_bytes;
   unsigned char* const strip_out = strips + warp * Strip::bytes;
   Piece* const pieces = reinterpret_cast<Piece*>(strips + kContiguousWarps * Strip::bytes);
@@ -116,7 +148,10 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
     store16(shared + i, make_uint4(0, 0, 0, 0));
   build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
   list_pieces<SINGLE>(plan, pieces);
-  const Affine affine = load_affine<T, GRAD>(p, c);
+  // read where it is used: it would take registers from the main loop
+  SHARED_ARRAY(Affine, affine_of_channel, 1);
+  const Affine& affine = affine_of_channel[0];
+  if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
   // where this lane's pairs of row g go in the strip: tile j at 16 j, but tile 0 of SINGLE is split over both edges
   uint32_t* const strip_pair = reinterpret_cast<uint32_t*>(strip_out + g * Strip::pitch + 4 * t + (SINGLE ? -8 : 8));
   uint32_t* const strip_pair0 = strip_pair + (SINGLE && t < 2 ? 4 * NT : 0);
@@ -128,23 +163,30 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
     for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
   }
 
+  // where every item is alike: its first plane, in bytes, of the next copy and of the next outputs
+  const int64_t first = 2 * (static_cast<int64_t>(split) * plan.images * plan.c + c) * plan.h * plan.w;
+  const int64_t step = 2 * static_cast<int64_t>(plan.splits) * plan.images * plan.c * plan.h * plan.w;
+  const unsigned char* x_next = static_cast<const unsigned char*>(p.x) + first;
+  const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
+
   const auto copy = [&](int item, int stage) {
     if (item < plan.items && listed) {
-      const int image = locate(plan, item).image;
-      const int64_t first = (static_cast<int64_t>(image) * plan.c + c) * plan.h * plan.w;
+      const uint32_t limit = place_limit(plan.n - item * plan.images);
       unsigned char* const to = stages + stage * plan.tile_bytes;
+#pragma unroll 2
       for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
         const Piece piece = pieces[q];
-        if ((piece.place >> 16 & 0xff) >= static_cast<uint32_t>(plan.n - image)) continue;
-        cp_async<16>(to + (piece.place & 0xffff), x + first + piece.index);
-        if (transforms) cp_async<16>(to + a_offset + (piece.place & 0xffff), a + first + piece.index);
+        if (piece.place >= limit) continue;
+        cp_async<16>(to + (piece.place & 0xffff), x_next + piece.distance);
+        if (transforms) cp_async<16>(to + a_offset + (piece.place & 0xffff), x_next + a_distance + piece.distance);
       }
     } else if (item < plan.items) {
       for_each_piece<S, SINGLE>(plan, pieces, locate(plan, item), c, [&](int offset, int64_t index, int count) {
-        copy_piece(stages + stage * plan.tile_bytes + offset, x, index, count, plan.vectors);
-        if (transforms) copy_piece(a_stages + stage * plan.tile_bytes + offset, a, index, count, plan.vectors);
+        copy_piece(stages + stage * plan.tile_bytes + offset, x, index, count, plan.granule);
+        if (transforms) copy_piece(a_stages + stage * plan.tile_bytes + offset, a, index, count, plan.granule);
       });
     }
+    x_next += step;
     cp_async_commit();
   };
 
@@ -154,16 +196,16 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
   int stage = 0;
   for (int current = split; current < plan.items; current += plan.splits) {
     const Item item = locate(plan, current);
-    const int64_t first_image = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w;
-    const uint32_t images_left = plan.n - item.image;
+    const uint32_t limit = place_limit(plan.n - item.image);
     const unsigned char* const x_tile = stages + stage * plan.tile_bytes;
     unsigned char* const tile = a_stages + stage * plan.tile_bytes;
     cp_async_wait<kStages - 2>();
     if (transforms) {
+      const Affine k = affine;
       for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
         uint4 da = make_uint4(0, 0, 0, 0);
         if (count > 0) {
-          da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), affine, p.activation);
+          da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), k, p.activation);
           da = keep_first(da, count);
         }
         store16(tile + offset, da);
@@ -219,16 +261,19 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
       }
       __syncwarp();
       if (SINGLE && listed) {
+        // x_next is kStages items ahead
+        unsigned char* const y_first =
+            static_cast<unsigned char*>(p.y) + (x_next - static_cast<const unsigned char*>(p.x) - kStages * step);
 #pragma unroll
         for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
           const int q = lane + 32 * k, row = q / NT, block = q % NT;
           const int entry = (16 * strip + row) * plan.chunk_count + block;
           if ((16 * NT < 32 && q >= 16 * NT) || block >= plan.chunk_count || entry >= plan.pieces) continue;
           const Piece piece = pieces[entry];
-          if ((piece.place >> 16 & 0xff) >= images_left) continue;
+          if (piece.place >= limit) continue;
           const uint4 out = load16(strip_out + row * Strip::pitch + 16 * block);
           trace = trace_finite16<T>(trace, out);
-          store16(static_cast<T*>(p.y) + first_image + piece.index, out);
+          store16(y_first + piece.distance, out);
         }
         __syncwarp();
         continue;
@@ -244,9 +289,9 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
         if (plan.pieces > 0) {
           if (block < 0 || block >= plan.chunk_count) continue;
           const Piece entry = pieces[v * plan.chunk_count + block];
-          if ((entry.place >> 16 & 0xff) >= images_left) continue;
-          index = first_image + entry.index;
-          to = min(to, static_cast<int>(entry.place >> 24));
+          if (entry.place >= limit) continue;
+          index = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w + entry.distance / 2;
+          to = min(to, static_cast<int>(entry.place >> 16 & 0xff));
         } else {
           uint32_t row;
           const int n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
@@ -259,15 +304,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, 5) contiguous_kernel(co
         const T* const staged = reinterpret_cast<const T*>(strip_out + r * Strip::pitch + 16 * piece);
         const uint4 out = load16(staged);
         trace = trace_finite16<T>(trace, out);
-        T* const y_out = static_cast<T*>(p.y) + index;
-        if (!plan.vectors) {
-#pragma unroll 1
-          for (int i = from; i < to; ++i) y_out[i] = staged[i];
-        } else if (SINGLE || (from == 0 && to == 8)) {
-          store16(y_out, out);
-        } else {
-          *reinterpret_cast<uint2*>(y_out + from) = from == 0 ? make_uint2(out.x, out.y) : make_uint2(out.z, out.w);
-        }
+        store_piece(static_cast<T*>(p.y) + index, staged, out, from, to, plan.granule);
       }
       __syncwarp();
     }

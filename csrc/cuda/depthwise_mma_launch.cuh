@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Host side of depthwise_mma.cuh: how a tensor is cut into items, and which instantiation runs it. The plan depends on
-// the shape alone, so that the partials' number and the bits of the result do not depend on the GPU.
+// the shape alone, so that the partials' number and the bits of the result do not depend on the GPU;
+// only a plan that needs more shared memory than the GPU has goes to the FMA kernels.
 #pragma once
 #include "depthwise_mma_channels_last.cuh"
 #include "depthwise_mma_contiguous.cuh"
@@ -25,7 +26,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   v.s = kw <= 9 ? 1 : kw <= 25 ? 2 : 3;
   const int blocks = (s.w + 7) / 8;
   v.kh = kw > 9 || kh > 9 ? 0 : kh <= 7 && blocks > 2 ? 7 : 9;
-  v.channels = v.kh > 0 ? 16 : 8;
+  v.channels = v.kh > 0 && !grad ? 16 : 8;
   const int kernel_rows = v.kh > 0 ? v.kh : kh;
   v.single = blocks <= 4 && (v.kh > 0 || v.s > 1);
   v.nt = v.single && v.kh > 0 ? (blocks <= 2 ? blocks : 4) : 4;
@@ -59,11 +60,10 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   }
   q.strips = (q.images * q.rows + 15) / 16;
   q.tile_bytes = q.images * q.plane_bytes;
-  if (whole && !s.channels_last) {
-    q.row_lo = q.top, q.row_count = q.rows, q.chunk_lo = v.single ? 0 : v.s, q.chunk_count = blocks;
-  } else {
-    q.row_lo = 0, q.row_count = q.tile_rows, q.chunk_lo = 0, q.chunk_count = q.chunks;
-  }
+  q.row_lo = whole ? q.top : 0;
+  q.row_count = whole ? q.rows : q.tile_rows;
+  q.chunk_lo = whole && !v.single ? v.s : 0;
+  q.chunk_count = whole ? blocks : q.chunks;
   // every item alike: its 16-byte pieces are listed once
   const int64_t reach = int64_t(q.images) * s.c * s.h * s.w;
   q.pieces = whole && !s.channels_last && reach < int64_t(1) << 31 ? q.images * q.row_count * q.chunk_count : 0;
@@ -79,20 +79,29 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
   if (s.channels_last) {
     q.raw_chunk = 16 * v.channels + (v.channels == 8 ? 16 : 32);
-    q.raw_bytes = q.images * q.tile_rows * q.chunks * q.raw_chunk;
-    q.shared_bytes = v.channels * (q.tile_bytes + q.table_bytes + static_cast<int>(sizeof(Affine))) +
+    q.raw_bytes = q.images * q.row_count * q.chunks * q.raw_chunk;
+    const int moments = grad ? 0 : 32 * static_cast<int>(sizeof(Moments));
+    q.shared_bytes = v.channels * (q.tile_bytes + q.table_bytes + static_cast<int>(sizeof(Affine)) + moments) +
                      q.raw_bytes * (transforms ? 2 : 1);
-    q.vectors = s.c % 8 == 0;
   } else {
     const int strip = 16 * 16 * ((v.single ? v.nt : v.nt + 1) | 1);
     q.shared_bytes = kStages * q.tile_bytes * (transforms ? 2 : 1) + kContiguousWarps * strip +
                      q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
-    q.vectors = s.w % 8 == 0;
   }
   q.by_rows = FastDiv(q.rows), q.by_tiles = FastDiv(q.tiles), q.by_groups = FastDiv(q.groups);
-  q.by_copy_rows = FastDiv(q.row_count), q.by_copy_chunks = FastDiv(q.chunk_count);
+  // channels_last transposes whole tiles, zeros included
+  q.by_copy_rows = FastDiv(s.channels_last ? q.tile_rows : q.row_count);
+  q.by_copy_chunks = FastDiv(s.channels_last ? q.chunks : q.chunk_count);
   q.by_bands = FastDiv(q.bands), q.by_column_tiles = FastDiv(q.column_tiles);
   return q.shared_bytes <= max_dynamic_shared();
+}
+
+// How wide the tensors can be accessed: their innermost size and addresses decide.
+inline int widest_access(const Args& p, bool channels_last) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.a) |
+                         reinterpret_cast<uintptr_t>(p.y) |
+                         2 * static_cast<uintptr_t>(channels_last ? p.plan.c : p.plan.w);
+  return bits % 16 == 0 ? 8 : bits % 8 == 0 ? 4 : bits % 4 == 0 ? 2 : 1;
 }
 
 template <class K>
@@ -105,10 +114,10 @@ inline int launch_kernel(K kernel, const Args& p, int64_t owners, int threads, c
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
 int launch_layout(const Args& p, bool channels_last, cudaStream_t stream) {
-  constexpr int channels = KH > 0 ? 16 : 8;
+  constexpr int channels = KH > 0 && !GRAD ? 16 : 8;
   if (channels_last) {
     return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, channels>, p,
-                         (p.plan.c + channels - 1) / channels, 32 * channels, stream);
+                         (p.plan.c + channels - 1) / channels, 32 * kChannelsLastWarps, stream);
   }
   return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, p.plan.c, 32 * kContiguousWarps, stream);
 }
@@ -133,7 +142,8 @@ int launch_large(const Args& p, const Variant& v, bool channels_last, cudaStream
 }
 
 template <class T, bool GRAD>
-int launch(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+int launch(Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  p.plan.granule = widest_access(p, channels_last);
   if (v.kh == 9) return launch_small<T, GRAD, 9>(p, v, channels_last, stream);
   if (v.kh == 7) return launch_small<T, GRAD, 7>(p, v, channels_last, stream);
   if (v.s == 1) return launch_large<T, GRAD, 1>(p, v, channels_last, stream);

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: MIT
-// dw[c,0,i,j] = sum_{n,y,x} da[n,c,y,x] * xpad[n,c,y+i-top,x+j-left], db[c] = sum da, for 16-bit tensors on tensor cores.
-// float32 tensors go to depthwise_fma.cu. Layouts: contiguous and channels_last.
+// dw[c,0,i,j] = sum_{n,y,x} da[n,c,y,x] * xpad[n,c,y+i-top,x+j-left], db[c] = sum da, da from (dy, a) by the backward
+// of activation and batch norm; 16-bit tensors on tensor cores (float32 ones go to depthwise_fma_weight_grad.cu).
+//   contiguous, kernels up to 9x9:  warp_kernel, a warp owns a part of one channel's units (whole images, or tiles)
+//   else, and channels_last:        block_kernel, a block owns 1 to 8 channels and a part of their units
+// Both leave float32 parts of dw and db in the workspace, which reduce_parts adds in order. x, dy and a are read once.
+// Bound: HBM, 459 cycles a 32x32 plane on H100 (bf16, k = 9). warp_kernel issues about 1700 instructions a warp and
+// plane, 430 cycles of an SM: da 22 an element with GELU, products 12 (72 mma, 54 ldmatrix.x4 a plane), copies 10, the
+// rest 9; shared memory is busy for 310 cycles, the tensor cores for about 150.
 #include <algorithm>
 #include <initializer_list>
 
@@ -9,6 +15,8 @@
 
 namespace convmixer {
 namespace weight_grad {
+
+constexpr int kMostShared = 96 << 10;  // every supported GPU has it
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -64,7 +72,8 @@ void plan_block_kernel(Plan& p, bool pairs) {
   p.channels = 1;
   p.channels_together = pairs ? 2 : 1;
   if (p.channels_last) {
-    while (p.channels < kMaxChannels && p.channels < p.c && 2 * p.channels * p.groups <= max_warps(p.blocks)) p.channels *= 2;
+    while (p.channels < kMaxChannels && p.channels < p.c && 2 * p.channels * p.groups <= max_warps(p.blocks))
+      p.channels *= 2;
   }
   choose_columns(p, p.channels_last ? 64 : 128);
   choose_rows(p, 40 << 10, [&](int images, int rows, int x_rows) {
@@ -109,11 +118,22 @@ void plan_warp_kernel(Plan& p, bool direct, bool wide) {
     // a lane reads up to three words from a row's last quad on
     p.warp_elements = tiles + 2 * p.pack * (p.x_span + 2 * p.d_span) + 8;
   }
-  // warps of a channel: three full GPUs of them in all
-  const int64_t warps = std::min<int64_t>(p.units, ceil_div(int64_t(48) * multiprocessor_count(), p.c));
+  // warps of a channel: 2.6 full GPUs of them in all
+  const int64_t warps = std::min<int64_t>(p.units, ceil_div(int64_t(42) * multiprocessor_count(), p.c));
   p.slices = warps >= 4 ? 4 : warps >= 2 ? 2 : 1;
   p.parts = int(ceil_div(warps, p.slices));
   p.channels = kWarpKernelWarps / p.slices;
+}
+
+int shared_bytes(const Plan& p) {
+  const int taps = p.kh * p.kw;
+  if (p.kernel == Kernel::kBlock) {
+    const int warps = p.groups * p.channels * p.slices;
+    const int loop = 2 * (p.x_pitch + p.channels * (p.x_plane + p.d_plane) + 16);
+    return std::max(loop, 4 * (warps * p.blocks * 128 + p.slices * p.channels * taps));
+  }
+  const int loop = 2 * (p.x_pitch + kWarpKernelWarps * p.warp_elements + 16);
+  return std::max(loop, 4 * kWarpKernelWarps * (128 + taps));
 }
 
 bool aligned(int bytes, std::initializer_list<const void*> tensors) {
@@ -137,22 +157,12 @@ Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
   p.groups = div_up(kh, warp_kernel_rows(p.blocks));
   const bool direct = p.w % kQuad == 0 && alignment >= 2 * kQuad;
   if (!p.channels_last && p.blocks == 1 && p.groups == 1 && (direct || p.w <= 128)) {
-    plan_warp_kernel(p, direct, p.w % (2 * kQuad) == 0 && alignment >= 4 * kQuad);
-  } else {
-    plan_block_kernel(p, p.channels_last && p.c % 2 == 0 && alignment >= 4);
+    Plan warps = p;
+    plan_warp_kernel(warps, direct, p.w % (2 * kQuad) == 0 && alignment >= 4 * kQuad);
+    if (shared_bytes(warps) <= kMostShared) return warps;
   }
+  plan_block_kernel(p, p.channels_last && p.c % 2 == 0 && alignment >= 4);
   return p;
-}
-
-int shared_bytes(const Plan& p) {
-  const int taps = p.kh * p.kw;
-  if (p.kernel == Kernel::kBlock) {
-    const int warps = p.groups * p.channels * p.slices;
-    const int loop = 2 * (p.x_pitch + p.channels * (p.x_plane + p.d_plane) + 16);
-    return std::max(loop, 4 * (warps * p.blocks * 128 + p.slices * p.channels * taps));
-  }
-  const int loop = 2 * (p.x_pitch + kWarpKernelWarps * p.warp_elements + 16);
-  return std::max(loop, 4 * kWarpKernelWarps * (128 + taps));
 }
 
 // dw and db: the parts' sums in order, one thread for each tap.
@@ -199,7 +209,9 @@ template <class T>
 int launch(const DepthwiseWeightGrad& arguments, cudaStream_t stream) {
   const Shape& shape = arguments.shape;
   const auto aligned_to = [&](int bytes) { return aligned(bytes, {arguments.x, arguments.dy, arguments.a}); };
-  const Plan p = make_plan(shape, arguments.kh, arguments.kw, aligned_to(16) ? 16 : aligned_to(8) ? 8 : aligned_to(4) ? 4 : 2);
+  int alignment = 16;
+  while (alignment > 2 && !aligned_to(alignment)) alignment /= 2;
+  const Plan p = make_plan(shape, arguments.kh, arguments.kw, alignment);
   Arguments<T> g = {};
   g.x = static_cast<const T*>(arguments.x);
   g.dy = static_cast<const T*>(arguments.dy);
@@ -211,14 +223,14 @@ int launch(const DepthwiseWeightGrad& arguments, cudaStream_t stream) {
   g.grad.norm = arguments.norm;
   g.grad.sums = arguments.sums;
   g.partials = static_cast<float*>(arguments.workspace);
-  const int error = p.kernel == Kernel::kWarpDirect  ? launch_warp_kernel<true>(p, g, stream)
-                    : p.kernel == Kernel::kWarpSpan  ? launch_warp_kernel<false>(p, g, stream)
-                    : p.channels_together == 2       ? launch_block_kernel<2>(p, g, stream)
-                                                     : launch_block_kernel<1>(p, g, stream);
+  const int error = p.kernel == Kernel::kWarpDirect ? launch_warp_kernel<true>(p, g, stream)
+                    : p.kernel == Kernel::kWarpSpan ? launch_warp_kernel<false>(p, g, stream)
+                    : p.channels_together == 2      ? launch_block_kernel<2>(p, g, stream)
+                                                    : launch_block_kernel<1>(p, g, stream);
   if (error != 0) return error;
   const int taps = p.kh * p.kw;
-  LAUNCH(reduce_parts, dim3(unsigned(ceil_div(p.c * (taps + 1), 256))), dim3(256), 0, stream, g.partials,
-         p.parts, p.c, taps, arguments.dw, arguments.dw_dtype, arguments.db, arguments.db_dtype);
+  LAUNCH(reduce_parts, dim3(unsigned(ceil_div(p.c * (taps + 1), 256))), dim3(256), 0, stream, g.partials, p.parts, p.c,
+         taps, arguments.dw, arguments.dw_dtype, arguments.db, arguments.db_dtype);
   return int(cudaGetLastError());
 }
 
@@ -227,7 +239,8 @@ int launch(const DepthwiseWeightGrad& arguments, cudaStream_t stream) {
 int64_t depthwise_weight_grad_workspace(const Shape& shape, int kh, int kw) {
   if (shape.dtype == kFloat32) return depthwise_weight_grad_fma_workspace(shape, kh, kw);
   int parts = 0;
-  for (const int alignment : {2, 8, 16}) parts = std::max(parts, weight_grad::make_plan(shape, kh, kw, alignment).parts);
+  for (const int alignment : {2, 8, 16})
+    parts = std::max(parts, weight_grad::make_plan(shape, kh, kw, alignment).parts);
   return int64_t(parts) * shape.c * (kh * kw + 1) * int64_t(sizeof(float));
 }
 

@@ -12,8 +12,8 @@ constexpr int kMaxChannels = 8;
 // Warps of a block: enough for all kernel rows of two channels. Two blocks on a multiprocessor, one for wide kernels.
 constexpr int max_warps(int blocks) { return blocks == 1 ? 8 : 12; }
 
-// A thread moves two columns of CHANNELS neighbouring channels (1, or 2 of a channels_last tensor) at a time, always the
-// same channels. values[k] receives those of channel k: the left column's in the low half.
+// A thread moves two columns of CHANNELS neighbouring channels (1, or 2 of a channels_last tensor) at a time, always
+// the same channels. values[k] receives those of channel k: the left column's in the low half.
 template <int CHANNELS, class T>
 __device__ __forceinline__ void load_columns(const T* source, int64_t column_stride, bool left, bool right,
                                              uint32_t (&values)[CHANNELS]) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_columns(const T* source, int64_t column_str
 }
 
 // Pairs of columns that a thread has loaded before it uses the first, of x and of dy and a.
-constexpr int kBatchX = 4, kBatchD = 2;
+constexpr int kBatchX = 4, kBatchD = 4;
 
 // x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
 template <int CHANNELS, class T>
@@ -122,7 +122,8 @@ struct alignas(16) Role {
 };
 
 template <class T, int BLOCKS, int CHANNELS>
-__global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1) block_kernel(const Plan p, const Arguments<T> g) {
+__global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
+    block_kernel(const Plan p, const Arguments<T> g) {
   constexpr int ROWS = warp_kernel_rows(BLOCKS);
   DYN_SHARED(T, shared);
   SHARED_ARRAY(GradCoefficients, coefficients, kMaxChannels);
@@ -132,8 +133,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1) b
   T* d_tiles = x_tiles + p.channels * p.x_plane;
 
   const int lane = threadIdx.x & 31;
-  // the broadcast tells the compiler that a warp does not diverge on it
-  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0);
+  const int warp = threadIdx.x >> 5;
   // read again for each unit: kept in registers, the roles would make others spill
   SHARED_ARRAY(Role, roles, max_warps(BLOCKS));
   if (lane == 0) {

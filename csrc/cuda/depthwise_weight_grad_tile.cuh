@@ -38,26 +38,26 @@ struct Plan {
   int h, w, kh, kw, top;
   bool channels_last;
   Strides strides;
-  int blocks;        // M blocks of the window
-  int shift, skew;   // zero columns on the left; p - q of tap 0
-  int pack;          // whole images of one unit, 1 where planes are tiled
+  int blocks;       // M blocks of the window
+  int shift, skew;  // zero columns on the left; p - q of tap 0
+  int pack;         // whole images of one unit, 1 where planes are tiled
   int tile_rows, tile_cols;
   FastDiv row_tiles, col_tiles;
-  int units;         // packs * row_tiles * col_tiles
-  int channels;      // of one block
+  int units;              // packs * row_tiles * col_tiles
+  int channels;           // of one block
   int channels_together;  // block kernel: that a thread loads, 1 or 2
-  int groups;        // kernel-row groups, one warp each
-  int slices;        // block kernel: warps that share a unit's K steps; warp kernel: warps that share a channel's units
+  int groups;             // kernel-row groups, one warp each
+  int slices;  // block kernel: warps that share a unit's K steps; warp kernel: warps that share a channel's units
   int x_rows, x_pitch, d_rows, d_pitch;  // a channel's tiles in shared memory, in elements
   int x_plane, d_plane;                  // block kernel: from one channel's tile to the next
   FastDiv x_pairs, d_pairs;              // by x_pitch / 2, d_pitch / 2
   int d_swizzle_shift, d_swizzle_mask;
-  int parts;         // blocks that share a channel's units
+  int parts;  // blocks that share a channel's units
   // warp kernel: chunks of a row and lanes for them, see copy_rows; pitches of an image's span; a warp's shared memory
   int x_first, x_chunks, x_lanes_log2, d_chunks, d_lanes_log2;
   bool d_wide;
   int x_span, d_span, span_lanes_log2, warp_elements;
-  uint32_t row_magic;                    // row / tile_rows as (row * row_magic) >> 20 where pack > 1, else 0
+  uint32_t row_magic;  // row / tile_rows as (row * row_magic) >> 20 where pack > 1, else 0
 };
 
 // One block pass: `images` planes' rows y0 .. y0 + rows and columns c0 .. c0 + cols, and the input rows they need.
@@ -81,8 +81,8 @@ __device__ __forceinline__ Unit unit_at(const Plan& p, int index) {
   return u;
 }
 
-// Where 8-column block `block` of a dy, a or da row starts: rows of tiles lie densely, and exchanging blocks by row keeps
-// the 8 rows of an ldmatrix matrix in different banks.
+// Where 8-column block `block` of a dy, a or da row starts: rows of tiles lie densely, and exchanging blocks by row
+// keeps the 8 rows of an ldmatrix matrix in different banks.
 __device__ __forceinline__ int d_offset(const Plan& p, int row, int block) {
   return row * p.d_pitch + (block ^ ((row >> p.d_swizzle_shift) & p.d_swizzle_mask)) * 8;
 }
@@ -93,7 +93,7 @@ __device__ __forceinline__ int image_of(const Plan& p, int row) { return int(uin
 // The row of the K step whose address a lane gives to ldmatrix for x, as element offset into the x tile. The matrices'
 // order (rows 0-7 of columns 0-7, rows 0-7 of columns 8-15, then rows 8-15) is that of mma's A operand.
 struct LaneRow {
-  int y, limit;  // kernel row i of the warp's group pairs with image row y + i, which lies inside if unsigned(y + i) < limit
+  int y, limit;  // kernel row i of the warp pairs with image row y + i, which is not zero if unsigned(y + i) < limit
   int offset;    // of row y, in the lane's column block of tile 0
 };
 
@@ -116,7 +116,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[ROWS][BLOCKS][4], const 
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     // without this, ptxas has so many rows in flight that registers spill
-    if (i % 3 == 0 && i > 0) __syncwarp();
+    if (i == ROWS / 2) __syncwarp();
     const T* source = unsigned(row.y + i) < unsigned(row.limit) ? x + (row.offset + i * pitch) : zeros;
     uint32_t pair[kLast + 1][4];
 #pragma unroll
@@ -147,8 +147,8 @@ __device__ __forceinline__ LaneFragment lane_fragment(const Plan& p, int row, bo
   return {padding ? 0 : row * p.d_pitch, padding ? 0 : (row >> p.d_swizzle_shift) & p.d_swizzle_mask, lane >> 4};
 }
 
-// B fragments of `tiles` neighbouring column tiles from `first_tile` on. The second tile of the last pair may lie behind
-// the row: what is read for it (up to 16 bytes behind the tile) is not used.
+// B fragments of `tiles` neighbouring column tiles from `first_tile` on. The second tile of the last pair may lie
+// behind the row: what is read for it (up to 16 bytes behind the tile) is not used.
 template <class T>
 __device__ __forceinline__ void load_fragments(const T* tile, const LaneFragment& lane, int first_tile, int tiles,
                                                uint32_t (&b)[kColumnTiles][2]) {
@@ -173,7 +173,11 @@ __device__ __forceinline__ void accumulate_tiles(int tiles, float (&acc)[ROWS][B
   } else {
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
-      const uint32_t one[1][2] = {{t == 0 ? b[0][0] : t == 1 ? b[1][0] : b[2][0], t == 0 ? b[0][1] : t == 1 ? b[1][1] : b[2][1]}};
+      uint32_t one[1][2] = {{b[0][0], b[0][1]}};
+#pragma unroll
+      for (int k = 1; k + 1 < kColumnTiles; ++k) {
+        if (t == k) one[0][0] = b[k][0], one[0][1] = b[k][1];
+      }
       accumulate<T, 1>(acc, one, x + 8 * t, zeros, row, pitch);
     }
   }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
-// One pass over activation tensors with per-channel constants and per-channel sums: the skeleton of batch_norm.cu and pointwise.cu.
-//   contiguous:    a block owns one channel's images of one part; its threads walk the planes in aligned 16-byte windows.
-//   channels_last: a block owns up to 32 vectors of channels and one part of the rows (n, h, w); a thread owns one 16-byte vector
+// One pass over activation tensors with per-channel constants and per-channel sums: the skeleton of batch_norm.cu and
+// pointwise.cu.
+//   contiguous:    a block owns one channel's images of one part; its threads walk the planes in aligned 16-byte
+//   windows. channels_last: a block owns up to 32 vectors of channels and one part of the rows (n, h, w); a thread owns
+//   one 16-byte vector
 //                  of channels and walks the rows.
-// Both keep two windows of each tensor on their way per thread, take elements one by one where a window crosses the edge of a plane (or
-// where addresses or C allow no vectors), and leave one partial per channel and part: nothing here depends on the order of blocks.
-// Bound: bytes, at 3 to 45 instructions an element.
+// Both keep two windows of each tensor on their way per thread, take elements one by one where a window crosses the
+// edge of a plane (or where addresses or C allow no vectors), and leave one partial per channel and part: nothing here
+// depends on the order of blocks. Bound: bytes, at 3 to 45 instructions an element.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -93,11 +95,6 @@ inline Geometry geometry(const Shape& s, std::initializer_list<const void*> tens
 
 // ---- 16-byte windows ----------------------------------------------------------------------------------------------
 
-template <class T>
-struct alignas(16) Pack {
-  T v[Window<T>::kSize];
-};
-
 // Elements [first, last) of the window at element `base` belong to this thread; none where last <= first.
 struct Place {
   int64_t base;
@@ -105,29 +102,31 @@ struct Place {
 };
 
 template <class T>
-__device__ __forceinline__ Pack<T> load(const T* tensor, const Place& at, bool vectors) {
+struct Elements {
+  T v[Window<T>::kSize];
+};
+
+template <class T>
+__device__ __forceinline__ uint4 load(const T* tensor, const Place& at, bool vectors) {
   constexpr int kSize = Window<T>::kSize;
-  Pack<T> pack;
-  if (vectors && at.first == 0 && at.last == kSize) {
-    pack = bit_cast<Pack<T>>(load16(tensor + at.base));
-  } else {
+  if (vectors && at.first == 0 && at.last == kSize) return load16(tensor + at.base);
+  Elements<T> e;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      pack.v[j] = j >= at.first && j < at.last ? tensor[at.base + j] : from_float<T>(0.f);
-  }
-  return pack;
+  for (int j = 0; j < kSize; ++j) e.v[j] = j >= at.first && j < at.last ? tensor[at.base + j] : from_float<T>(0.f);
+  return bit_cast<uint4>(e);
 }
 
 template <class T>
-__device__ __forceinline__ void store(T* tensor, const Place& at, bool vectors, const Pack<T>& pack) {
+__device__ __forceinline__ void store(T* tensor, const Place& at, bool vectors, uint4 window) {
   constexpr int kSize = Window<T>::kSize;
   if (vectors && at.first == 0 && at.last == kSize) {
-    store16(tensor + at.base, bit_cast<uint4>(pack));
-  } else {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      if (j >= at.first && j < at.last) tensor[at.base + j] = pack.v[j];
+    store16(tensor + at.base, window);
+    return;
   }
+  const Elements<T> e = bit_cast<Elements<T>>(window);
+#pragma unroll
+  for (int j = 0; j < kSize; ++j)
+    if (j >= at.first && j < at.last) tensor[at.base + j] = e.v[j];
 }
 
 __device__ __forceinline__ float rstd(const Norm& norm, int64_t c) {
@@ -173,7 +172,7 @@ template <class Op>
 struct Partial {
   static constexpr int kSize = Op::kMoments ? 3 : Op::kStats;
   using Value = std::conditional_t<Op::kMoments, float, double>;
-  Value v[kSize > 0 ? kSize : 1] = {};
+  Value v[kSize > 0 ? kSize : 1];
 
   __device__ __forceinline__ void merge(const Partial& other) {
     if constexpr (Op::kMoments) {
@@ -253,27 +252,36 @@ struct ChannelSums {
 
 // ---- the two kernels ----------------------------------------------------------------------------------------------
 
-// out, stats = op of one window; channel(j) is the channel of its j-th element. The activation is decided once a window.
+// The output and stats of one window; channel(j) is the channel of its j-th element. One choice of the activation a
+// window.
 template <int ACT, class T, class Op, class ChannelOf>
-__device__ __forceinline__ void compute_as(const Op& op, const ChannelOf& channel, const Pack<T>& a, const Pack<T>& b,
-                                           Pack<T>& out, float (&stats)[Op::kStats + 1][Window<T>::kSize]) {
+__device__ __forceinline__ uint4 compute_as(const Op& op, const ChannelOf& channel, uint4 a, uint4 b,
+                                            float (&stats)[Op::kStats + 1][Window<T>::kSize]) {
+  Vec16<T> first, second, out;
+  first.unpack(a);
+  second.unpack(b);
 #pragma unroll
   for (int j = 0; j < Window<T>::kSize; ++j) {
     float stat[Op::kStats + 1];
-    out.v[j] = op.template element<ACT>(channel(j), to_float(a.v[j]), to_float(b.v[j]), stat);
+    out.v[j] = op.template element<ACT>(channel(j), first.v[j], second.v[j], stat);
 #pragma unroll
     for (int s = 0; s < Op::kStats; ++s) stats[s][j] = stat[s];
   }
+  return out.pack();
 }
 
 template <class T, class Op, class ChannelOf>
-__device__ __forceinline__ void compute(const Op& op, const ChannelOf& channel, const Pack<T>& a, const Pack<T>& b,
-                                        Pack<T>& out, float (&stats)[Op::kStats + 1][Window<T>::kSize]) {
+__device__ __forceinline__ uint4 compute(const Op& op, const ChannelOf& channel, uint4 a, uint4 b,
+                                         float (&stats)[Op::kStats + 1][Window<T>::kSize]) {
   switch (op.activation) {
-    case kIdentity: return compute_as<kIdentity>(op, channel, a, b, out, stats);
-    case kRelu: return compute_as<kRelu>(op, channel, a, b, out, stats);
-    case kGelu: return compute_as<kGelu>(op, channel, a, b, out, stats);
-    default: return compute_as<kGeluTanh>(op, channel, a, b, out, stats);
+    case kIdentity:
+      return compute_as<kIdentity, T>(op, channel, a, b, stats);
+    case kRelu:
+      return compute_as<kRelu, T>(op, channel, a, b, stats);
+    case kGelu:
+      return compute_as<kGelu, T>(op, channel, a, b, stats);
+    default:
+      return compute_as<kGeluTanh, T>(op, channel, a, b, stats);
   }
 }
 
@@ -281,7 +289,7 @@ __device__ __forceinline__ void compute(const Op& op, const ChannelOf& channel, 
 template <class T, class Op>
 struct Pipeline {
   Place at[kAhead + 1];
-  Pack<T> a[kAhead + 1], b[kAhead + 1];
+  uint4 a[kAhead + 1], b[kAhead + 1];
 
   __device__ __forceinline__ void push(const Op& op, const Place& place, bool vectors) {
 #pragma unroll
@@ -311,6 +319,7 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
   Pipeline<T, Op> line;
   int64_t item = begin + threadIdx.x, image = item / g.windows;
   int window = static_cast<int>(item - image * g.windows);
+#pragma unroll 1
   for (int step = 0; item < end + kAhead * kThreads; ++step) {
     const int64_t start = (image * g.channels + c) * g.plane, stop = start + g.plane;
     const int64_t base = (g.vectors ? start - start % kSize : start) + static_cast<int64_t>(window) * kSize;
@@ -325,9 +334,8 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
       ++image;
     }
     if (step < kAhead) continue;
-    Pack<T> out;
     float stats[Op::kStats + 1][kSize];
-    compute(op, channel_of, line.a[0], line.b[0], out, stats);
+    const uint4 out = compute<T>(op, channel_of, line.a[0], line.b[0], stats);
     if (Op::kWrites && op.out != nullptr) store(op.out, line.at[0], g.vectors, out);
     if constexpr (Op::kStats > 0) sums.add(stats, line.at[0]);
   }
@@ -350,7 +358,8 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
   }
 }
 
-// One block: channels group * lanes * kSize and on, part blockIdx.x / groups; thread: vector tid % lanes, row tid / lanes.
+// One block: channels group * lanes * kSize and on, part blockIdx.x / groups; thread: vector tid % lanes, row tid /
+// lanes.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
   constexpr int kSize = Window<T>::kSize;
@@ -361,21 +370,27 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
   const int64_t c = (group * g.lanes + lane) * kSize;
   const int owned = g.channels - c < kSize ? static_cast<int>(g.channels - c) : kSize;  // <= 0: idle
 
+  SHARED_ARRAY(typename Op::Channel, channels, kMaxLanes * kSize);
+  for (int i = threadIdx.x; i < g.lanes * kSize; i += kThreads) {
+    const int64_t mine = group * g.lanes * kSize + i;
+    channels[i] = op.channel(mine < g.channels ? mine : 0);
+  }
+  __syncthreads();
   typename Op::Channel channel[kSize];
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) channel[j] = op.channel(j < owned ? c + j : 0);
+  for (int j = 0; j < kSize; ++j) channel[j] = channels[lane * kSize + j];
   const auto channel_of = [&channel](int j) { return channel[j]; };
   ChannelSums<Op> sums[kSize];
   float count = 0.f;
 
   Pipeline<T, Op> line;
   int64_t m = begin + row;
+#pragma unroll 1
   for (int step = 0; owned > 0 && m < end + kAhead * rows; ++step, m += rows) {
     line.push(op, {m * g.channels + c, 0, m < end ? owned : 0}, g.vectors);
     if (step < kAhead) continue;
-    Pack<T> out;
     float stats[Op::kStats + 1][kSize];
-    compute(op, channel_of, line.a[0], line.b[0], out, stats);
+    const uint4 out = compute<T>(op, channel_of, line.a[0], line.b[0], stats);
     if (Op::kWrites && op.out != nullptr) store(op.out, line.at[0], g.vectors, out);
     count += 1.f;
     const float share = Op::kMoments ? 1.f / count : 0.f;
@@ -410,12 +425,26 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
     for (int i = threadIdx.x; i < stride; i += kThreads) {
       const int64_t mine = (group * g.lanes + i % g.lanes) * kSize + i / g.lanes;
       if (mine >= g.channels) continue;
-      P merged;
-      for (int r = 0; r < rows; ++r) {
-        P other;
+      P merged{};
+      const auto value = [&](int r, int s) { return shared[(r * P::kSize + s) * stride + i]; };
+      if constexpr (Op::kMoments) {
+        // the common mean first: up to 256 merges one after the other would add up their rounding
+        double n = 0.0, sum = 0.0, m2 = 0.0;
+        for (int r = 0; r < rows; ++r) n += value(r, 0), sum += static_cast<double>(value(r, 0)) * value(r, 1);
+        // a quotient in double by one Newton step
+        double inverse = 1.f / fmaxf(static_cast<float>(n), 1.f);
+        inverse *= 2.0 - n * inverse;
+        const double mean = sum * inverse;
+        for (int r = 0; r < rows; ++r) {
+          const double distance = value(r, 1) - mean;
+          m2 += value(r, 2) + value(r, 0) * distance * distance;
+        }
+        merged.v[0] = static_cast<float>(n), merged.v[1] = static_cast<float>(mean),
+        merged.v[2] = static_cast<float>(m2);
+      } else {
+        for (int r = 0; r < rows; ++r)
 #pragma unroll
-        for (int s = 0; s < P::kSize; ++s) other.v[s] = shared[(r * P::kSize + s) * stride + i];
-        merged.merge(other);
+          for (int s = 0; s < P::kSize; ++s) merged.v[s] += value(r, s);
       }
       op.partials[mine * g.parts + part] = merged;
     }
@@ -431,7 +460,7 @@ __device__ __forceinline__ double sum_over_warp(double v) {
 // The sum of a channel's parts, by one warp in a fixed order; all lanes get it.
 template <class Op>
 __device__ __forceinline__ Partial<Op> add_parts(const Partial<Op>* partials, int64_t parts) {
-  Partial<Op> total;
+  Partial<Op> total{};
   for (int64_t i = threadIdx.x % 32; i < parts; i += 32) total.merge(partials[i]);
 #pragma unroll
   for (int s = 0; s < Partial<Op>::kSize; ++s) total.v[s] = sum_over_warp(total.v[s]);
@@ -459,9 +488,12 @@ int launch(const Op& op, const Shape& shape, std::initializer_list<const void*> 
 template <class F>
 int with_type(int dtype, F&& f) {
   switch (dtype) {
-    case kFloat32: return f(float());
-    case kFloat16: return f(__half());
-    default: return f(__nv_bfloat16());
+    case kFloat32:
+      return f(float());
+    case kFloat16:
+      return f(__half());
+    default:
+      return f(__nv_bfloat16());
   }
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The Python binding of kernels.h: one function per launcher, flat arguments (addresses, sizes, dtype codes, the stream), so that a call
-// costs about a microsecond. Compiled by the host compiler only; the caller keeps every tensor alive and owns all memory.
-// With CONVMIXER_EMULATED it binds the same kernels compiled for the CPU (tests/emulation); the GIL, held throughout, then also
-// guards the emulator's global state.
+// The Python binding of kernels.h: one function per launcher, flat arguments (addresses, sizes, dtype codes, the
+// stream), so that a call costs about a microsecond. Compiled by the host compiler only; the caller keeps every tensor
+// alive and owns all memory. With CONVMIXER_EMULATED it binds the same kernels compiled for the CPU (tests/emulation);
+// the GIL, held throughout, then also guards the emulator's global state.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -37,13 +37,13 @@ void check(const char* launcher, int error) {
   cm::Shape { n, c, h, w, dtype, channels_last }
 
 // four (C,) vectors: address (0: None) and dtype code
-#define NORM                                                                                                         \
+#define NORM                                                                                                       \
   bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight, int norm_weight_dtype, \
       Address norm_bias, int norm_bias_dtype, float eps
-#define NORM_VALUE                                                                                                \
-  cm::Norm {                                                                                                      \
-    {pointer(mean), mean_dtype}, {pointer(var), var_dtype}, {pointer(norm_weight), norm_weight_dtype},            \
-        {pointer(norm_bias), norm_bias_dtype}, eps, norm                                                          \
+#define NORM_VALUE                                                                                     \
+  cm::Norm {                                                                                           \
+    {pointer(mean), mean_dtype}, {pointer(var), var_dtype}, {pointer(norm_weight), norm_weight_dtype}, \
+        {pointer(norm_bias), norm_bias_dtype}, eps, norm                                               \
   }
 
 // norm_backward's sums, (C,) float32 each, or 0, 0
@@ -53,37 +53,31 @@ void check(const char* launcher, int error) {
 
 void depthwise_forward(SHAPE, int kh, int kw, Address x, Address weight, int weight_dtype, Address bias, int bias_dtype,
                        int activation, NORM, bool residual, Address y, Address partials, Address stream) {
-  const cm::DepthwiseForward p{SHAPE_VALUE,
-                               kh,
-                               kw,
-                               pointer(x),
-                               {pointer(weight), weight_dtype},
-                               {pointer(bias), bias_dtype},
-                               activation,
-                               NORM_VALUE,
-                               residual,
-                               pointer(y),
-                               static_cast<float*>(pointer(partials))};
+  const cm::DepthwiseForward p{
+      SHAPE_VALUE, kh,         kw,       pointer(x), {pointer(weight), weight_dtype},       {pointer(bias), bias_dtype},
+      activation,  NORM_VALUE, residual, pointer(y), static_cast<float*>(pointer(partials))};
   check("depthwise_forward", cm::depthwise_forward(p, pointer(stream)));
 }
 
-void depthwise_input_grad(SHAPE, int kh, int kw, Address dy, Address a, Address weight, int weight_dtype, int activation,
-                          NORM, SUMS, bool residual, Address dx, Address stream) {
-  const cm::DepthwiseInputGrad p{SHAPE_VALUE, kh,         kw,         pointer(dy), pointer(a), {pointer(weight), weight_dtype},
-                                 activation,  NORM_VALUE, SUMS_VALUE, residual,    pointer(dx)};
+void depthwise_input_grad(SHAPE, int kh, int kw, Address dy, Address a, Address weight, int weight_dtype,
+                          int activation, NORM, SUMS, bool residual, Address dx, Address stream) {
+  const cm::DepthwiseInputGrad p{
+      SHAPE_VALUE, kh,         kw,         pointer(dy), pointer(a), {pointer(weight), weight_dtype},
+      activation,  NORM_VALUE, SUMS_VALUE, residual,    pointer(dx)};
   check("depthwise_input_grad", cm::depthwise_input_grad(p, pointer(stream)));
 }
 
 void depthwise_weight_grad(SHAPE, int kh, int kw, Address dy, Address a, Address x, int activation, NORM, SUMS,
                            Address dw, int dw_dtype, Address db, int db_dtype, Address workspace, Address stream) {
-  const cm::DepthwiseWeightGrad p{SHAPE_VALUE, kh,         kw,         pointer(dy), pointer(a), pointer(x), activation,
-                                  NORM_VALUE,  SUMS_VALUE, pointer(dw), dw_dtype,   pointer(db), db_dtype,
-                                  pointer(workspace)};
+  const cm::DepthwiseWeightGrad p{SHAPE_VALUE, kh,          kw,         pointer(dy),       pointer(a),
+                                  pointer(x),  activation,  NORM_VALUE, SUMS_VALUE,        pointer(dw),
+                                  dw_dtype,    pointer(db), db_dtype,   pointer(workspace)};
   check("depthwise_weight_grad", cm::depthwise_weight_grad(p, pointer(stream)));
 }
 
-void merge_statistics(int64_t c, int64_t partials_per_channel, int64_t count, Address partials, Address mean, Address var,
-                      Address running_mean, Address running_var, int running_dtype, float momentum, Address stream) {
+void merge_statistics(int64_t c, int64_t partials_per_channel, int64_t count, Address partials, Address mean,
+                      Address var, Address running_mean, Address running_var, int running_dtype, float momentum,
+                      Address stream) {
   const cm::MergeStatistics p{c,
                               partials_per_channel,
                               count,
@@ -116,7 +110,7 @@ void norm_backward(SHAPE, Address dy, Address a, int activation, NORM, SUMS, Add
 
 void pointwise_epilogue(SHAPE, Address a, Address bias, int bias_dtype, int activation, NORM, Address partials,
                         Address stream) {
-  const cm::PointwiseEpilogue p{SHAPE_VALUE, pointer(a),  {pointer(bias), bias_dtype},
+  const cm::PointwiseEpilogue p{SHAPE_VALUE, pointer(a), {pointer(bias), bias_dtype},
                                 activation,  NORM_VALUE, static_cast<float*>(pointer(partials))};
   check("pointwise_epilogue", cm::pointwise_epilogue(p, pointer(stream)));
 }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT
-// What surrounds torch's GEMM in the pointwise block, one pass each; elementwise.cuh says what a block and a thread own.
+// What surrounds torch's GEMM in the pointwise block, one pass each; elementwise.cuh says what a block and a thread
+// own.
 //   pointwise_epilogue, eval   y = norm(act(a + bias)), in place over the GEMM's result
 //   pointwise_epilogue, train  a = a + bias rounded to its dtype, in place, and by part count, mean, M2 of act(a)
-//   pointwise_grad_prologue    da = dh * act'(a), dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M) or, in eval,
-//                              gamma * rstd * dy, written once for the GEMMs; db = sum da by part, then a warp a channel
+//   pointwise_grad_prologue    da = dh * act'(a), dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M) or, in
+//   eval,
+//                              gamma * rstd * dy, written once for the GEMMs; db = sum da by part, then a warp a
+//                              channel
 // Bound: HBM (two or three accesses an element).
 #include "elementwise.cuh"
 
 namespace convmixer {
 namespace {
-
 
 template <class T>
 struct EpilogueEvalOp {
@@ -33,23 +35,23 @@ struct EpilogueEvalOp {
   }
 
   template <int ACT>
-  __device__ __forceinline__ T element(const Channel& k, float a, float, float (&)[1]) const {
+  __device__ __forceinline__ float element(const Channel& k, float a, float, float (&)[1]) const {
     const float h = elementwise::activate<ACT, T>(a + k.bias);
-    return from_float<T>(fmaf(h - k.norm.mean, k.norm.scale, k.norm.shift));
+    return fmaf(h - k.norm.mean, k.norm.scale, k.norm.shift);
   }
 };
 
 template <class T>
 struct EpilogueTrainOp {
   static constexpr int kInputs = 1, kStats = 1;
-  static constexpr bool kMoments = true, kWrites = true, kWide = false;
+  static constexpr bool kMoments = true, kWrites = true;
   struct Channel {
     float bias;
   };
 
   const T* first;  // a
   const T* second;
-  T* out;  // a + bias, in its place, or null
+  T* out;                                           // a + bias, in its place, or null
   elementwise::Partial<EpilogueTrainOp>* partials;  // (C, parts): count, mean, M2
   int activation;
   Param bias;
@@ -57,9 +59,9 @@ struct EpilogueTrainOp {
   __device__ __forceinline__ Channel channel(int64_t c) const { return {load_param(bias, c)}; }
 
   template <int ACT>
-  __device__ __forceinline__ T element(const Channel& k, float a, float, float (&stat)[2]) const {
-    const T rounded = from_float<T>(a + k.bias);
-    stat[0] = elementwise::activate<ACT, T>(to_float(rounded));
+  __device__ __forceinline__ float element(const Channel& k, float a, float, float (&stat)[2]) const {
+    const float rounded = to_float(from_float<T>(a + k.bias));
+    stat[0] = elementwise::activate<ACT, T>(rounded);
     return rounded;
   }
 };
@@ -73,9 +75,9 @@ struct GradPrologueOp {
     float mean, scale, offset, slope;
   };
 
-  const T* first;   // dy
-  const T* second;  // a
-  T* out;           // da
+  const T* first;                                  // dy
+  const T* second;                                 // a
+  T* out;                                          // da
   elementwise::Partial<GradPrologueOp>* partials;  // (C, parts): sum da
   int activation;
   Norm norm;
@@ -95,11 +97,11 @@ struct GradPrologueOp {
   }
 
   template <int ACT>
-  __device__ __forceinline__ T element(const Channel& k, float dy, float a, float (&stat)[2]) const {
+  __device__ __forceinline__ float element(const Channel& k, float dy, float a, float (&stat)[2]) const {
     const ValueAndGrad h = elementwise::activate_and_grad<ACT, T>(a);
     const float da = k.scale * (dy - k.offset - (h.value - k.mean) * k.slope) * h.grad;
     stat[0] = da;
-    return from_float<T>(da);
+    return da;
   }
 };
 
@@ -134,7 +136,8 @@ int pointwise_epilogue(const PointwiseEpilogue& p, void* stream) {
 }
 
 int64_t pointwise_grad_prologue_workspace(const Shape& shape) {
-  return shape.c * elementwise::parts_of(shape) * static_cast<int64_t>(sizeof(elementwise::Partial<GradPrologueOp<float>>));
+  return shape.c * elementwise::parts_of(shape) *
+         static_cast<int64_t>(sizeof(elementwise::Partial<GradPrologueOp<float>>));
 }
 
 int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream) {

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""python check_kernels.py MODULE CHECK: runs one check on an emulated native module; exit status 0 if all is right.
+
+The driver of test_mutations.py, in a process of its own because a broken kernel may end it. A check runs one primitive
+of the `cuda` backend at a few small sizes against the reference backend in float64, in three orders of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from convmixer_kernels.backends import cuda, reference
+from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.testing import relative_error, within_twice_eager
+
+ORDERS = ("0", "1", "7")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Wrong(Exception):
+    """A result breaks the twice-eager rule."""
+
+
+def _tensors(shape, dtype, channels_last, count, *more):
+    generator = torch.Generator().manual_seed(sum(shape))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    made = [torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in range(count)]
+    c = shape[1]
+    vectors = [torch.randn(c, generator=generator) for _ in range(5)]
+    norm = Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
+    return made, norm, (vectors[4], vectors[0]), [torch.randn(size, generator=generator) for size in more]
+
+
+def _double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, Norm):
+        return Norm(*(t.double() for t in value[:4]), value.eps)
+    return tuple(map(_double, value)) if isinstance(value, tuple) else value
+
+
+def _compare(primitive: str, dtype: torch.dtype, *arguments) -> None:
+    mine = getattr(cuda, primitive)(*arguments)
+    theirs = getattr(reference, primitive)(*arguments)
+    exact = getattr(reference, primitive)(*map(_double, arguments))
+    if isinstance(mine, torch.Tensor):
+        mine, theirs, exact = (mine,), (theirs,), (exact,)
+    for index, (m, t, e) in enumerate(zip(mine, theirs, exact, strict=True)):
+        # tensors of a few elements have the luck of few elements: twice the usual room
+        error, allowed = relative_error(m, e), relative_error(t, e)
+        if not within_twice_eager(error, 2 * allowed, dtype):
+            raise Wrong(f"{primitive}[{index}] {tuple(arguments[0].shape)}: error {error:.2e}, reference {allowed:.2e}")
+
+
+def normalize() -> None:
+    for shape, dtype, last in itertools.product(((2, 3, 5, 7), (2, 8, 4, 4)), DTYPES, (False, True)):
+        (a, residual), norm, _, _ = _tensors(shape, dtype, last, 2)
+        _compare("normalize", dtype, a, "gelu", norm, residual)
+
+
+def norm_backward() -> None:
+    # the last has two parts a channel
+    for shape, dtype, last in (
+        ((2, 3, 5, 7), torch.bfloat16, False),
+        ((3, 8, 8, 8), torch.float32, False),
+        ((3, 8, 8, 8), torch.float32, True),
+        ((2, 10, 5, 7), torch.bfloat16, True),
+        ((2, 1, 130, 131), torch.bfloat16, False),
+    ):
+        (dy, a), norm, _, _ = _tensors(shape, dtype, last, 2)
+        _compare("norm_backward", dtype, dy, a, "gelu", norm)
+
+
+def statistics() -> None:
+    """merge_statistics alone: partials of unequal counts, an empty one among them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(5, n, generator=generator) + 2 for n in [*range(1, 36), 0]]
+    moments = [(torch.full((5,), float(p.shape[1])), p.mean(1), p.var(1, correction=0) * p.shape[1]) for p in parts]
+    # an empty part's mean and M2 are nobody's business
+    partials = torch.stack([torch.stack(m, 1) for m in moments], 1).nan_to_num(7.0)
+    values = torch.cat(parts, 1).double()
+    running = torch.randn(5, generator=generator), torch.rand(5, generator=generator)
+    expected = [t.double() for t in running]
+    mean, var = cuda._merged(cuda._native().module, partials.contiguous(), values.shape[1], *running, 0.1, 0)
+    var_exact, mean_exact = torch.var_mean(values, dim=1, correction=0)
+    reference.update_running_statistics(*expected, mean_exact, var_exact, values.shape[1], 0.1)
+    for ours, exact in zip((mean, var, *running), (mean_exact, var_exact, *expected), strict=True):
+        if not relative_error(ours, exact) < 1e-6:
+            raise Wrong(f"merge_statistics: {ours.tolist()}, expected {exact.tolist()}")
+
+
+def _merge_in_torch(native, partials, count, running_mean, running_var, momentum, stream):
+    """merge_statistics' part of a training forward, so that another kernel's check does not depend on it."""
+    counts, means, m2 = partials.double().unbind(2)
+    mean = torch.where(counts > 0, counts * means, 0.0).sum(1) / count
+    m2 = torch.where(counts > 0, m2 + counts * (means - mean[:, None]) ** 2, 0.0).sum(1)
+    return mean.float(), (m2 / count).float()
+
+
+def pointwise_epilogue() -> None:
+    cuda._merged = _merge_in_torch
+    for shape, dtype, last in itertools.product(((2, 5, 5, 7), (3, 8, 8, 8)), DTYPES, (False, True)):
+        (x,), norm, (bias, _), (weight,) = _tensors(shape, dtype, last, 1, (shape[1], shape[1], 1, 1))
+        _compare("pointwise_eval", dtype, x, weight, bias, "gelu", norm)
+        _compare("pointwise_train", dtype, x, weight, bias, "gelu", None, None, 0.1)
+
+
+def pointwise_grad() -> None:
+    for shape, dtype, last in (
+        ((2, 5, 5, 7), torch.bfloat16, False),
+        ((3, 8, 8, 8), torch.float32, True),
+        ((3, 4, 8, 8), torch.float32, False),
+    ):
+        (dy, a, x), norm, sums, (weight,) = _tensors(shape, dtype, last, 3, (shape[1], shape[1], 1, 1))
+        arguments = (dy, a, x, weight.to(dtype), sums[0].to(dtype), "gelu", norm, sums, (True, True, True))
+        _compare("pointwise_backward", dtype, *arguments)
+
+
+def _depthwise(dtype: torch.dtype, last: bool):
+    """(x, norm, sums, weight) over planes smaller than, equal to and larger than a tile, with several images."""
+    channels = 9 if last else 3
+    for shape, kernel in (
+        ((5, channels, 16, 16), 9),
+        ((3, channels, 7, 9), 7),
+        ((1, 2, 18, 41), 9),
+        ((2, 2, 9, 20), 12),
+    ):
+        tensors, norm, sums, (weight,) = _tensors(shape, dtype, last, 3, (shape[1], 1, kernel, kernel))
+        yield tensors, norm, sums, weight / kernel
+
+
+def _forward(dtype: torch.dtype, last: bool) -> None:
+    cuda._merged = _merge_in_torch
+    for (x, *_), norm, (bias, _), weight in _depthwise(dtype, last):
+        _compare("depthwise_eval", dtype, x, weight, bias, "gelu", norm, True)
+        _compare("depthwise_train", dtype, x, weight, bias, "gelu", None, None, 0.1)
+
+
+def _input_grad(dtype: torch.dtype, last: bool) -> None:
+    for (dy, a, _), norm, sums, weight in _depthwise(dtype, last):
+        _compare("depthwise_input_grad", dtype, dy, a, weight, "gelu", norm, sums, True)
+
+
+def _weight_grad(dtype: torch.dtype, last: bool) -> None:
+    for (dy, a, x), norm, sums, weight in _depthwise(dtype, last):
+        _compare("depthwise_weight_grad", dtype, dy, a, x, weight, sums[0], "gelu", norm, sums)
+
+
+CHECKS = {
+    "normalize": normalize,
+    "norm_backward": norm_backward,
+    "statistics": statistics,
+    "pointwise_epilogue": pointwise_epilogue,
+    "pointwise_grad": pointwise_grad,
+}
+for _name, _dtype, _last in (
+    ("float32", torch.float32, False),
+    ("float32_channels_last", torch.float32, True),
+    ("bfloat16", torch.bfloat16, False),
+    ("bfloat16_channels_last", torch.bfloat16, True),
+):
+    for _primitive in (_forward, _input_grad, _weight_grad):
+        CHECKS[f"{_primitive.__name__[1:]}_{_name}"] = lambda p=_primitive, d=_dtype, last=_last: p(d, last)
+
+
+def main(path: str, check: str) -> int:
+    torch.set_num_threads(1)
+    # every output starts as NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cuda._native = lambda: cuda._Native(module, None, True)
+    for order in ORDERS:
+        os.environ["EMU_ORDER"] = order
+        try:
+            CHECKS[check]()
+        except (Wrong, RuntimeError) as error:
+            print(f"order {order}: {error}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: MIT
+"""Plants bugs in copies of the kernels' sources and demands that the emulation catches each one.
+
+A mutation whose text is no longer in the source fails the test: it must follow the kernels. To cover a new kernel, add
+one line. Only the unit that holds the bug is compiled (-O0: a compile costs more than a run); weak stand-ins take the
+place of the other units.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from convmixer_kernels import _build, _emulation
+
+DRIVER = Path(__file__).with_name("check_kernels.py")
+CUDA = _build.CSRC / "cuda"
+
+
+class Mutation(NamedTuple):
+    """`old` becomes `new` in `file`; `unit`.cu is compiled and must then fail `check` of check_kernels.py."""
+
+    name: str
+    file: str
+    unit: str
+    check: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    # elementwise.cuh and what stands on it
+    Mutation(
+        "planes: barrier before the warps' partials", "elementwise.cuh", "batch_norm", "norm_backward",
+        "if (lane == 0) shared[warp] = partial;\n    __syncthreads();", "if (lane == 0) shared[warp] = partial;",
+    ),
+    Mutation(
+        "rows: barrier before the rows' partials", "elementwise.cuh", "batch_norm", "norm_backward",
+        "__syncthreads();\n    for (int i = threadIdx.x; i < stride", "for (int i = threadIdx.x; i < stride",
+    ),
+    Mutation(
+        "planes: store whole windows at edges", "elementwise.cuh", "batch_norm", "normalize",
+        "if (vectors && at.first == 0 && at.last == kSize) {\n    store16", "if (vectors) {\n    store16",
+    ),
+    Mutation(
+        "planes: next image not counted", "elementwise.cuh", "batch_norm", "norm_backward",
+        "window -= static_cast<int>(g.windows);\n      ++image;", "window -= static_cast<int>(g.windows);",
+    ),
+    Mutation(
+        "planes: parts overlap", "elementwise.cuh", "batch_norm", "norm_backward",
+        "if (item < end && base < stop)", "if (item <= end && base < stop)",
+    ),
+    Mutation(
+        "planes: one window lost at the end", "elementwise.cuh", "batch_norm", "normalize",
+        "item < end + kAhead * kThreads", "item < end + (kAhead - 1) * kThreads",
+    ),
+    Mutation(
+        "rows: a row of the block not added", "elementwise.cuh", "batch_norm", "norm_backward",
+        "for (int r = 0; r < rows; ++r)\n#pragma unroll", "for (int r = 1; r < rows; ++r)\n#pragma unroll",
+    ),
+    Mutation(
+        "rows: channels of a vector exchanged", "elementwise.cuh", "batch_norm", "norm_backward",
+        "* stride + j * g.lanes + lane] = mine.v[s]", "* stride + (j ^ 1) * g.lanes + lane] = mine.v[s]",
+    ),
+    Mutation(
+        "float32 totals counted twice", "elementwise.cuh", "batch_norm", "norm_backward",
+        "wide[s] += total[s], total[s] = 0.f", "wide[s] += total[s]",
+    ),
+    Mutation(
+        "shuffle misses half the warp", "elementwise.cuh", "batch_norm", "norm_backward",
+        "for (int offset = 16; offset > 0; offset /= 2) {\n      const Partial",
+        "for (int offset = 8; offset > 0; offset /= 2) {\n      const Partial",
+    ),
+    Mutation(
+        "norm backward: mean not subtracted", "batch_norm.cu", "batch_norm", "norm_backward",
+        "(elementwise::activate<ACT, T>(a) - k.mean)", "elementwise::activate<ACT, T>(a)",
+    ),
+    Mutation("normalize: residual lost", "batch_norm.cu", "batch_norm", "normalize", "k.shift) + residual", "k.shift)"),
+    Mutation(
+        "merge: a lane's parts read twice", "batch_norm.cu", "batch_norm", "statistics",
+        "for (int64_t i = lane; i < p.partials_per_channel; i += 32) {\n    const double count = partial[i * 3];",
+        "for (int64_t i = lane; i < p.partials_per_channel; i += 31) {\n    const double count = partial[i * 3];",
+    ),
+    Mutation(
+        "merge: empty parts counted", "batch_norm.cu", "batch_norm", "statistics",
+        "if (count > 0.0) m2 +=", "m2 +=",
+    ),
+    Mutation(
+        "merge: biased running variance", "batch_norm.cu", "batch_norm", "statistics",
+        "count > 1.0 ? count - 1.0 : 1.0", "count",
+    ),
+    Mutation(
+        "epilogue: window's moments with another mean", "elementwise.cuh", "pointwise", "pointwise_epilogue",
+        "value[0][j] - window.mean : 0.f", "value[0][j] : 0.f",
+    ),
+    Mutation(
+        "epilogue: count of the rows", "elementwise.cuh", "pointwise", "pointwise_epilogue",
+        "count += 1.f;", "count += 2.f;",
+    ),
+    Mutation(
+        "prologue: derivative without the scale's slope", "pointwise.cu", "pointwise", "pointwise_grad",
+        "- (h.value - k.mean) * k.slope", "",
+    ),
+    Mutation(
+        "prologue: a channel's parts", "pointwise.cu", "pointwise", "pointwise_grad",
+        "add_parts(partials + c * parts, parts)", "add_parts(partials + c, parts)",
+    ),
+    # depthwise on tensor cores
+    Mutation(
+        "contiguous: copies not awaited", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
+        "cp_async_wait<kStages - 2>();", "",
+    ),
+    Mutation(
+        "contiguous: barrier after the copies", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
+        "__syncthreads();\n    copy(current", "copy(current",
+    ),
+    Mutation(
+        "contiguous: next item's address", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
+        "x_next += step;", "",
+    ),
+    Mutation(
+        "contiguous: the warps' moments not merged", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "moments = merge(moments, of_warps[i]);", "",
+    ),
+    Mutation(
+        "contiguous: da kept beyond the edge", "depthwise_mma_contiguous.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16", "da = keep_first(da, count);", "",
+    ),
+    Mutation(
+        "channels_last: copies not awaited", "depthwise_mma_channels_last.cuh", "depthwise_forward",
+        "forward_bfloat16_channels_last", "cp_async_wait<0>();", "",
+    ),
+    Mutation(
+        "channels_last: inputs not transposed", "depthwise_mma_channels_last.cuh", "depthwise_forward",
+        "forward_bfloat16_channels_last", "  transpose8(v);\n}", "}",
+    ),
+    Mutation(
+        "weight gradient: the last copy not awaited", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "cp_async_wait<1>();", "cp_async_wait<2>();",
+    ),
+    Mutation(
+        "weight gradient: one stage for two", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "stage ^= 1;", "",
+    ),
+    Mutation(
+        "weight gradient: db of one lane", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "db = warp_sum(db);", "",
+    ),
+    # depthwise on FMA units
+    Mutation(
+        "fma: copies not awaited", "depthwise_fma.cu", "depthwise_fma", "forward_float32",
+        "cp_async_wait<0>();\n  __syncthreads();", "__syncthreads();",
+    ),
+    Mutation(
+        "fma: barrier after the copies", "depthwise_fma.cu", "depthwise_fma", "forward_float32_channels_last",
+        "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();",
+    ),
+    Mutation(
+        "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",
+        "weight_grad_float32", "cp_async_wait<0>();", "",
+    ),
+]  # fmt: skip
+
+
+def _stand_ins() -> str:
+    """Weak definitions of every launcher, that the unit under test overrides; depthwise falls back on its FMA form."""
+    depthwise = {
+        "int depthwise_forward{}(const DepthwiseForward& p, void* stream)": "p, stream",
+        "int depthwise_input_grad{}(const DepthwiseInputGrad& p, void* stream)": "p, stream",
+        "int depthwise_weight_grad{}(const DepthwiseWeightGrad& p, void* stream)": "p, stream",
+        "int64_t depthwise_forward{}_partials(const Shape& s, int kh, int kw)": "s, kh, kw",
+        "int64_t depthwise_weight_grad{}_workspace(const Shape& s, int kh, int kw)": "s, kh, kw",
+    }
+    others = [
+        "int merge_statistics(const MergeStatistics&, void*)",
+        "int normalize(const Normalize&, void*)",
+        "int norm_backward(const NormBackward&, void*)",
+        "int pointwise_epilogue(const PointwiseEpilogue&, void*)",
+        "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
+        "int64_t norm_backward_workspace(const Shape&)",
+        "int64_t pointwise_epilogue_partials(const Shape&)",
+        "int64_t pointwise_grad_prologue_workspace(const Shape&)",
+    ]
+    bodies = {signature: "return 801;" for signature in others}
+    for signature, arguments in depthwise.items():
+        name = signature.split()[1].split("(")[0].format("_fma")
+        bodies[signature.format("_fma")] = "return 801;"
+        bodies[signature.format("")] = f"return {name}({arguments});"
+    bodies["const char* error_string(int)"] = 'return "a stand-in was called";'
+    bodies["int device_count(int* n)"] = "*n = 1; return 0;"
+    lines = [f"__attribute__((weak)) {signature} {{ {body} }}" for signature, body in bodies.items()]
+    return "\n".join(['#include "kernels.h"', "namespace convmixer {", *lines, "}", ""])
+
+
+def _compile(source: Path, output: Path, csrc: Path) -> None:
+    command = _emulation.compile_command(_build.find_cxx(), source, output)
+    # the copy's headers before the repository's
+    command = [*command[:1], f"-I{csrc / 'cuda'}", *command[1:], "-O0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory) -> list[Path]:
+    """The objects that every module is linked from: the binding and the stand-ins."""
+    directory = tmp_path_factory.mktemp("common")
+    (directory / "stand_ins.cpp").write_text(_stand_ins())
+    objects = [directory / "module.o", directory / "stand_ins.o"]
+    _compile(CUDA / "module.cpp", objects[0], _build.CSRC)
+    _compile(directory / "stand_ins.cpp", objects[1], _build.CSRC)
+    return objects
+
+
+def _run(directory: Path, common: list[Path], unit: str, checks: list[str], mutation: Mutation | None) -> str | None:
+    """What a module with the mutated unit gets wrong: None if every check passes."""
+    csrc = directory / "csrc"
+    shutil.copytree(CUDA, csrc / "cuda")
+    shutil.copy(_build.CSRC / "math.h", csrc)
+    if mutation is not None:
+        path = csrc / "cuda" / mutation.file
+        path.write_text(path.read_text().replace(mutation.old, mutation.new))
+    _compile(csrc / "cuda" / f"{unit}.cu", directory / "unit.o", csrc)
+    module = directory / "_cuda_emulated.so"
+    link = [*_build.find_cxx().split(), "-shared", str(directory / "unit.o"), *map(str, common), "-o", str(module)]
+    subprocess.run(link, check=True)
+    for check in checks:
+        done = subprocess.run(
+            [sys.executable, str(DRIVER), str(module), check],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        if done.returncode != 0:
+            assert "Traceback" not in done.stderr, done.stderr
+            return f"{check}: {done.stdout or done.stderr or f'signal {-done.returncode}'}"
+    return None
+
+
+def test_the_table_is_large_enough_and_in_the_sources():
+    assert len(MUTATIONS) >= 20
+    assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+    for m in MUTATIONS:
+        assert m.old in (CUDA / m.file).read_text(), (
+            f"{m.name}: the text to break is no longer in {m.file}: follow the kernel"
+        )
+
+
+def test_unbroken_kernels_pass_every_check(tmp_path, common):
+    """Without this a check that always fails would catch everything."""
+    units = sorted({m.unit for m in MUTATIONS})
+    checks = {unit: sorted({m.check for m in MUTATIONS if m.unit == unit}) for unit in units}
+    for unit in units:
+        (tmp_path / unit).mkdir()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda unit: _run(tmp_path / unit, common, unit, checks[unit], None), units))
+    assert dict(zip(units, found, strict=True)) == dict.fromkeys(units)
+
+
+def test_every_planted_bug_is_caught(tmp_path, common):
+    directories = [tmp_path / str(i) for i in range(len(MUTATIONS))]
+    for directory in directories:
+        directory.mkdir()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda m, d: _run(d, common, m.unit, [m.check], m), MUTATIONS, directories))
+    missed = [m.name for m, problem in zip(MUTATIONS, found, strict=True) if problem is None]
+    assert missed == []

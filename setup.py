@@ -19,12 +19,19 @@ _spec.loader.exec_module(_build)
 cxx = _build.find_cxx()
 nvcc = _build.find_nvcc() if cxx else None
 if os.environ.get("CONVMIXER_BUILD_CUDA") == "1" and nvcc is None:
-    sys.exit("CONVMIXER_BUILD_CUDA=1, but no C++ compiler with an nvcc was found on PATH, in CUDA_HOME or /usr/local/cuda")
+    sys.exit(
+        "CONVMIXER_BUILD_CUDA=1, but no C++ compiler with an nvcc was found on PATH, in CUDA_HOME or /usr/local/cuda"
+    )
 archs = _build.cuda_archs(nvcc) if nvcc else []
 
 if cxx is None:
-    print("convmixer-kernels: no C++ compiler found (set CXX): installing WITHOUT native kernels; the operators will run")
-    print("convmixer-kernels: on the slow 'reference' backend. Install g++ and reinstall to get the fast ones.", flush=True)
+    print(
+        "convmixer-kernels: no C++ compiler found (set CXX): installing WITHOUT native kernels; the operators will run"
+    )
+    print(
+        "convmixer-kernels: on the slow 'reference' backend. Install g++ and reinstall to get the fast ones.",
+        flush=True,
+    )
 else:
     where = f"{nvcc} for {' '.join(archs)}" if nvcc else "not built, no nvcc found (or CONVMIXER_BUILD_CUDA=0)"
     print(f"convmixer-kernels: _cpu: {cxx} for {' '.join(_build.cpu_instruction_sets())}; _cuda: {where}", flush=True)

@@ -84,10 +84,8 @@ def _run_case(
     modes = ("eval", "train") if _trains(case, options) else ("eval",)
     progress(f"{case.label}: building", 0)
     images = photo.image_batch(picture, batch, case.image_size)
-    if options.checkpoint is None:
-        eager = models.random_reference(case, images)
-    else:
-        eager = models.checkpoint_reference(case, options.checkpoint)
+    random = options.checkpoint is None
+    eager = models.random_reference(case, images) if random else models.checkpoint_reference(case, options.checkpoint)
     layout = LAYOUTS[options.layout]
     eager = eager.to(device, dtype).to(memory_format=layout)
     images = images.to(device, dtype).to(memory_format=layout)

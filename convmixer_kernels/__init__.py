@@ -6,11 +6,11 @@ import pkgutil
 # In a source checkout this folder shadows the installed package, which alone holds the native modules: look there too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from ._version import __version__  # noqa: E402
-from .dispatch import available_backends, use_backend  # noqa: E402
-from .functional import depthwise_block, depthwise_conv2d, mixer_layer, pointwise_block  # noqa: E402
-from .info import build_info  # noqa: E402
-from .modules import DepthwiseBlock, DepthwiseConv2d, PointwiseBlock  # noqa: E402
+from ._version import __version__
+from .dispatch import available_backends, use_backend
+from .functional import depthwise_block, depthwise_conv2d, mixer_layer, pointwise_block
+from .info import build_info
+from .modules import DepthwiseBlock, DepthwiseConv2d, PointwiseBlock
 
 __all__ = [
     "DepthwiseBlock",

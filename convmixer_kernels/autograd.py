@@ -181,9 +181,7 @@ def mixer_backward(
     if needs[5]:
         norm = _norm(blocks[0], statistics[0], options)
         z = backend.normalize(a[0], options.activation, norm, x if options.residual else None)
-    upper = block_backward(
-        backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, (below, *needs[5:])
-    )
+    upper = block_backward(backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, (below, *needs[5:]))
     lower: Grads = (None,) * 5
     if below:
         lower = block_backward(

@@ -56,9 +56,7 @@ def _check_weight_is_tensor(op: str, name: str, weight: Tensor, x: Tensor) -> No
     check_parameter(op, name, weight, x)
 
 
-def check_depthwise_convolution(
-    op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
+def check_depthwise_convolution(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """weight must be (C, 1, kH, kW), bias (C,) or None."""
     name = f"{prefix}weight"
     _check_weight_is_tensor(op, name, weight, x)
@@ -69,9 +67,7 @@ def check_depthwise_convolution(
     _check_vector(op, f"{prefix}bias", bias, x, x.shape[1], "C")
 
 
-def check_pointwise_convolution(
-    op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
+def check_pointwise_convolution(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """weight must be (C_out, C_in, 1, 1), bias (C_out,) or None."""
     name = f"{prefix}weight"
     _check_weight_is_tensor(op, name, weight, x)
@@ -110,9 +106,7 @@ def check_norm(
             f"{op}: {prefix}running_mean and {prefix}running_var must be tensors where training=False, got None"
         )
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}"
-        )
+        raise ValueError(f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}")
 
 
 def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> None:

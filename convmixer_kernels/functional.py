@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, dispatch, ops
+from . import checks, dispatch
 from .autograd import (
     Block,
     BlockFunction,
@@ -90,7 +90,9 @@ def depthwise_block(
         # autocast: eager adds its 16-bit norm's result to the wide x
         options = Options(training, momentum, eps, activation, False, False)
         return _run_block("depthwise", x, block, running, options, chosen) + x_given
-    return _run_block("depthwise", x, block, running, Options(training, momentum, eps, activation, residual, False), chosen)
+    return _run_block(
+        "depthwise", x, block, running, Options(training, momentum, eps, activation, residual, False), chosen
+    )
 
 
 def pointwise_block(
@@ -129,7 +131,9 @@ def pointwise_block(
     checks.check_pointwise_convolution(op, "", x, block.weight, block.bias)
     checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training)
     chosen = _choose(op, backend, "pointwise", x, (weight,))
-    return _run_block("pointwise", x, block, running, Options(training, momentum, eps, activation, False, False), chosen)
+    return _run_block(
+        "pointwise", x, block, running, Options(training, momentum, eps, activation, False, False), chosen
+    )
 
 
 def mixer_layer(

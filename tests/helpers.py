@@ -27,7 +27,9 @@ def assert_twice_eager(name: str, ours: Tensor, eager: Tensor, exact: Tensor, dt
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager has {eager.dtype}"
     error, eager_error = relative_error(ours, exact), relative_error(eager, exact)
     dtype = ours.dtype if dtype is None else dtype
-    assert within_twice_eager(error, eager_error, dtype), f"{name}: error {error:.3e}, eager's {eager_error:.3e} ({dtype})"
+    assert within_twice_eager(error, eager_error, dtype), (
+        f"{name}: error {error:.3e}, eager's {eager_error:.3e} ({dtype})"
+    )
 
 
 def in_format(t: Tensor, memory_format: str) -> Tensor:
@@ -62,7 +64,14 @@ class Case:
 
     def __str__(self) -> str:
         k, mode = "x".join(map(str, self.kernel)), "train" if self.training else "eval"
-        parts = [self.op, "x".join(map(str, self.shape)), f"k{k}", str(self.dtype).split(".")[1], self.memory_format, mode]
+        parts = [
+            self.op,
+            "x".join(map(str, self.shape)),
+            f"k{k}",
+            str(self.dtype).split(".")[1],
+            self.memory_format,
+            mode,
+        ]
         parts += [self.activation] if self.activation != "gelu" else []
         parts += [f"out{self.channels_out}"] if self.channels_out else []
         parts += ["mixed"] if self.parameter_dtype else []
@@ -91,9 +100,7 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, list[Tensor | None],
         "mixer_layer": depthwise + pointwise,
         "depthwise_conv2d": depthwise[:2],
     }[case.op]
-    tensors = [
-        None if BLOCK_TENSORS[i % 6] in case.absent else t.to(parameter_dtype) for i, t in enumerate(blocks)
-    ]
+    tensors = [None if BLOCK_TENSORS[i % 6] in case.absent else t.to(parameter_dtype) for i, t in enumerate(blocks)]
     return in_format(x.to(dtype), case.memory_format), tensors, dy.to(dtype)
 
 
@@ -106,7 +113,11 @@ def eager(case: Case, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
     act = ACTIVATIONS[case.activation]
 
     def depthwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
-        h = norm(act(F.conv2d(x, block[0], block[1], padding="same", groups=x.shape[1])), block)
+        # oneDNN's bfloat16 depthwise convolution does not return for some large kernels (torch 2.13, 31x31)
+        hangs = x.dtype in (torch.bfloat16, torch.float16) and max(case.kernel) > 15 and not x.is_cuda
+        with torch.backends.mkldnn.flags(enabled=False) if hangs else contextlib.nullcontext():
+            a = F.conv2d(x, block[0], block[1], padding="same", groups=x.shape[1])
+        h = norm(act(a), block)
         return h + x if case.residual else h
 
     def pointwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
@@ -133,7 +144,9 @@ def ours(case: Case, x: Tensor, tensors: list[Tensor | None], backend: str | Non
     return getattr(ck, case.op)(x, *tensors, **options)
 
 
-def run(call, x: Tensor, tensors: list[Tensor | None], dy: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+def run(
+    call, x: Tensor, tensors: list[Tensor | None], dy: Tensor, autocast: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Forward and backward of `call(x, tensors)`: output, all gradients, running statistics, by name."""
     leaves = [None if t is None else t.clone() for t in tensors]
     for i, t in enumerate(leaves):
@@ -152,8 +165,24 @@ def run(call, x: Tensor, tensors: list[Tensor | None], dy: Tensor, autocast: tor
     return results
 
 
-def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cpu") -> None:
-    """Ours against float64 by the twice-eager rule: output, every gradient, running statistics, memory format."""
+def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cpu", pool: int = 128) -> None:
+    """Ours against float64 by the twice-eager rule: output, every gradient, running statistics, memory format.
+
+    The rule compares two rounding errors, and over a handful of numbers that ratio is luck. A case with few channels therefore
+    runs with several seeds, until its per-channel vectors have `pool` numbers together (24 seeds at most), and the rule
+    holds for the numbers of all seeds.
+    """
+    seeds = min(24, -(-pool // min(case.shape[1], case.channels_out or case.shape[1])))
+    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for i in range(seeds):
+        for name, triple in _run_case(case, backend, seed + i, device).items():
+            pooled.setdefault(name, []).append(triple)
+    for name, triples in pooled.items():
+        results, baseline, exact = (torch.cat([t.flatten() for t in part]) for part in zip(*triples, strict=True))
+        assert_twice_eager(f"{case}: {name}", results, baseline, exact, case.dtype)
+
+
+def _run_case(case: Case, backend: str | None, seed: int, device: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     x, tensors, dy = make_inputs(case, seed)
     exact = run(
         lambda x, t: eager(case, x, t), x.double(), [None if t is None else t.double() for t in tensors], dy.double()
@@ -164,13 +193,13 @@ def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cp
     baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy, mixed)
     results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy)
     assert results.keys() == exact.keys()
-    for name in results:
-        if case.activation == "identity" and case.training and name.endswith("bias") and "norm" not in name:
-            # batch norm removes a constant: this gradient is 0, and what anyone computes is rounding
-            continue
-        assert_twice_eager(f"{case}: {name}", results[name], baseline[name], exact[name], case.dtype)
-    dense = case.memory_format in ("contiguous", "channels_last")
-    if dense:
+    if case.memory_format in ("contiguous", "channels_last") and case.shape[1] > 1:
         expected = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
         assert results["y"].is_contiguous(memory_format=expected)
         assert results["dx"].is_contiguous(memory_format=expected)
+    for name in results:
+        assert results[name].shape == exact[name].shape, name
+    if case.activation == "identity" and case.training:
+        # batch norm removes a constant: the bias's gradient is 0, and what anyone computes is rounding
+        results = {n: t for n, t in results.items() if not n.endswith("bias") or "norm" in n}
+    return {name: (t, baseline[name], exact[name]) for name, t in results.items()}

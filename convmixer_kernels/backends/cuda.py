@@ -490,10 +490,8 @@ def pointwise_backward(
     dx = dw = None
     if needs[0]:
         matrix = weight.flatten(1).to(da.dtype)
-        if rows:
-            dx = _from_rows(torch.mm(_rows(da), matrix), da)
-        else:
-            dx = _images(matrix.t(), da).view(da.shape[0], -1, *da.shape[2:])
+        planes = (da.shape[0], -1, *da.shape[2:])
+        dx = _from_rows(torch.mm(_rows(da), matrix), da) if rows else _images(matrix.t(), da).view(planes)
     if needs[1]:
         product = _rows_product(_rows(da), _rows(x)) if rows else _planes_product(da.flatten(2), x.flatten(2))
         dw = product.view(weight.shape).to(weight.dtype)

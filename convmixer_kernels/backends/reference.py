@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The primitives in plain torch operations: the definition that the other backends are held against. Runs everywhere.
 
-float64 stays float64; for 32- and 16-bit tensors everything after the convolution is float32.
+float64 stays float64. For 32- and 16-bit tensors what follows the convolution is float32 in the forward, float64 in the backward.
 """
 
 from __future__ import annotations
@@ -61,11 +61,6 @@ def _activation_grad(a: Tensor, activation: str) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * kappa * (1 + 3 * cubic * a * a)
 
 
-def _sum(t: Tensor) -> Tensor:
-    """Over N, H, W, accumulated in float64 as eager batch norm does on a CPU; (C,) of t's dtype."""
-    return t.sum((0, 2, 3), dtype=torch.float64).to(t.dtype)
-
-
 def _scale(norm: Norm) -> Tensor:
     scale = torch.rsqrt(_wide(norm.var) + norm.eps)
     return scale if norm.weight is None else scale * _wide(norm.weight)
@@ -82,22 +77,25 @@ def _apply_norm(h: Tensor, norm: Norm | None, residual: Tensor | None, dtype: to
 
 
 def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The gradient of the convolution's output, wide."""
-    da = _wide(dy)
-    h = None if a is None else _wide(a)
+    """The gradient of the convolution's output, in float64: eager batch norm's backward is wider than its tensors too."""
+    da = dy.double()
+    h = None if a is None else a.double()
     if norm is not None:
+        rstd = torch.rsqrt(norm.var.double() + norm.eps)
         if sums is not None:
             count = dy.numel() // dy.shape[1]
-            rstd = torch.rsqrt(_wide(norm.var) + norm.eps)
             hhat = (_activation(h, activation) - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
-        da = da * _per_channel(_scale(norm))
+        da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(x, weight.to(x.dtype), bias, padding="same", groups=groups)
+    # on a CPU 16-bit operands are widened: oneDNN's bfloat16 depthwise convolution does not return for some large kernels
+    # (torch 2.13: 31x31, channels_last), and float32 is no slower there
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
 
 
 # ---- primitives -------------------------------------------------------------------------------------------------
@@ -189,11 +187,11 @@ def norm_backward(
     activation: str,
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
-    """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) float32 each."""
-    rstd = torch.rsqrt(_wide(norm.var) + norm.eps)
-    hhat = (_activation(_wide(a), activation) - _per_channel(norm.mean)) * _per_channel(rstd)
-    dy = _wide(dy)
-    return _sum(dy), _sum(dy * hhat)
+    """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) each, here in float64."""
+    rstd = torch.rsqrt(norm.var.double() + norm.eps)
+    hhat = (_activation(a.double(), activation) - _per_channel(norm.mean)) * _per_channel(rstd)
+    dy = dy.double()
+    return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
 
 
 def depthwise_input_grad(
@@ -206,7 +204,7 @@ def depthwise_input_grad(
     residual: bool,
 ) -> Tensor:
     """dx = correlate(da, flipped weight) (+ dy): for even k the paddings change sides."""
-    da = _da(dy, a, activation, norm, sums)
+    da = _da(dy, a, activation, norm, sums).to(_wide(dy).dtype)
     top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
     bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
     padded = F.pad(da, (right, left, bottom, top))
@@ -225,6 +223,7 @@ def depthwise_weight_grad(
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
+    # one convolution sums over all N * H * W values, in float64: float32 would lose digits that eager's sum over images keeps
     da = _da(dy, a, activation, norm, sums)
     n, channels, height, width = x.shape
     top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
@@ -233,7 +232,7 @@ def depthwise_weight_grad(
     images = padded.transpose(0, 1).reshape(1, channels * n, *padded.shape[2:])
     filters = da.transpose(0, 1).reshape(channels, n, height, width)
     dw = F.conv2d(images, filters, groups=channels).view(weight.shape)
-    db = None if bias is None else _sum(da).to(bias.dtype)
+    db = None if bias is None else da.sum((0, 2, 3)).to(bias.dtype)
     return dw.to(weight.dtype), db
 
 
@@ -252,10 +251,11 @@ def pointwise_backward(
     da = _da(dy, a, activation, norm, sums)
     dx = dw = db = None
     if needs[0]:
-        dx = F.conv2d(da, weight.to(da.dtype).transpose(0, 1)).to(dy.dtype)
+        wide = _wide(dy).dtype
+        dx = F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype)
     if needs[1]:
         rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)
     if needs[2] and bias is not None:
-        db = _sum(da).to(bias.dtype)
+        db = da.sum((0, 2, 3)).to(bias.dtype)
     return dx, dw, db

@@ -86,7 +86,17 @@ __device__ __forceinline__ void copy_spans(const Plan& p, const T* source, int i
     const int skipped = int(reinterpret_cast<uintptr_t>(start) & 15), bytes = skipped + 2 * rows * p.w;
     char* to = reinterpret_cast<char*>(target + image * pitch);
     for (int chunk = first; 16 * chunk < bytes; chunk += 1 << p.span_lanes_log2) {
-      cp_async<16>(to + 16 * chunk, start - skipped + 16 * chunk, min(16, bytes - 16 * chunk));
+      const char* from = start - skipped + 16 * chunk;
+      if (bytes - 16 * chunk >= 16) {
+        cp_async<16>(to + 16 * chunk, from);
+      } else {
+        // a shortened cp.async still touches all 16 bytes (compute-sanitizer), and the tensor may end here
+        for (int i = 0; i < 8; ++i) {
+          const T zero = from_float<T>(0.f);
+          reinterpret_cast<T*>(to)[8 * chunk + i] =
+              16 * chunk + 2 * i < bytes ? reinterpret_cast<const T*>(from)[i] : zero;
+        }
+      }
     }
   }
 }

@@ -41,8 +41,8 @@ struct Sums {
 // ---- depthwise_forward.cu -----------------------------------------------------------------------------------------
 // partials == null (eval):  y = norm(act(conv(x) + bias)) (+ x)
 // partials != null (train): y = a = conv(x) + bias rounded to the dtype, and for each channel
-//   partials[(c * P + p) * 3 + {0, 1, 2}] = count, mean, M2 of act(a) over the p-th part of that channel's N*H*W values,
-//   with P = depthwise_forward_partials(...); norm.present is false and residual is false.
+//   partials[(c * P + p) * 3 + {0, 1, 2}] = count, mean, M2 of act(a) over the p-th part of that channel's N*H*W
+//   values, with P = depthwise_forward_partials(...); norm.present is false and residual is false.
 struct DepthwiseForward {
   Shape shape;
   int kh, kw;
@@ -93,7 +93,8 @@ struct DepthwiseWeightGrad {
 int64_t depthwise_weight_grad_workspace(const Shape& shape, int kh, int kw);
 int depthwise_weight_grad(const DepthwiseWeightGrad& p, void* stream);
 
-// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and 16-bit ones where no tensor-core kernel fits
+// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and 16-bit ones where no tensor-core kernel
+// fits
 int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw);
 int depthwise_forward_fma(const DepthwiseForward& p, void* stream);
 int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream);
@@ -140,7 +141,8 @@ int64_t norm_backward_workspace(const Shape& shape);
 int norm_backward(const NormBackward& p, void* stream);
 
 // In place over a torch GEMM's result, one pass.
-// partials == null (eval): y = norm(act(a + bias)); partials != null (train): a = a + bias, partials as in DepthwiseForward.
+// partials == null (eval): y = norm(act(a + bias)); partials != null (train): a = a + bias, partials as in
+// DepthwiseForward.
 struct PointwiseEpilogue {
   Shape shape;
   void* a;

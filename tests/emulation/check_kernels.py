@@ -19,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from convmixer_kernels.backends import cuda, reference
 from convmixer_kernels.backends.base import Norm
-from convmixer_kernels.testing import relative_error, within_twice_eager
+from convmixer_kernels.testing import relative_error
 
 ORDERS = ("0", "1", "7")
 DTYPES = (torch.float32, torch.bfloat16)
+#: Relative errors that no planted bug stays below.
+ROOM = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class Wrong(Exception):
-    """A result breaks the twice-eager rule."""
+    """A result is further from the exact one than rounding explains."""
 
 
 def _tensors(shape, dtype, channels_last, count, *more):
@@ -54,9 +56,9 @@ def _compare(primitive: str, dtype: torch.dtype, *arguments) -> None:
     if isinstance(mine, torch.Tensor):
         mine, theirs, exact = (mine,), (theirs,), (exact,)
     for index, (m, t, e) in enumerate(zip(mine, theirs, exact, strict=True)):
-        # tensors of a few elements have the luck of few elements: twice the usual room
+        # accuracy is test_cuda.py's business, at sizes that are not at the mercy of a few elements' luck
         error, allowed = relative_error(m, e), relative_error(t, e)
-        if not within_twice_eager(error, 2 * allowed, dtype):
+        if not error <= 4 * allowed + ROOM[dtype]:
             raise Wrong(f"{primitive}[{index}] {tuple(arguments[0].shape)}: error {error:.2e}, reference {allowed:.2e}")
 
 
@@ -67,13 +69,14 @@ def normalize() -> None:
 
 
 def norm_backward() -> None:
-    # the last has two parts a channel
+    # the last but one has more windows than a block has threads, the last four parts a channel
     for shape, dtype, last in (
         ((2, 3, 5, 7), torch.bfloat16, False),
         ((3, 8, 8, 8), torch.float32, False),
         ((3, 8, 8, 8), torch.float32, True),
         ((2, 10, 5, 7), torch.bfloat16, True),
-        ((2, 1, 130, 131), torch.bfloat16, False),
+        ((60, 1, 5, 7), torch.bfloat16, False),
+        ((2, 1, 200, 201), torch.float32, False),
     ):
         (dy, a), norm, _, _ = _tensors(shape, dtype, last, 2)
         _compare("norm_backward", dtype, dy, a, "gelu", norm)
@@ -118,6 +121,7 @@ def pointwise_grad() -> None:
         ((2, 5, 5, 7), torch.bfloat16, False),
         ((3, 8, 8, 8), torch.float32, True),
         ((3, 4, 8, 8), torch.float32, False),
+        ((2, 2, 130, 131), torch.bfloat16, False),
     ):
         (dy, a, x), norm, sums, (weight,) = _tensors(shape, dtype, last, 3, (shape[1], shape[1], 1, 1))
         arguments = (dy, a, x, weight.to(dtype), sums[0].to(dtype), "gelu", norm, sums, (True, True, True))
@@ -126,10 +130,11 @@ def pointwise_grad() -> None:
 
 def _depthwise(dtype: torch.dtype, last: bool):
     """(x, norm, sums, weight) over planes smaller than, equal to and larger than a tile, with several images."""
-    channels = 9 if last else 3
+    # channels_last: with and without vectors of channels
+    few, more = (8, 9) if last else (3, 3)
     for shape, kernel in (
-        ((5, channels, 16, 16), 9),
-        ((3, channels, 7, 9), 7),
+        ((5, few, 16, 16), 9),
+        ((3, more, 7, 9), 7),
         ((1, 2, 18, 41), 9),
         ((2, 2, 9, 20), 12),
     ):

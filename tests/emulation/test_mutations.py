@@ -55,7 +55,7 @@ MUTATIONS = [
     ),
     Mutation(
         "planes: parts overlap", "elementwise.cuh", "batch_norm", "norm_backward",
-        "if (item < end && base < stop)", "if (item <= end && base < stop)",
+        "const int64_t begin = part * g.items_per_part;", "const int64_t begin = part * (g.items_per_part - 1);",
     ),
     Mutation(
         "planes: one window lost at the end", "elementwise.cuh", "batch_norm", "normalize",
@@ -127,11 +127,11 @@ MUTATIONS = [
     ),
     Mutation(
         "contiguous: the warps' moments not merged", "depthwise_mma_contiguous.cuh", "depthwise_forward",
-        "forward_bfloat16", "moments = merge(moments, of_warps[i]);", "",
+        "forward_bfloat16", "moments = merge(moments, of_warps[i]);", ";",
     ),
     Mutation(
-        "contiguous: da kept beyond the edge", "depthwise_mma_contiguous.cuh", "depthwise_input_grad",
-        "input_grad_bfloat16", "da = keep_first(da, count);", "",
+        "contiguous, input gradient: copies not awaited", "depthwise_mma_contiguous.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16", "cp_async_wait<kStages - 2>();", "",
     ),
     Mutation(
         "channels_last: copies not awaited", "depthwise_mma_channels_last.cuh", "depthwise_forward",
@@ -144,10 +144,6 @@ MUTATIONS = [
     Mutation(
         "weight gradient: the last copy not awaited", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
         "weight_grad_bfloat16", "cp_async_wait<1>();", "cp_async_wait<2>();",
-    ),
-    Mutation(
-        "weight gradient: one stage for two", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
-        "weight_grad_bfloat16", "stage ^= 1;", "",
     ),
     Mutation(
         "weight gradient: db of one lane", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",

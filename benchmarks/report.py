@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.optional import MissingPackage, require
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 HEADINGS = ("model", "mode", "dtype", "error ours", "error eager", "reference ms", "ours ms", "speed-up")
 WRONG, ABSENT = "WRONG", "-"
 _MODES = {"eval": "Inference", "train": "Training step (forward + backward)"}
@@ -91,17 +92,38 @@ def _model(row: Mapping[str, object]) -> str:
     return f"{row['label']}, batch {row['batch']}"
 
 
-def write_readme(readme: Path, text: str) -> None:
+def gpu_markdown(document: Mapping[str, object]) -> str:
+    """The table of a JSON of python -m benchmarks.gpu: one row for each case that ran, wrong results named as such."""
+    cases: dict[tuple[str, str, str], dict[str, Mapping[str, object]]] = {}
+    for row in document["results"]:
+        cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
+    lines = ["| case | dtype | layout | ours | of the floor | eager, same layout | speed-up |"]
+    lines.append("| :-- | :-- | :-- | --: | --: | --: | --: |")
+    for (case, dtype, layout), found in cases.items():
+        ours, eager = found.get("ours", {}), found.get(f"eager {layout}", {}).get("median_us")
+        if ours.get("median_us") is None:
+            lines.append(f"| {case} | {dtype} | {layout} | wrong: {ours.get('error', 'not run')} | - | - | - |")
+            continue
+        mine, floor = ours["median_us"], ours.get("percent_of_floor")
+        cells = [case, dtype, layout, f"{mine:.0f} us", f"{floor:.0f} %" if floor else "-"]
+        cells += [f"{eager:.0f} us", f"{eager / mine:.1f}x"] if eager else ["-", "-"]
+        lines.append(f"| {' | '.join(cells)} |")
+    tests = document.get("tests", {}).get("summary", "not run")
+    environment = document["environment"]
+    return "\n".join([f"{environment['device']}, torch {environment['torch']}; gpu tests: {tests}.", "", *lines])
+
+
+def write_readme(readme: Path, text: str, begin_marker: str = BEGIN, end_marker: str = END) -> None:
     """Put `text` between the markers of `readme`.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    before, begin, rest = (whole := readme.read_text()).partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise ValueError(f"{readme} must contain {BEGIN} and then {END}, once each")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    before, begin, rest = (whole := readme.read_text()).partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
+    if not begin or not end or whole.count(begin_marker) != 1 or whole.count(end_marker) != 1:
+        raise ValueError(f"{readme} must contain {begin_marker} and then {end_marker}, once each")
+    readme.write_text(f"{before}{begin_marker}\n{text}\n{end_marker}{after}")
 
 
 # ---- the picture --------------------------------------------------------------------------------------------------
@@ -200,7 +222,7 @@ def _name(row: Mapping[str, object], with_dtype: bool) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition(": ")[2])
-    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks --json")
+    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks --json, or of benchmarks.gpu")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the markers (README.md)")
     parser.add_argument(
         "--picture", type=Path, default=Path("docs/speedup.png"), help="PNG to write (docs/speedup.png)"
@@ -208,8 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         document = json.loads(options.results.read_text())
-        draw(document, options.picture)
-        write_readme(options.readme, markdown(document))
+        if "gpu" in document:
+            write_readme(options.readme, gpu_markdown(document), GPU_BEGIN, GPU_END)
+        else:
+            draw(document, options.picture)
+            write_readme(options.readme, markdown(document))
     except (MissingPackage, OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2

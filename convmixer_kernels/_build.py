@@ -28,7 +28,7 @@ DEFAULT_CUDA_ARCHS = "80;80+PTX;86;89;90a;100;120;120+PTX"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-ffp-contract=fast"]
 #: The instruction sets of csrc/cpu/isa_<name>.cpp, each with its own flags, and only there.
 ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }

@@ -48,9 +48,10 @@
   static inline n##3 make_##n##3(T x, T y, T z) { return {x, y, z}; } \
   static inline n##4 make_##n##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMU_VEC(float, float, 8, 16)
-EMU_VEC(int, int, 8, 16) EMU_VEC(unsigned, uint, 8, 16) EMU_VEC(short, short, 4, 8)
-    EMU_VEC(unsigned short, ushort, 4, 8) EMU_VEC(signed char, char, 2, 4)
-        EMU_VEC(unsigned char, uchar, 2, 4) struct dim3 {
+EMU_VEC(int, int, 8, 16)
+EMU_VEC(unsigned, uint, 8, 16)
+EMU_VEC(short, short, 4, 8)
+EMU_VEC(unsigned short, ushort, 4, 8) EMU_VEC(signed char, char, 2, 4) EMU_VEC(unsigned char, uchar, 2, 4) struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
@@ -148,258 +149,258 @@ static inline float2 __half22float2(__half2 a) { return {a.x, a.y}; }
 EMU_H2(__half2)
 EMU_H2(__nv_bfloat162)
 
-    // ---- fibers -----------------------------------------------------------------------------------------------------
-    namespace emu {
-  enum State { RUN, AT_BLOCK, AT_WARP, DONE };
-  struct Copy {
-    void* dst;
-    const void* src;
-    int n, bytes;
-  };
-  struct Fiber {
-    uint3 tid;
-    int lane, warp;
-    State st;
-    int site;
-    uint32_t mask;
-    void* arg;  // what it waits at
-    bool started;
-    ucontext_t first;
-    std::unique_ptr<char[]> stack;
-    std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
-    std::vector<Copy> open;
+// ---- fibers -----------------------------------------------------------------------------------------------------
+namespace emu {
+enum State { RUN, AT_BLOCK, AT_WARP, DONE };
+struct Copy {
+  void* dst;
+  const void* src;
+  int n, bytes;
+};
+struct Fiber {
+  uint3 tid;
+  int lane, warp;
+  State st;
+  int site;
+  uint32_t mask;
+  void* arg;  // what it waits at
+  bool started;
+  ucontext_t first;
+  std::unique_ptr<char[]> stack;
+  std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
+  std::vector<Copy> open;
 #if defined(__SANITIZE_ADDRESS__)
-    void* fake = nullptr;
+  void* fake = nullptr;
 #endif
-  };
-  constexpr size_t STACK = 64 << 10, GUARD = 256;
-  struct Grid {  // one launch at a time, one OS thread
-    uint3 bid;
-    dim3 grid, block;
-    std::vector<Fiber> f;
-    Fiber* cur = nullptr;
-    ucontext_t usched;
-    void (*body)(void*) = nullptr;
-    void* body_arg = nullptr;
-    std::unique_ptr<char[]> dyn_store;
-    char* dyn = nullptr;
-    size_t dyn_bytes = 0;
-    std::map<std::pair<const void*, int>, std::pair<std::unique_ptr<char[]>, size_t>> stat;  // SHARED_ARRAY by site
-    std::string error;
-    int vote = 0;  // of __syncthreads_or
-    uint64_t barriers = 0, collectives = 0, mmas = 0;
+};
+constexpr size_t STACK = 64 << 10, GUARD = 256;
+struct Grid {  // one launch at a time, one OS thread
+  uint3 bid;
+  dim3 grid, block;
+  std::vector<Fiber> f;
+  Fiber* cur = nullptr;
+  ucontext_t usched;
+  void (*body)(void*) = nullptr;
+  void* body_arg = nullptr;
+  std::unique_ptr<char[]> dyn_store;
+  char* dyn = nullptr;
+  size_t dyn_bytes = 0;
+  std::map<std::pair<const void*, int>, std::pair<std::unique_ptr<char[]>, size_t>> stat;  // SHARED_ARRAY by site
+  std::string error;
+  int vote = 0;  // of __syncthreads_or
+  uint64_t barriers = 0, collectives = 0, mmas = 0;
 #if defined(__SANITIZE_ADDRESS__)
-    void* sched_fake = nullptr;
-    const void* sched_bottom = nullptr;
-    size_t sched_size = 0;
+  void* sched_fake = nullptr;
+  const void* sched_bottom = nullptr;
+  size_t sched_size = 0;
 #endif
-  };
-  inline Grid G;
+};
+inline Grid G;
 
-  inline void yield() {
-    Fiber* me = G.cur;
+inline void yield() {
+  Fiber* me = G.cur;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(me->st == DONE ? nullptr : &me->fake, G.sched_bottom, G.sched_size);
+  __sanitizer_start_switch_fiber(me->st == DONE ? nullptr : &me->fake, G.sched_bottom, G.sched_size);
 #endif
-    swapcontext(&me->first, &G.usched);
+  swapcontext(&me->first, &G.usched);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(me->fake, &G.sched_bottom, &G.sched_size);
+  __sanitizer_finish_switch_fiber(me->fake, &G.sched_bottom, &G.sched_size);
 #endif
+}
+inline void fail(const std::string& what) {  // record and park this thread; launch() throws
+  if (G.error.empty()) {
+    auto& t = G.cur->tid;
+    G.error = what + " [block " + std::to_string(G.bid.x) + "," + std::to_string(G.bid.y) + "," +
+              std::to_string(G.bid.z) + " thread " + std::to_string(t.x) + "," + std::to_string(t.y) + "," +
+              std::to_string(t.z) + "]";
   }
-  inline void fail(const std::string& what) {  // record and park this thread; launch() throws
-    if (G.error.empty()) {
-      auto& t = G.cur->tid;
-      G.error = what + " [block " + std::to_string(G.bid.x) + "," + std::to_string(G.bid.y) + "," +
-                std::to_string(G.bid.z) + " thread " + std::to_string(t.x) + "," + std::to_string(t.y) + "," +
-                std::to_string(t.z) + "]";
-    }
-    G.cur->st = DONE;
-    for (;;) yield();
-  }
-  inline void entry() {
+  G.cur->st = DONE;
+  for (;;) yield();
+}
+inline void entry() {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &G.sched_bottom, &G.sched_size);
+  __sanitizer_finish_switch_fiber(nullptr, &G.sched_bottom, &G.sched_size);
 #endif
-    G.body(G.body_arg);
-    G.cur->st = DONE;
-    for (;;) yield();
-  }
-  inline void resume(Fiber & x) {
-    G.cur = &x;
+  G.body(G.body_arg);
+  G.cur->st = DONE;
+  for (;;) yield();
+}
+inline void resume(Fiber& x) {
+  G.cur = &x;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&G.sched_fake, x.stack.get(), STACK);
+  __sanitizer_start_switch_fiber(&G.sched_fake, x.stack.get(), STACK);
 #endif
-    if (!x.started) {
-      x.started = true;
-      getcontext(&x.first);
-      x.first.uc_stack.ss_sp = x.stack.get();
-      x.first.uc_stack.ss_size = STACK;
-      x.first.uc_link = nullptr;
-      makecontext(&x.first, entry, 0);
-    }
-    swapcontext(&G.usched, &x.first);
+  if (!x.started) {
+    x.started = true;
+    getcontext(&x.first);
+    x.first.uc_stack.ss_sp = x.stack.get();
+    x.first.uc_stack.ss_size = STACK;
+    x.first.uc_link = nullptr;
+    makecontext(&x.first, entry, 0);
+  }
+  swapcontext(&G.usched, &x.first);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(G.sched_fake, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(G.sched_fake, nullptr, nullptr);
 #endif
+}
+inline void sync_block(int site) {
+  G.cur->st = AT_BLOCK;
+  G.cur->site = site;
+  yield();
+}
+// All lanes of `mask` meet at `site`; the last one to arrive runs fn(args of all lanes) for the whole warp.
+template <class A, class F>
+inline void collective(int site, uint32_t mask, A& mine, F fn) {
+  Fiber* me = G.cur;
+  if (!(mask >> me->lane & 1)) fail("warp collective: calling lane is not in its mask");
+  me->site = site;
+  me->mask = mask;
+  me->arg = &mine;
+  me->st = AT_WARP;
+  Fiber* w = &G.f[me->warp * 32];
+  int n = std::min<int>(32, int(G.f.size()) - me->warp * 32);
+  A* all[32] = {};
+  for (int l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (l >= n || w[l].st == DONE)
+      fail("warp collective at line " + std::to_string(site) + ": lane " + std::to_string(l) + " has exited");
+    if (w[l].st != AT_WARP) {
+      yield();
+      return;
+    }  // not all there yet
+    if (w[l].site != site || w[l].mask != mask)
+      fail("warp collective at line " + std::to_string(site) + ": lane " + std::to_string(l) + " waits at line " +
+           std::to_string(w[l].site));
+    all[l] = static_cast<A*>(w[l].arg);
   }
-  inline void sync_block(int site) {
-    G.cur->st = AT_BLOCK;
-    G.cur->site = site;
-    yield();
+  fn(all);
+  ++G.collectives;
+  for (int l = 0; l < 32; ++l)
+    if (mask >> l & 1) w[l].st = RUN;
+}
+inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
+  for (auto& x : G.f) {
+    x.st = RUN;
+    x.started = false;
+    x.groups.clear();
+    x.open.clear();
   }
-  // All lanes of `mask` meet at `site`; the last one to arrive runs fn(args of all lanes) for the whole warp.
-  template <class A, class F>
-  inline void collective(int site, uint32_t mask, A& mine, F fn) {
-    Fiber* me = G.cur;
-    if (!(mask >> me->lane & 1)) fail("warp collective: calling lane is not in its mask");
-    me->site = site;
-    me->mask = mask;
-    me->arg = &mine;
-    me->st = AT_WARP;
-    Fiber* w = &G.f[me->warp * 32];
-    int n = std::min<int>(32, int(G.f.size()) - me->warp * 32);
-    A* all[32] = {};
-    for (int l = 0; l < 32; ++l) {
-      if (!(mask >> l & 1)) continue;
-      if (l >= n || w[l].st == DONE)
-        fail("warp collective at line " + std::to_string(site) + ": lane " + std::to_string(l) + " has exited");
-      if (w[l].st != AT_WARP) {
-        yield();
-        return;
-      }  // not all there yet
-      if (w[l].site != site || w[l].mask != mask)
-        fail("warp collective at line " + std::to_string(site) + ": lane " + std::to_string(l) + " waits at line " +
-             std::to_string(w[l].site));
-      all[l] = static_cast<A*>(w[l].arg);
-    }
-    fn(all);
-    ++G.collectives;
-    for (int l = 0; l < 32; ++l)
-      if (mask >> l & 1) w[l].st = RUN;
-  }
-  inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
-    for (auto& x : G.f) {
-      x.st = RUN;
-      x.started = false;
-      x.groups.clear();
-      x.open.clear();
-    }
-    for (;;) {
-      for (int w : warps)  // each warp until all its lanes are at a block barrier or done
-        for (bool progress = true; progress;) {
-          progress = false;
-          for (int l : lanes) {
-            size_t i = size_t(w) * 32 + l;
-            if (i >= G.f.size() || G.f[i].st != RUN) continue;
-            resume(G.f[i]);
-            progress = true;
-            if (!G.error.empty()) return;
-          }
-        }
-      int at = 0, site = -1;
-      for (auto& x : G.f) {
-        if (x.st == DONE) continue;
-        if (x.st == AT_WARP) {
-          G.cur = &x;
-          G.error = "deadlock: lane waits in a warp collective at line " + std::to_string(x.site);
-          return;
-        } else {
-          ++at;
-          if (site >= 0 && site != x.site) {
-            G.error = "divergent __syncthreads: lines " + std::to_string(site) + " and " + std::to_string(x.site);
-            return;
-          }
-          site = x.site;
+  for (;;) {
+    for (int w : warps)  // each warp until all its lanes are at a block barrier or done
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (int l : lanes) {
+          size_t i = size_t(w) * 32 + l;
+          if (i >= G.f.size() || G.f[i].st != RUN) continue;
+          resume(G.f[i]);
+          progress = true;
+          if (!G.error.empty()) return;
         }
       }
-      if (!at) return;
-      ++G.barriers;
-      for (auto& x : G.f)
-        if (x.st == AT_BLOCK) x.st = RUN;
+    int at = 0, site = -1;
+    for (auto& x : G.f) {
+      if (x.st == DONE) continue;
+      if (x.st == AT_WARP) {
+        G.cur = &x;
+        G.error = "deadlock: lane waits in a warp collective at line " + std::to_string(x.site);
+        return;
+      } else {
+        ++at;
+        if (site >= 0 && site != x.site) {
+          G.error = "divergent __syncthreads: lines " + std::to_string(site) + " and " + std::to_string(x.site);
+          return;
+        }
+        site = x.site;
+      }
     }
+    if (!at) return;
+    ++G.barriers;
+    for (auto& x : G.f)
+      if (x.st == AT_BLOCK) x.st = RUN;
   }
-  template <class F>
-  void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
-    size_t n = size_t(block.x) * block.y * block.z;
-    if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
-      last_error = cudaErrorInvalidConfiguration;
-      return;
-    }
-    G.grid = grid;
-    G.block = block;
-    G.error.clear();
-    G.stat.clear();
-    if (G.f.size() != n) G.f = std::vector<Fiber>(n);
-    for (size_t i = 0; i < n; ++i) {
-      Fiber& x = G.f[i];
-      x.tid = {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)};
-      x.lane = i & 31;
-      x.warp = int(i >> 5);
-      if (!x.stack) x.stack.reset(new char[STACK]);
-    }
-    G.dyn_store.reset(new char[smem + GUARD + 128]);
-    G.dyn = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(G.dyn_store.get()) + 127) & ~uintptr_t(127));
-    G.dyn_bytes = smem;
-    G.body = [](void* p) { (*static_cast<std::remove_reference_t<F>*>(p))(); };
-    G.body_arg = &body;
-    std::vector<int> warps((n + 31) / 32), lanes(32);
-    for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
-    for (int i = 0; i < 32; ++i) lanes[i] = i;
-    const char* o = std::getenv("EMU_ORDER");
-    int mode = o ? std::atoi(o) : 0;
-    std::mt19937 rng(mode);
-    if (mode == 1) {
-      std::reverse(warps.begin(), warps.end());
-      std::reverse(lanes.begin(), lanes.end());
-    }
-    for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) {
-          G.bid = {x, y, z};
-          std::memset(G.dyn, 0xff, smem + GUARD);
-          for (auto& s : G.stat) std::memset(s.second.first.get(), 0xff, s.second.second);
-          if (mode >= 2) {
-            std::shuffle(warps.begin(), warps.end(), rng);
-            std::shuffle(lanes.begin(), lanes.end(), rng);
+}
+template <class F>
+void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
+  size_t n = size_t(block.x) * block.y * block.z;
+  if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  G.grid = grid;
+  G.block = block;
+  G.error.clear();
+  G.stat.clear();
+  if (G.f.size() != n) G.f = std::vector<Fiber>(n);
+  for (size_t i = 0; i < n; ++i) {
+    Fiber& x = G.f[i];
+    x.tid = {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)};
+    x.lane = i & 31;
+    x.warp = int(i >> 5);
+    if (!x.stack) x.stack.reset(new char[STACK]);
+  }
+  G.dyn_store.reset(new char[smem + GUARD + 128]);
+  G.dyn = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(G.dyn_store.get()) + 127) & ~uintptr_t(127));
+  G.dyn_bytes = smem;
+  G.body = [](void* p) { (*static_cast<std::remove_reference_t<F>*>(p))(); };
+  G.body_arg = &body;
+  std::vector<int> warps((n + 31) / 32), lanes(32);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
+  for (int i = 0; i < 32; ++i) lanes[i] = i;
+  const char* o = std::getenv("EMU_ORDER");
+  int mode = o ? std::atoi(o) : 0;
+  std::mt19937 rng(mode);
+  if (mode == 1) {
+    std::reverse(warps.begin(), warps.end());
+    std::reverse(lanes.begin(), lanes.end());
+  }
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        G.bid = {x, y, z};
+        std::memset(G.dyn, 0xff, smem + GUARD);
+        for (auto& s : G.stat) std::memset(s.second.first.get(), 0xff, s.second.second);
+        if (mode >= 2) {
+          std::shuffle(warps.begin(), warps.end(), rng);
+          std::shuffle(lanes.begin(), lanes.end(), rng);
+        }
+        run_block(warps, lanes);
+        for (size_t i = 0; i < GUARD && G.error.empty(); ++i)
+          if (uint8_t(G.dyn[smem + i]) != 0xff) {
+            G.error = "write past dynamic shared memory, +" + std::to_string(i) + " bytes";
           }
-          run_block(warps, lanes);
-          for (size_t i = 0; i < GUARD && G.error.empty(); ++i)
-            if (uint8_t(G.dyn[smem + i]) != 0xff) {
-              G.error = "write past dynamic shared memory, +" + std::to_string(i) + " bytes";
-            }
-          if (!G.error.empty()) throw std::runtime_error("cuda_emu: " + G.error);
-        }
+        if (!G.error.empty()) throw std::runtime_error("cuda_emu: " + G.error);
+      }
+}
+template <class T>
+T* static_shared(const void* file, int line, size_t n) {
+  auto& s = G.stat[{file, line}];
+  if (!s.first) {
+    s.first.reset(new char[n * sizeof(T) + 128]);
+    s.second = n * sizeof(T) + 128;
+    std::memset(s.first.get(), 0xff, s.second);
   }
-  template <class T>
-  T* static_shared(const void* file, int line, size_t n) {
-    auto& s = G.stat[{file, line}];
-    if (!s.first) {
-      s.first.reset(new char[n * sizeof(T) + 128]);
-      s.second = n * sizeof(T) + 128;
-      std::memset(s.first.get(), 0xff, s.second);
-    }
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(s.first.get()) + 127) & ~uintptr_t(127));
-  }
-  inline void do_copy(const Copy& c) {
-    std::memcpy(c.dst, c.src, c.n);
-    std::memset(static_cast<char*>(c.dst) + c.n, 0, c.bytes - c.n);
-  }
-  template <class T>
-  inline T shfl(int site, uint32_t mask, T v, int width, int (*src)(int lane, int arg, int width), int arg) {
-    struct A {
-      T v, r;
-      int lane, src;
-    } a{v, v, G.cur->lane, 0};
-    a.src = src(a.lane, arg, width);
-    collective(site, mask, a, [](A** all) {
-      for (int l = 0; l < 32; ++l)
-        if (all[l] && all[l]->src >= 0) {
-          if (!all[all[l]->src]) fail("shuffle reads a lane outside the mask");
-          all[l]->r = all[all[l]->src]->v;
-        }
-    });
-    return a.r;
-  }
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(s.first.get()) + 127) & ~uintptr_t(127));
+}
+inline void do_copy(const Copy& c) {
+  std::memcpy(c.dst, c.src, c.n);
+  std::memset(static_cast<char*>(c.dst) + c.n, 0, c.bytes - c.n);
+}
+template <class T>
+inline T shfl(int site, uint32_t mask, T v, int width, int (*src)(int lane, int arg, int width), int arg) {
+  struct A {
+    T v, r;
+    int lane, src;
+  } a{v, v, G.cur->lane, 0};
+  a.src = src(a.lane, arg, width);
+  collective(site, mask, a, [](A** all) {
+    for (int l = 0; l < 32; ++l)
+      if (all[l] && all[l]->src >= 0) {
+        if (!all[all[l]->src]) fail("shuffle reads a lane outside the mask");
+        all[l]->r = all[all[l]->src]->v;
+      }
+  });
+  return a.r;
+}
 }  // namespace emu
 
 #define threadIdx (emu::G.cur->tid)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, dispatch
+from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     Block,
     BlockFunction,

@@ -127,7 +127,7 @@ def depthwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
     a = torch.empty_like(x)
-    mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32, device="cpu").unbind()
+    mean, var = (torch.empty(x.shape[1], dtype=torch.float32, device="cpu") for _ in range(2))
     native.depthwise_train(
         x.data_ptr(),
         a.data_ptr(),
@@ -191,7 +191,7 @@ def pointwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
     a = _pointwise_output(x, weight)
-    mean, var = torch.empty((2, a.shape[1]), dtype=torch.float32, device="cpu").unbind()
+    mean, var = (torch.empty(a.shape[1], dtype=torch.float32, device="cpu") for _ in range(2))
     native.pointwise_train(
         x.data_ptr(),
         a.data_ptr(),
@@ -236,7 +236,7 @@ def norm_backward(
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) float32 each."""
-    sum_dy, sum_dy_hhat = torch.empty((2, a.shape[1]), dtype=torch.float32, device="cpu").unbind()
+    sum_dy, sum_dy_hhat = (torch.empty(a.shape[1], dtype=torch.float32, device="cpu") for _ in range(2))
     native.norm_backward(
         dy.data_ptr(),
         a.data_ptr(),

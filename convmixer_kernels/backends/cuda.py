@@ -353,7 +353,7 @@ def norm_backward(
     norm: Norm,
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W, (C,) float32 each: two launches."""
-    sums = dy.new_empty((2, dy.shape[1]), dtype=torch.float32).unbind()
+    sums = tuple(dy.new_empty(dy.shape[1], dtype=torch.float32) for _ in range(2))
     with _On(dy) as stream:
         shape = _shape(dy)
         workspace = _workspace("norm_backward_workspace", dy, *shape)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""Choosing a backend, what the operators count and keep, and the registered operators."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import Case, make_inputs, ours
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import convmixer_kernels as ck
+from convmixer_kernels import dispatch
+from convmixer_kernels.backends import cpu
+
+OPERATORS = ["depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d"]
+
+
+def _chosen(monkeypatch, call) -> str:
+    seen = []
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a: seen.append(choose(*a)) or seen[-1])
+    call()
+    return seen[0].name
+
+
+def test_order_of_the_ways_to_choose(monkeypatch):
+    x, tensors, _ = make_inputs(Case("depthwise_conv2d", (1, 4, 5, 5), (3, 3)))
+    call = lambda backend=None: ck.depthwise_conv2d(x, *tensors, backend=backend)  # noqa: E731
+    assert _chosen(monkeypatch, call) == "cpu"
+    monkeypatch.setenv("CONVMIXER_BACKEND", "reference")
+    assert _chosen(monkeypatch, call) == "reference"
+    with ck.use_backend("cpu"):
+        assert _chosen(monkeypatch, call) == "cpu"
+        assert _chosen(monkeypatch, lambda: call("reference")) == "reference"
+    monkeypatch.setenv("CONVMIXER_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="CONVMIXER_BACKEND must be one of"):
+        call()
+    with pytest.raises(ValueError, match="use_backend: name must be one of"), ck.use_backend("nonsense"):
+        pass
+
+
+def test_automatic_choice_logs_the_reason(caplog):
+    x, tensors, _ = make_inputs(Case("depthwise_conv2d", (1, 4, 5, 5), (3, 3), dtype=torch.float64))
+    with caplog.at_level(logging.DEBUG, logger="convmixer_kernels"):
+        ck.depthwise_conv2d(x, *tensors)
+    assert "backend 'cpu' not used: it takes float32" in caplog.text
+
+
+def test_available_backends_and_info():
+    assert {"reference", "cpu"} <= set(ck.available_backends())
+    info = ck.build_info()
+    assert info["version"] == ck.__version__
+    assert info["operators"]["cpu"]["mixer_layer"]["backend"] == "cpu"
+    printed = subprocess.run([sys.executable, "-m", "convmixer_kernels"], capture_output=True, text=True, check=True)
+    assert f"convmixer-kernels {ck.__version__}" in printed.stdout
+    assert "mixer_layer       runs on cpu" in printed.stdout
+
+
+class _Counting:
+    """The native module with its calls counted."""
+
+    def __init__(self, native):
+        self.native, self.calls = native, []
+
+    def __getattr__(self, name):
+        function = getattr(self.native, name)
+        return lambda *a: self.calls.append(name) or function(*a)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_native_calls_and_no_torch_arithmetic(monkeypatch, memory_format):
+    counting = _Counting(cpu.native)
+    monkeypatch.setattr(cpu, "native", counting)
+    case = Case("depthwise_block", (2, 16, 8, 8), (9, 9), memory_format=memory_format)
+    x, tensors, dy = make_inputs(case)
+
+    with torch.no_grad():
+        ours(Case("depthwise_block", (2, 16, 8, 8), (9, 9), training=False), x, tensors, "cpu")
+    assert len(counting.calls) == 1
+    counting.calls.clear()
+    tensors[0].requires_grad_()
+    y = ours(case, x.requires_grad_(), tensors, "cpu")
+    assert len(counting.calls) <= 3
+    counting.calls.clear()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            big = isinstance(out, torch.Tensor) and out.numel() >= x.numel()
+            harmless = ("empty", "detach", "contiguous", "new_empty", "view")
+            assert not big or any(name in str(function) for name in harmless), function
+            return out
+
+    dy = dy.contiguous(
+        memory_format=torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    )
+    with Watch():
+        y.backward(dy)
+    assert len(counting.calls) <= 5
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_dispatch_modes_see_the_operator_and_change_nothing(operator):
+    case = Case(operator, (2, 6, 7, 5), (4, 3) if operator != "pointwise_block" else (1, 1))
+    x, tensors, _ = make_inputs(case)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    expected = ours(case, x, [t.clone() for t in tensors], "cpu")
+    copies = [t.clone() for t in tensors]
+    with Watch():
+        actual = ours(case, x, copies, "cpu")
+    assert torch.equal(actual, expected)
+    assert f"convmixer.{operator}.default" in seen
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(backend, training):
+    case = Case("mixer_layer", (2, 5, 6, 7), (3, 2), 4, training=training)
+    x, tensors, _ = make_inputs(case)
+    leaves = [t.requires_grad_() for t in (x, *tensors[:4], *tensors[6:10])]
+    running = (None,) * 4 if training else (*tensors[4:6], *tensors[10:12])
+    options = (training, 1e-5, "gelu", True, True, backend)
+    torch.library.opcheck(torch.ops.convmixer.mixer_layer, (*leaves, *running, *options))
+    for kind, block in (("depthwise", tensors[:6]), ("pointwise", tensors[6:])):
+        statistics = (None, None) if training else tuple(block[4:])
+        operator = getattr(torch.ops.convmixer, f"{kind}_block")
+        torch.library.opcheck(operator, (x, *block[:4], *statistics, *options[:3], kind == "depthwise", *options[4:]))
+    torch.library.opcheck(torch.ops.convmixer.depthwise_conv2d, (x, tensors[0], tensors[1], backend))
+
+
+def test_compile_full_graph():
+    block = ck.DepthwiseBlock(6, 5)
+    twin = ck.DepthwiseBlock(6, 5)
+    twin.load_state_dict(block.state_dict())
+    x = torch.randn(2, 6, 9, 8)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x), twin(x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(block.weight.grad, twin.weight.grad)
+    torch.testing.assert_close(block.running_var, twin.running_var)
+    assert block.num_batches_tracked == twin.num_batches_tracked == 1
+
+
+def test_weight_changes_are_seen():
+    x, tensors, _ = make_inputs(Case("depthwise_conv2d", (1, 4, 5, 5), (3, 3)))
+    ck.depthwise_conv2d(x, *tensors)
+    tensors[0].data.mul_(2)
+    tensors[1].data.mul_(2)
+    torch.testing.assert_close(ck.depthwise_conv2d(x, *tensors), 2 * ck.depthwise_conv2d(x, *(t / 2 for t in tensors)))
+
+
+@pytest.mark.parametrize("operator", ["depthwise_block", "pointwise_block"])
+def test_bits_do_not_depend_on_threads(operator):
+    case = Case(operator, (3, 33, 17, 15), (7, 7) if operator == "depthwise_block" else (1, 1))
+    x, tensors, dy = make_inputs(case)
+    tensors[0].requires_grad_()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        y = ours(case, leaf, [t.detach().clone() if i else t for i, t in enumerate(tensors)], "cpu")
+        results.append((y, *torch.autograd.grad(y, (leaf, tensors[0]), dy)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -84,7 +84,8 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
         rstd = torch.rsqrt(norm.var.double() + norm.eps)
         if sums is not None:
             count = dy.numel() // dy.shape[1]
-            hhat = (_activation(h, activation) - _per_channel(norm.mean)) * _per_channel(rstd)
+            # the activation as the forward rounded it: its mean is what the statistics hold
+            hhat = (_activation(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
     return da if activation == "identity" else da * _activation_grad(h, activation)
@@ -189,7 +190,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) each, here in float64."""
     rstd = torch.rsqrt(norm.var.double() + norm.eps)
-    hhat = (_activation(a.double(), activation) - _per_channel(norm.mean)) * _per_channel(rstd)
+    hhat = (_activation(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
     dy = dy.double()
     return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
 

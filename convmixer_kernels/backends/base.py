@@ -19,6 +19,8 @@ Conventions that hold for every primitive of every backend:
   M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd:
   ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
   In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
+* A backend may offer ``mixer_eval(x, depthwise, pointwise, activation, residual)``, each block a (weight, bias, norm):
+  pointwise_eval of depthwise_eval, to the bit, without a tensor between them.
 """
 
 from __future__ import annotations

@@ -209,6 +209,38 @@ def pointwise_train(
     return a, mean, var
 
 
+def mixer_eval(
+    x: Tensor,  # (N, C, H, W)
+    depthwise: tuple[Tensor, Tensor | None, Norm],  # weight (C, 1, kH, kW), bias (C,), norm
+    pointwise: tuple[Tensor, Tensor | None, Norm],  # weight (C_out, C, 1, 1), bias (C_out,), norm
+    activation: str,
+    residual: bool,
+) -> Tensor:  # (N, C_out, H, W)
+    """pointwise_eval of depthwise_eval, in one native call where one image's channels fit in a core's cache."""
+    threads = torch.get_num_threads()
+    shape = _shape(x)
+    # a tensor of one channel or one position is of both formats: then the two calls decide
+    if not native.mixer_fits(*shape, threads) or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1:
+        z = depthwise_eval(x, *depthwise[:2], activation, depthwise[2], residual)
+        return pointwise_eval(z, *pointwise[:2], activation, pointwise[2])
+    weight = depthwise[0]
+    y = _pointwise_output(x, pointwise[0])
+    blocks = [(*_param(w), *_param(bias), *_norm(norm)) for w, bias, norm in (depthwise, pointwise)]
+    native.mixer_forward(
+        x.data_ptr(),
+        y.data_ptr(),
+        *shape,
+        y.shape[1],
+        weight.shape[2],
+        weight.shape[3],
+        *blocks,
+        _ACTIVATION_CODES[activation],
+        residual,
+        threads,
+    )
+    return y
+
+
 def normalize(
     a: Tensor,  # (N, C, H, W)
     activation: str,

@@ -4,7 +4,7 @@
 //   pointwise_grad_prologue: da in float32, and db = sum da
 // A work item is a channel's plane of one image (contiguous) or a chunk of positions (channels_last, all channels).
 // Reductions leave one partial per item and channel, in double, merged in order. Bound by memory, and by GELU's
-// 22 operations where the tensor is in cache.
+// 20 operations where the tensor is in cache.
 
 // `items` work items; in channels_last memory each is `rows` positions. `parts` partial sums a channel.
 struct Split {

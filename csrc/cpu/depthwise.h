@@ -4,7 +4,7 @@
 // A work item is V channels of one image (or of a row tile of it). Its input goes once into a zero-padded float plane
 // [row][column][V] that stays in L2; a micro-kernel keeps T output columns and up to kMaxTaps weights in registers, so
 // 24 loads feed 144 FMAs (k = 9); finished rows pass through a dense strip in L1, where the epilogue runs before they
-// are scattered to memory. Bound by FMAs: k*k for each output, against 22 operations of GELU.
+// are scattered to memory. Bound by FMAs: k*k for each output, against 20 operations of GELU.
 
 // T columns of the sum of kh rows of (chunks * KX + rest) taps. `row` is the plane's row stride in floats. Sums of more
 // than kSumTaps products are taken in parts, which keeps the rounding of large kernels small.
@@ -281,40 +281,121 @@ inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affin
 
 inline int depthwise_threads(const Shape& s, int taps, int threads) { return useful_threads(s, taps + 4, threads); }
 
+// A forward call's tables: per channel the affine map and the bias, per block of channels the weights.
+struct DepthwiseTables {
+  int taps;
+  int64_t stride;
+  float *table, *biases, *weights;
+
+  static int64_t bytes(const DepthwiseForward& p) {
+    const int64_t stride = padded(p.shape.c);
+    return float_bytes(kRows * stride) + float_bytes(stride) + float_bytes(stride * p.kh * p.kw);
+  }
+  DepthwiseTables(const DepthwiseForward& p, char*& memory) : taps(p.kh * p.kw), stride(padded(p.shape.c)) {
+    table = aligned_floats(memory, kRows * stride);
+    biases = aligned_floats(memory, stride);
+    weights = aligned_floats(memory, stride * taps);
+  }
+  // The V channels of block b.
+  void fill(const DepthwiseForward& p, int64_t b) const {
+    pack_weights(p.weight, p.shape.c, taps, b * V, false, weights + b * V * taps);
+    fill_table(p.norm, kNoSums, p.shape, b * V, table);
+    for (int64_t c = b * V; c < (b + 1) * V; c++) {
+      biases[c] = p.bias.data != nullptr && c < p.shape.c ? param_at(p.bias, c) : 0.f;
+    }
+  }
+};
+
+// One item of the forward; partials is [image, row tile][channel] in training. The item's planes, then its strips.
+template <typename T>
+inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const DepthwiseTables& tables, const Item& item,
+                           int64_t together, float* planes, Moments* partials) {
+  const Shape& s = p.shape;
+  const int64_t plane_floats = plan.plane_floats();
+  float* strips = planes + together * plane_floats;
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  Window window{};
+  for (int g = 0; g < item.blocks; g++) {
+    window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+  }
+  for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
+    gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
+           window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+  });
+  const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
+    const int64_t c0 = item.c0 + g * V;
+    scatter(s, from, p.residual ? x : nullptr, y, item.n, c0, channels_of(s, c0), p0, p1);
+  };
+  with_activation(p.activation, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    if (partials == nullptr) {
+      const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
+        if (A == kIdentity && !p.norm.present) return;
+        const Affine affine = affine_at(tables.table, tables.stride, item.c0 + g * V);
+        Vec* v = reinterpret_cast<Vec*>(to);
+        for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
+      };
+      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+      return;
+    }
+    LaneSums sum[kMostTogether], squares[kMostTogether];
+    Vec shift[kMostTogether];
+    const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
+      Vec* v = reinterpret_cast<Vec*>(to);
+      if (p0 == item.y0 * s.w) {
+        shift[g] = activate<A>(rounded(v[0], T{}));
+        sum[g].clear();
+        squares[g].clear();
+      }
+      LaneSums total = sum[g], total_squares = squares[g];
+      const Vec around = shift[g];
+      for (int64_t j = 0; j < p1 - p0; j += kFlush) {
+        Vec short_squares = splat(0.f);
+        for (int64_t k = j; k < smaller(j + kFlush, p1 - p0); k++) {
+          v[k] = rounded(v[k], T{});
+          const Vec h = activate<A>(v[k]), d = h - around;
+          total.add(h);
+          short_squares = fma(d, d, short_squares);
+        }
+        total_squares.add(short_squares);
+      }
+      sum[g] = total;
+      squares[g] = total_squares;
+    };
+    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+    for (int g = 0; g < item.blocks; g++) {
+      for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
+        partials[item.part * s.c + item.c0 + g * V + l] =
+            moments(static_cast<double>((item.y1 - item.y0) * s.w), static_cast<double>(shift[g][l]), sum[g].lane(l),
+                    squares[g].lane(l));
+      }
+    }
+  });
+}
+
 int depthwise_forward(const DepthwiseForward& p) {
   const Shape& s = p.shape;
   const Plan plan(s, p.kh, p.kw, false);
   const bool training = p.statistics.mean != nullptr;
-  const int taps = p.kh * p.kw;
-  const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;
+  const int64_t parts = s.n * plan.row_tiles;
   const int64_t moments_bytes = training ? parts * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
-  char* memory = static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(stride) +
-                                                                   float_bytes(stride * taps) + moments_bytes)));
+  char* memory = static_cast<char*>(scratch(0, static_cast<size_t>(DepthwiseTables::bytes(p) + moments_bytes)));
   if (memory == nullptr) return 1;
-  float* table = aligned_floats(memory, kRows * stride);
-  float* biases = aligned_floats(memory, stride);
-  float* weights = aligned_floats(memory, stride * taps);
-  Moments* partials = reinterpret_cast<Moments*>(memory);  // [image, row tile][channel]
+  const DepthwiseTables tables(p, memory);
+  Moments* partials = training ? reinterpret_cast<Moments*>(memory) : nullptr;  // [image, row tile][channel]
   const int64_t plane_floats = plan.plane_floats();
   int failed = 0;
-  const int threads = depthwise_threads(s, taps, p.threads);
-
+  const int threads = depthwise_threads(s, tables.taps, p.threads);
   const int64_t together = blocks_together(plan, s, plane_floats * 4, threads);
-  const int64_t strip_floats = plan.strip_floats(s.w);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* planes = static_cast<float*>(scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats)) * 4));
+    float* planes =
+        static_cast<float*>(scratch(1, static_cast<size_t>(together * (plane_floats + plan.strip_floats(s.w))) * 4));
     if (planes != nullptr) zero(planes, together * plane_floats);
-    float* strips = planes + together * plane_floats;
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < plan.blocks; b++) {
-      pack_weights(p.weight, s.c, taps, b * V, false, weights + b * V * taps);
-      fill_table(p.norm, kNoSums, s, b * V, table);
-      for (int64_t c = b * V; c < (b + 1) * V; c++) {
-        biases[c] = p.bias.data != nullptr && c < s.c ? param_at(p.bias, c) : 0.f;
-      }
-    }
+    for (int64_t b = 0; b < plan.blocks; b++) tables.fill(p, b);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < parts * ceil_div(plan.blocks, together); i++) {
       if (planes == nullptr) {
@@ -323,68 +404,8 @@ int depthwise_forward(const DepthwiseForward& p) {
         continue;
       }
       const Item item(plan, s, i, together);
-      with_dtype(s.dtype, [&](auto tag) {
-        using T = decltype(tag);
-        const T* x = static_cast<const T*>(p.x);
-        T* y = static_cast<T*>(p.y);
-        Window window{};
-        for (int g = 0; g < item.blocks; g++) {
-          window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
-        }
-        for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
-          gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
-                 window.row(plan, s, planes + g * plane_floats, item.y0, y0));
-        });
-        const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
-          const int64_t c0 = item.c0 + g * V;
-          scatter(s, from, p.residual ? x : nullptr, y, item.n, c0, channels_of(s, c0), p0, p1);
-        };
-        with_activation(p.activation, [&](auto act) {
-          constexpr int A = decltype(act)::value;
-          if (!training) {
-            const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
-              if (A == kIdentity && !p.norm.present) return;
-              const Affine affine = affine_at(table, stride, item.c0 + g * V);
-              Vec* v = reinterpret_cast<Vec*>(to);
-              for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
-            };
-            convolve_rows(plan, s, item, planes, weights, biases, strips, finish, emit);
-            return;
-          }
-          LaneSums sum[kMostTogether], squares[kMostTogether];
-          Vec shift[kMostTogether];
-          const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
-            Vec* v = reinterpret_cast<Vec*>(to);
-            if (p0 == item.y0 * s.w) {
-              shift[g] = activate<A>(rounded(v[0], tag));
-              sum[g].clear();
-              squares[g].clear();
-            }
-            LaneSums total = sum[g], total_squares = squares[g];
-            const Vec around = shift[g];
-            for (int64_t j = 0; j < p1 - p0; j += kFlush) {
-              Vec short_squares = splat(0.f);
-              for (int64_t k = j; k < smaller(j + kFlush, p1 - p0); k++) {
-                v[k] = rounded(v[k], tag);
-                const Vec h = activate<A>(v[k]), d = h - around;
-                total.add(h);
-                short_squares = fma(d, d, short_squares);
-              }
-              total_squares.add(short_squares);
-            }
-            sum[g] = total;
-            squares[g] = total_squares;
-          };
-          convolve_rows(plan, s, item, planes, weights, biases, strips, finish, emit);
-          for (int g = 0; g < item.blocks; g++) {
-            for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
-              partials[item.part * s.c + item.c0 + g * V + l] =
-                  moments(static_cast<double>((item.y1 - item.y0) * s.w), static_cast<double>(shift[g][l]),
-                          sum[g].lane(l), squares[g].lane(l));
-            }
-          }
-        });
-      });
+      with_dtype(s.dtype,
+                 [&](auto tag) { depthwise_item<decltype(tag)>(p, plan, tables, item, together, planes, partials); });
     }
     if (training && failed == 0) {
 #pragma omp for schedule(static)

@@ -5,7 +5,9 @@
 // GCC 12's own header trips over its deliberately undefined vectors (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
@@ -24,11 +26,13 @@ namespace {
 #include "pointwise.h"
 #include "depthwise.h"
 #include "depthwise_weight_grad.h"
+#include "mixer.h"
 // clang-format on
 }  // namespace
 
-const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
-                         norm_backward, pointwise_forward, pointwise_backward,   activation_only};
+const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad,
+                         normalize,     norm_backward,     pointwise_forward,    pointwise_backward,
+                         mixer_forward, mixer_fits,        activation_only};
 
 }  // namespace cpu
 }  // namespace convmixer

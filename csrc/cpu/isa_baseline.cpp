@@ -20,11 +20,13 @@ namespace {
 #include "pointwise.h"
 #include "depthwise.h"
 #include "depthwise_weight_grad.h"
+#include "mixer.h"
 // clang-format on
 }  // namespace
 
-const Kernels kBaseline = {"baseline",    depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
-                           norm_backward, pointwise_forward, pointwise_backward,   activation_only};
+const Kernels kBaseline = {"baseline",    depthwise_forward, depthwise_input_grad, depthwise_weight_grad,
+                           normalize,     norm_backward,     pointwise_forward,    pointwise_backward,
+                           mixer_forward, mixer_fits,        activation_only};
 
 }  // namespace cpu
 }  // namespace convmixer

@@ -150,6 +150,13 @@ struct PointwiseBackward {
   int threads;
 };
 
+// Both blocks of a mixer layer in evaluation; the shapes differ in their channels only. depthwise.y and pointwise.x are
+// the z between them, which has no memory of its own.
+struct MixerForward {
+  DepthwiseForward depthwise;
+  PointwiseForward pointwise;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* isa;
@@ -160,6 +167,8 @@ struct Kernels {
   int (*norm_backward)(const NormBackward&);
   int (*pointwise_forward)(const PointwiseForward&);
   int (*pointwise_backward)(const PointwiseBackward&);
+  int (*mixer_forward)(const MixerForward&);
+  bool (*mixer_fits)(const Shape& x, int threads);  // whether mixer_forward beats the two calls
   void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);
 };
 

@@ -179,6 +179,49 @@ void pointwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, in
                                      threads}));
 }
 
+bool mixer_fits(int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last, int threads) {
+  return kernels().mixer_fits({n, c, h, w, dtype, channels_last}, threads);
+}
+
+// One block's weight, bias and norm.
+struct EvalBlock {
+  Param weight, bias;
+  Norm norm;
+};
+EvalBlock eval_block(const py::tuple& t) {
+  const auto param = [&t](size_t i) { return Param{at(t[i].cast<Address>()), t[i + 1].cast<int>()}; };
+  return {param(0), param(2), {param(5), param(7), param(9), param(11), t[13].cast<double>(), t[4].cast<bool>()}};
+}
+
+void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
+                   int64_t c_out, int kh, int kw, const py::tuple& lower, const py::tuple& upper, int activation,
+                   bool residual, int threads) {
+  const EvalBlock depthwise = eval_block(lower), pointwise = eval_block(upper);
+  const py::gil_scoped_release release;
+  check(kernels().mixer_forward({{{n, c, h, w, dtype, channels_last},
+                                  kh,
+                                  kw,
+                                  at(x),
+                                  depthwise.weight,
+                                  depthwise.bias,
+                                  activation,
+                                  depthwise.norm,
+                                  residual,
+                                  {},
+                                  nullptr,
+                                  threads},
+                                 {{n, c_out, h, w, dtype, channels_last},
+                                  c,
+                                  nullptr,
+                                  pointwise.weight,
+                                  pointwise.bias,
+                                  activation,
+                                  pointwise.norm,
+                                  {},
+                                  output(y, n * c_out * h * w, dtype),
+                                  threads}}));
+}
+
 void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
                      int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
                      Address mean, Address var, Address running_mean, int running_mean_dtype, Address running_var,
@@ -239,6 +282,8 @@ PYBIND11_MODULE(_cpu, m) {
   define("pointwise_forward", pointwise_forward);
   define("pointwise_train", pointwise_train);
   define("pointwise_backward", pointwise_backward);
+  define("mixer_fits", mixer_fits);
+  m.def("mixer_forward", mixer_forward);
   define("activation", activation);
   m.def("isa", [] { return kernels().isa; });
   m.def("supported_isas", [] { return supported_isas(); });

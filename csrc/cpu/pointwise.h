@@ -3,7 +3,7 @@
 //   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a);  backward: dx = W^T da, dw = da x^T
 // Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image, channels are a tile's rows. channels_last: Y[NHW][C_out] =
 // X[NHW][C_in] W^T, channels are its columns. The weights are packed once a call; a work item is a group of positions
-// whose input panels stay in L2. Bound by FMAs: C_in an output, against GELU's 22 operations.
+// whose input panels stay in L2. Bound by FMAs: C_in an output, against GELU's 20 operations.
 
 // Bytes of an item's packed input.
 constexpr int64_t kItemBytes = 192 * 1024;
@@ -30,7 +30,7 @@ struct Items {
 // y[position][channel m] = sum over k of weight(m, k) * x(position, k) for all positions, handed tile by tile to
 //   begin(item, c0, count); tile(item, image, c0, count, p0, positions, floats, ld); end(item, c0, count)
 // with a tile's rows channels (contiguous) or positions (channels_last). Packed weights lie in `packed`.
-template <typename T, typename W, typename Begin, typename Tile, typename End>
+template <typename T, typename Begin, typename Tile, typename End>
 inline void product_item(const Items& items, int64_t item, int64_t channels, int64_t depth, const T* x,
                          const float* packed, float* panels, Begin begin, Tile tile, End end) {
   const int64_t image = item / items.per_image, p0 = item % items.per_image * items.size;
@@ -101,37 +101,141 @@ inline void pack_weight_panel(const Param& weight, int64_t ld, bool k_contiguous
 
 inline int pointwise_threads(const Shape& s, int64_t depth, int threads) { return useful_threads(s, depth, threads); }
 
+// A forward call's tables: per output channel the affine map and the bias, and the packed weights.
+struct PointwiseTables {
+  int64_t stride, depth, panels;
+  float *table, *biases, *packed;
+
+  static int64_t bytes(const PointwiseForward& p) {
+    const int64_t stride = padded(p.shape.c) + V;
+    return float_bytes(kRows * stride) + float_bytes(stride) +
+           float_bytes(packed_floats(p.shape.channels_last, p.shape.c, p.c_in));
+  }
+  PointwiseTables(const PointwiseForward& p, char*& memory) : stride(padded(p.shape.c) + V), depth(p.c_in) {
+    panels = weight_panels(p.shape.channels_last, p.shape.c);
+    table = aligned_floats(memory, kRows * stride);
+    biases = aligned_floats(memory, stride);
+    packed = aligned_floats(memory, packed_floats(p.shape.channels_last, p.shape.c, depth));
+  }
+  void fill_channel(const PointwiseForward& p, int64_t c) const {  // c < stride
+    fill_affine(p.norm, kNoSums, 1, c, p.shape.c, table + c, stride);
+    biases[c] = p.bias.data != nullptr && c < p.shape.c ? param_at(p.bias, c) : 0.f;
+  }
+  void fill_panel(const PointwiseForward& p, int64_t i) const {  // i < panels
+    pack_weight_panel(p.weight, depth, true, p.shape.channels_last, p.shape.c, depth, i, packed);
+  }
+};
+
+// One item of the forward; partials is [item][channel] in training.
+template <typename T>
+inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_t item, const PointwiseTables& tables,
+                           float* panels, Moments* partials) {
+  const Shape& s = p.shape;
+  const bool training = partials != nullptr, last = s.channels_last;
+  const int64_t hw = s.h * s.w, stride = tables.stride;
+  const float *table = tables.table, *biases = tables.biases;
+  T* y = static_cast<T*>(p.y);
+  with_activation(p.activation, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    // Of each channel of the current rows (contiguous) or lanes (channels_last).
+    LaneSums sum[kGemmRows], squares[kGemmRows];
+    alignas(64) float shift[kGemmColumns];
+    double count = 0;
+    const auto begin = [&](int64_t, int64_t, int) {
+      for (int i = 0; i < kGemmRows; i++) sum[i].clear(), squares[i].clear();
+      count = 0;
+    };
+    const auto tile = [&](int64_t, int64_t image, int64_t c0, int channels, int64_t p0, int positions, const float* c) {
+      if (!last) {
+        for (int r = 0; r < channels; r++) {
+          const float* channel = table + c0 + r;
+          Affine f;
+          for (int i = 0; i < kRows; i++) f.row[i] = splat(channel[i * stride]);
+          const Vec bias = splat(biases[c0 + r]);
+          T* to = y + (image * s.c + c0 + r) * hw + p0;
+          Vec total_squares = splat(0.f);
+          for (int j = 0; j < positions; j += V) {
+            const int n = positions - j < V ? positions - j : V;
+            Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
+            if (training) {
+              v = rounded(v, T{});
+              const Vec h = activate<A>(v);
+              if (count == 0 && j == 0) shift[r] = h[0];
+              const Vec d = h - splat(shift[r]);
+              sum[r].add(n < V ? keep(h, n) : h);
+              total_squares += n < V ? keep(d * d, n) : d * d;
+            } else {
+              v = normalized<A>(v, f, p.norm.present);
+            }
+            if (n == V) {
+              store(to + j, v);
+            } else {
+              store_n(to + j, v, n);
+            }
+          }
+          if (training) squares[r].add(total_squares);
+        }
+      } else {
+        for (int j = 0; j < channels; j += V) {
+          const int n = channels - j < V ? channels - j : V;
+          const Affine f = affine_at(table, stride, c0 + j);
+          const Vec bias = load(biases + c0 + j);
+          T* to = y + p0 * s.c + c0 + j;
+          if (training && count == 0) {
+            store(shift + j, activate<A>(rounded(*reinterpret_cast<const Vec*>(c + j) + bias, T{})));
+          }
+          for (int r = 0; r < positions; r++) {
+            Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
+            if (training) {
+              v = rounded(v, T{});
+              const Vec h = activate<A>(v), d = h - load(shift + j);
+              sum[j / V].add(h);
+              squares[j / V].add(d * d);
+            } else {
+              v = normalized<A>(v, f, p.norm.present);
+            }
+            if (n == V) {
+              store(to + r * s.c, v);
+            } else {
+              store_n(to + r * s.c, v, n);
+            }
+          }
+        }
+      }
+      count += positions;
+    };
+    const auto end = [&](int64_t, int64_t c0, int channels) {
+      if (!training) return;
+      for (int i = 0; i < channels; i++) {
+        const double total = last ? sum[i / V].lane(i % V) : sum[i].total();
+        const double square = last ? squares[i / V].lane(i % V) : squares[i].total();
+        partials[item * s.c + c0 + i] = moments(count, static_cast<double>(shift[i]), total, square);
+      }
+    };
+    product_item(items, item, s.c, tables.depth, static_cast<const T*>(p.x), tables.packed, panels, begin, tile, end);
+  });
+}
+
 // `shape` is the output's.
 int pointwise_forward(const PointwiseForward& p) {
   const Shape& s = p.shape;
   const Items items(s, p.c_in);
-  const bool training = p.statistics.mean != nullptr, last = s.channels_last;
-  const int64_t stride = padded(s.c) + V, depth = p.c_in, hw = s.h * s.w;
+  const bool training = p.statistics.mean != nullptr;
   const int64_t moments_bytes = training ? items.count() * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
-  char* memory =
-      static_cast<char*>(scratch(0, static_cast<size_t>(float_bytes(kRows * stride) + float_bytes(stride) +
-                                                        float_bytes(packed_floats(last, s.c, depth)) + moments_bytes)));
+  char* memory = static_cast<char*>(scratch(0, static_cast<size_t>(PointwiseTables::bytes(p) + moments_bytes)));
   if (memory == nullptr) return 1;
-  float* table = aligned_floats(memory, kRows * stride);
-  float* biases = aligned_floats(memory, stride);
-  float* packed = aligned_floats(memory, packed_floats(last, s.c, depth));
-  Moments* partials = reinterpret_cast<Moments*>(memory);  // [item][channel]
-  const int64_t weight_count = weight_panels(last, s.c);
-  const int threads = pointwise_threads(s, depth, p.threads);
+  const PointwiseTables tables(p, memory);
+  Moments* partials = training ? reinterpret_cast<Moments*>(memory) : nullptr;  // [item][channel]
+  const int threads = pointwise_threads(s, p.c_in, p.threads);
   int failed = 0;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, depth)) * 4));
+    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, p.c_in)) * 4));
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < stride; c++) {
-      fill_affine(p.norm, kNoSums, 1, c, s.c, table + c, stride);
-      biases[c] = p.bias.data != nullptr && c < s.c ? param_at(p.bias, c) : 0.f;
-    }
+    for (int64_t c = 0; c < tables.stride; c++) tables.fill_channel(p, c);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < weight_count; i++) {
-      pack_weight_panel(p.weight, depth, true, last, s.c, depth, i, packed);
-    }
+    for (int64_t i = 0; i < tables.panels; i++) tables.fill_panel(p, i);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < items.count(); item++) {
       if (panels == nullptr) {
@@ -139,90 +243,7 @@ int pointwise_forward(const PointwiseForward& p) {
         failed = 1;
         continue;
       }
-      with_dtype(s.dtype, [&](auto tag) {
-        using T = decltype(tag);
-        T* y = static_cast<T*>(p.y);
-        with_activation(p.activation, [&](auto act) {
-          constexpr int A = decltype(act)::value;
-          // Of each channel of the current rows (contiguous) or lanes (channels_last).
-          LaneSums sum[kGemmRows], squares[kGemmRows];
-          alignas(64) float shift[kGemmColumns];
-          double count = 0;
-          const auto begin = [&](int64_t, int64_t, int) {
-            for (int i = 0; i < kGemmRows; i++) sum[i].clear(), squares[i].clear();
-            count = 0;
-          };
-          const auto tile = [&](int64_t, int64_t image, int64_t c0, int channels, int64_t p0, int positions,
-                                const float* c) {
-            if (!last) {
-              for (int r = 0; r < channels; r++) {
-                const float* channel = table + c0 + r;
-                Affine f;
-                for (int i = 0; i < kRows; i++) f.row[i] = splat(channel[i * stride]);
-                const Vec bias = splat(biases[c0 + r]);
-                T* to = y + (image * s.c + c0 + r) * hw + p0;
-                Vec total_squares = splat(0.f);
-                for (int j = 0; j < positions; j += V) {
-                  const int n = positions - j < V ? positions - j : V;
-                  Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
-                  if (training) {
-                    v = rounded(v, tag);
-                    const Vec h = activate<A>(v);
-                    if (count == 0 && j == 0) shift[r] = h[0];
-                    const Vec d = h - splat(shift[r]);
-                    sum[r].add(n < V ? keep(h, n) : h);
-                    total_squares += n < V ? keep(d * d, n) : d * d;
-                  } else {
-                    v = normalized<A>(v, f, p.norm.present);
-                  }
-                  if (n == V) {
-                    store(to + j, v);
-                  } else {
-                    store_n(to + j, v, n);
-                  }
-                }
-                if (training) squares[r].add(total_squares);
-              }
-            } else {
-              for (int j = 0; j < channels; j += V) {
-                const int n = channels - j < V ? channels - j : V;
-                const Affine f = affine_at(table, stride, c0 + j);
-                const Vec bias = load(biases + c0 + j);
-                T* to = y + p0 * s.c + c0 + j;
-                if (training && count == 0) {
-                  store(shift + j, activate<A>(rounded(*reinterpret_cast<const Vec*>(c + j) + bias, tag)));
-                }
-                for (int r = 0; r < positions; r++) {
-                  Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
-                  if (training) {
-                    v = rounded(v, tag);
-                    const Vec h = activate<A>(v), d = h - load(shift + j);
-                    sum[j / V].add(h);
-                    squares[j / V].add(d * d);
-                  } else {
-                    v = normalized<A>(v, f, p.norm.present);
-                  }
-                  if (n == V) {
-                    store(to + r * s.c, v);
-                  } else {
-                    store_n(to + r * s.c, v, n);
-                  }
-                }
-              }
-            }
-            count += positions;
-          };
-          const auto end = [&](int64_t, int64_t c0, int channels) {
-            if (!training) return;
-            for (int i = 0; i < channels; i++) {
-              const double total = last ? sum[i / V].lane(i % V) : sum[i].total();
-              const double square = last ? squares[i / V].lane(i % V) : squares[i].total();
-              partials[item * s.c + c0 + i] = moments(count, static_cast<double>(shift[i]), total, square);
-            }
-          };
-          product_item<T, float>(items, item, s.c, depth, static_cast<const T*>(p.x), packed, panels, begin, tile, end);
-        });
-      });
+      with_dtype(s.dtype, [&](auto tag) { pointwise_item<decltype(tag)>(p, items, item, tables, panels, partials); });
     }
     if (training) {
 #pragma omp for schedule(static)
@@ -281,7 +302,7 @@ inline int pointwise_input_grad(const PointwiseBackward& p) {
             }
           }
         };
-        product_item<float, float>(items, item, channels, depth, p.da, packed, panels, nothing, tile, nothing);
+        product_item(items, item, channels, depth, p.da, packed, panels, nothing, tile, nothing);
       });
     }
   }

@@ -30,6 +30,11 @@ VEC_INLINE Vec from_bits(__m256i x, Half) { return (Vec)_mm512_cvtph_ps(x); }
 VEC_INLINE __m256i to_bits(Vec x, BFloat) { return to_bfloat(x); }
 VEC_INLINE __m256i to_bits(Vec x, Half) { return to_half(x); }
 
+// table[lowest four bits of each lane of i]
+VEC_INLINE Vec lookup(const float* table, Vec i) {
+  return (Vec)_mm512_permutexvar_ps(_mm512_castps_si512((__m512)i), _mm512_load_ps(table));
+}
+
 VEC_INLINE Vec load(const float* p) { return (Vec)_mm512_loadu_ps(p); }
 VEC_INLINE Vec load_n(const float* p, int count) { return (Vec)_mm512_maskz_loadu_ps(first(count), p); }
 VEC_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, (__m512)x); }

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""What is particular to the native CPU backend: its instruction sets, exact GELU, and the fused evaluation of a layer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Case, make_inputs, ours
+
+from convmixer_kernels.backends import cpu
+from convmixer_kernels.backends.base import ACTIVATIONS, Norm
+
+pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
+
+ROOT = Path(__file__).resolve().parent.parent
+OTHER_SETS = [] if cpu.native is None else [s for s in cpu.native.supported_isas().split(", ") if s != cpu.native.isa()]
+
+
+def gelu_error(gradient: bool) -> float:
+    """The largest error over float32: of gelu in units of 2^-24 |x|, of its derivative in units of 2^-24."""
+    worst = 0.0
+    # every 1021st bit pattern of both signs, and all around the switches of the polynomials
+    patterns = torch.arange(0, 0x7F800000, 1021, dtype=torch.int64)
+    edges = torch.tensor([(k + 0.5) / 2.75 for k in range(16)] + [5.5, 5.63], dtype=torch.float32)
+    near = edges.view(torch.int32).to(torch.int64)[:, None] + torch.arange(-500, 500)
+    for part in (*patterns.split(1 << 20), near.flatten()):
+        positive = part.to(torch.int32).view(torch.float32)
+        # below, |x| times the error of a subnormal's rounding is no longer relative
+        positive = positive[positive > 1e-30]
+        x = torch.cat([positive, -positive])
+        y = torch.empty_like(x)
+        cpu.native.activation(x.data_ptr(), y.data_ptr(), len(x), ACTIVATIONS.index("gelu"), gradient)
+        exact = x.double()
+        cdf = 0.5 * torch.special.erfc(-exact * 0.5**0.5)
+        if gradient:
+            density = torch.exp(-0.5 * exact * exact) / (2 * torch.pi) ** 0.5
+            error = (y.double() - (cdf + exact * density)).abs()
+        else:
+            error = (y.double() - exact * cdf).abs() / exact.abs()
+        worst = max(worst, float(error.max()) * 2**24)
+    return worst
+
+
+def test_gelu_is_exact():
+    assert gelu_error(gradient=False) <= 3
+    # a sum of two rounded terms near 1.13: its bound is our own, one rounding above the value's
+    assert gelu_error(gradient=True) <= 4
+
+
+def test_gelu_of_special_values():
+    x = torch.tensor([float("nan"), float("inf"), 0.0, 6.0, 1e30, -6.0, -1e30])
+    y = torch.empty_like(x)
+    cpu.native.activation(x.data_ptr(), y.data_ptr(), len(x), ACTIVATIONS.index("gelu"), False)
+    assert torch.isnan(y[0])
+    assert y[1:].tolist() == [float("inf"), 0.0, 6.0, x[4].item(), 0.0, 0.0]
+
+
+def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CONVMIXER_CPU_ISA": isa, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", OTHER_SETS)
+def test_other_instruction_sets(isa):
+    """A cross-section of the operators, and this file, under the narrower sets: the pick happens once a process."""
+    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_isa"
+    result = _run(
+        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operators.py", __file__, "-k", selection
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_isa_of_the_environment():
+    wanted = os.environ.get("CONVMIXER_CPU_ISA")
+    assert cpu.native.isa() == (wanted or cpu.native.supported_isas().split(", ")[0])
+
+
+def test_unknown_instruction_set():
+    script = "import torch, convmixer_kernels as k; k.depthwise_conv2d(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3))"
+    result = _run("sse9", "-c", script)
+    assert result.returncode != 0
+    assert (
+        "CONVMIXER_CPU_ISA is not a known instruction set; the known ones are avx512, avx2 and baseline"
+        in result.stderr
+    )
+
+
+# of the shapes: fused, with partial blocks of channels, tiled in rows, several blocks together; and not fused: more
+# threads than images, one channel, one position, an image beyond the cache
+MIXER_SHAPES = [
+    ((4, 20, 7, 5), 33, (9, 9)),
+    ((3, 17, 17, 17), 17, (4, 7)),
+    ((2, 5, 160, 140), 4, (31, 31)),
+    ((6, 64, 16, 16), 100, (9, 9)),
+    ((1, 20, 9, 9), 8, (5, 5)),
+    ((5, 1, 6, 6), 3, (3, 3)),
+    ((5, 3, 1, 1), 2, (3, 3)),
+    ((2, 300, 24, 24), 8, (3, 3)),
+]
+
+
+@pytest.mark.parametrize("shape, channels_out, kernel", MIXER_SHAPES, ids=str)
+def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
+    """One native call gives the bits of two, in every dtype and format, whatever the number of threads."""
+    channels = shape[1]
+    modes = itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (torch.contiguous_format, torch.channels_last), (True, False)
+    )
+    for (dtype, memory_format, residual), activation in zip(modes, itertools.cycle(ACTIVATIONS), strict=False):
+
+        def norm(c):
+            return Norm(torch.randn(c), torch.rand(c) + 0.1, torch.randn(c), None, 1e-5)
+
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+        depthwise = torch.randn(channels, 1, *kernel), torch.randn(channels).to(dtype), norm(channels)
+        pointwise = torch.randn(channels_out, channels, 1, 1).to(dtype), None, norm(channels_out)
+        z = cpu.depthwise_eval(x, *depthwise[:2], activation, depthwise[2], residual)
+        expected = cpu.pointwise_eval(z, *pointwise[:2], activation, pointwise[2])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = cpu.mixer_eval(x, depthwise, pointwise, activation, residual)
+            assert torch.equal(y, expected)
+            assert y.stride() == expected.stride()
+
+
+def test_mixer_layer_evaluates_in_one_call(monkeypatch):
+    """Small images through the public function: one native call, and no tensor of z's size is allocated."""
+    case = Case("mixer_layer", (4, 16, 8, 8), (5, 5), 16, training=False)
+    x, tensors, _ = make_inputs(case)
+    calls = []
+    for name in ("depthwise_forward", "pointwise_forward", "mixer_forward"):
+        original = getattr(cpu.native, name)
+
+        def counted(*arguments, name=name, original=original):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(cpu.native, name, counted)
+    with torch.no_grad():
+        ours(case, x, tensors, "cpu")
+    assert calls == ["mixer_forward"]

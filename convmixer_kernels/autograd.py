@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .backends.base import Norm
 
@@ -56,13 +55,18 @@ class Options(NamedTuple):
     save: bool  # whether a backward may follow
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """torch.is_autocast_enabled, False for a device that has no autocast (meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """functional.py has cast already: in here a dtype means what it says (the reference backend calls torch)."""
 
     @functools.wraps(function)
     def wrapped(backend: ModuleType, tensor: Tensor, *args: Any) -> Any:
         kind = tensor.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not autocast_enabled(kind):
             return function(backend, tensor, *args)
         with torch.autocast(kind, enabled=False):
             return function(backend, tensor, *args)
@@ -72,7 +76,12 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def match_format(dy: Tensor, like: Tensor) -> Tensor:
     """dy in `like`'s memory format: itself where it has it. Gradients arrive in any layout, expanded ones too."""
-    return dy.contiguous(memory_format=torch.contiguous_format if like.is_contiguous() else torch.channels_last)
+    return _in_format(dy, like.is_contiguous())
+
+
+def _in_format(dy: Tensor, contiguous: bool) -> Tensor:
+    # a negative view's memory holds the opposite values
+    return dy.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 
 
 def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
@@ -213,7 +222,7 @@ def convolution_backward(
     needs: Needs,  # x, weight, bias
 ) -> Grads:
     """The gradients of x, weight and bias; None where `needs` is False."""
-    dy = dy.contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    dy = _in_format(dy, contiguous)
     dx = dw = db = None
     if needs[0]:
         dx = backend.depthwise_input_grad(dy, None, weight, "identity", None, None, False)
@@ -224,6 +233,26 @@ def convolution_backward(
 
 
 # ---- autograd Functions -----------------------------------------------------------------------------------------------
+
+
+def _once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
+    """torch's decorator of that name lets a second derivative pass as 0 where dy is a constant; this one always raises."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, dy: Tensor) -> Grads:
+        with torch.no_grad():
+            grads = backward(ctx, dy)
+        if not torch.is_grad_enabled():
+            return grads
+        # create_graph=True
+        error = torch._C._functions.DelayedError(
+            b"convmixer_kernels: the operators are differentiable once; for second derivatives run the equivalent in torch's "
+            b"operations (convmixer.reference)",
+            len(grads),
+        )
+        return error(*(None if g is None else g.detach().requires_grad_() for g in grads))
+
+    return wrapped
 
 
 class BlockFunction(Function):
@@ -238,7 +267,7 @@ class BlockFunction(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         x, a, *rest = ctx.saved_tensors
         block, statistics = Block(*rest[:4]), Statistics(*rest[4:])
@@ -268,7 +297,7 @@ class MixerFunction(Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         x, a1, a2, *rest = ctx.saved_tensors
         blocks = Block(*rest[:4]), Block(*rest[4:8])
@@ -293,7 +322,7 @@ class ConvolutionFunction(Function):
         return convolution_forward(backend, x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, dispatch
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
@@ -18,6 +19,7 @@ from .autograd import (
     MixerFunction,
     Options,
     Statistics,
+    autocast_enabled,
     block_forward,
     convolution_forward,
     mixer_forward,
@@ -25,6 +27,7 @@ from .autograd import (
 from .backends.reference import update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def depthwise_block(
@@ -50,8 +53,9 @@ def depthwise_block(
         h = gelu(F.conv2d(x, weight, bias, padding="same", groups=C))
         y = F.batch_norm(h, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps) + x
 
-    Differentiable once, in x, weight, bias, norm_weight and norm_bias. Deterministic. An empty batch (N = 0) gives an
-    empty result. Source: "Patches Are All You Need?" (Trockman and Kolter, 2022), equation 2.
+    Differentiable once, in x, weight, bias, norm_weight and norm_bias; a second time raises RuntimeError. Deterministic.
+    Under torch.func's transforms and forward-mode differentiation torch's own operations run, as in the equivalent. An
+    empty batch (N = 0) gives an empty result. Source: "Patches Are All You Need?" (Trockman and Kolter, 2022), equation 2.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16, or float64 (reference backend only); contiguous and channels_last
@@ -193,11 +197,12 @@ def mixer_layer(
         return pointwise_block(
             depthwise_block(x_given, *given[0], *running[0], **shared), *given[1], *running[1], **shared
         )
-    if x.numel() == 0:
+    if x.numel() == 0 or _transformed():
         options = Options(training, momentum, eps, activation, True, False)
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
         return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
     x, *blocks = _dense(x, *blocks)
+    running = running if training else tuple(Statistics(*map(_contiguous, r)) for r in running)
     tensors = (x, *blocks[0], *blocks[1])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = Options(training, momentum, eps, activation, True, save)
@@ -234,7 +239,7 @@ def depthwise_conv2d(
     x, block = _autocast(x, Block(weight, bias, None, None))
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
-    if x.numel() == 0:
+    if x.numel() == 0 or _transformed():
         return F.conv2d(x, *_of_dtype(block, x.dtype)[:2], padding="same", groups=x.shape[1])
     x, block = _dense(x, block)
     if _direct(x, *block):
@@ -252,7 +257,11 @@ def _run_block(
 ) -> Tensor:
     if x.numel() == 0:
         return _empty_block(kind, x, block, running, options)
+    if _transformed():
+        return _torch_block(kind, x, block, running, options)
     x, block = _dense(x, block)
+    if not options.batch_statistics:
+        running = Statistics(*map(_contiguous, running))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block))
     options = options._replace(save=save)
     if _direct(x, *block, *running):
@@ -277,6 +286,24 @@ def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, option
     return h + x if options.residual else h
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which see through torch's operations only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _torch_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
+    """The equivalent of the docstrings."""
+    weight, bias, _, _ = _of_dtype(block, x.dtype)
+    h = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1] if kind == "depthwise" else 1)
+    if options.activation != "identity":
+        h = F.relu(h) if options.activation == "relu" else F.gelu(h, approximate=_APPROXIMATE[options.activation])
+    norm = (*running, block.norm_weight, block.norm_bias)
+    y = F.batch_norm(h, *norm, options.batch_statistics, options.momentum, options.eps)
+    return y + x if options.residual else y
+
+
 def _of_dtype(block: Block, dtype: torch.dtype) -> Block:
     return Block(*(None if t is None else t.to(dtype) for t in block))
 
@@ -284,7 +311,7 @@ def _of_dtype(block: Block, dtype: torch.dtype) -> Block:
 def _autocast(x: Tensor, *blocks: Block) -> tuple:
     """x and the blocks as autocast hands them to F.conv2d: x cast, and convolution parameters of a third dtype."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not autocast_enabled(kind) or x.dtype == torch.float64:
         return x, *blocks
     dtype = torch.get_autocast_dtype(kind)
 
@@ -300,17 +327,25 @@ def _dense(x: Tensor, *blocks: Block) -> tuple:
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         resembles = x.shape[1] > 1 and x.stride(1) == 1
         x = x.contiguous(memory_format=torch.channels_last if resembles else torch.contiguous_format)
-    return x, *(Block(*(t if t is None or t.is_contiguous() else t.contiguous() for t in b)) for b in blocks)
+    return x, *(Block(*map(_contiguous, b)) for b in blocks)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _direct(*tensors: Tensor | None) -> bool:
-    """Whether kernels may be called by address: plain tensors, and nothing that wants to see operators."""
+    """Whether kernels may be called by address: plain tensors, and nothing that wants to see operators.
+
+    Statistics that training updates may be strided; then the operator's caller updates them. Of a negative view the
+    dispatcher hands operators the values.
+    """
     return (
-        all(t is None or type(t) in _PLAIN for t in tensors)
+        not torch.compiler.is_compiling()
+        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+        and all(t is None or t.is_contiguous() for t in tensors[1:])
         and tensors[0].device.type != "meta"
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._get_tracing_state()
     )
 

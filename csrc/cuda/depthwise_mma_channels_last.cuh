@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
           for (int k = 0; k < 8; ++k) sum.v[k] += other.v[k];
           v[i] = sum.pack();
         }
-        store16(out + at, v[i]);
+        store16_global(out + at, v[i]);
       }
     }
     __syncthreads();

@@ -113,6 +113,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+// 16 bytes to an aligned global address in one access: the compiler splits a plain uint4 store where it follows others.
+__device__ __forceinline__ void store16_global(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // ---- approximations: relative error 2^-22 (ex2), 1 ulp (rcp); subnormals are flushed.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

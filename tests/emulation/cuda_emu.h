@@ -256,6 +256,8 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
     last_error = cudaErrorInvalidConfiguration; return;
   }
+  if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static_cuda.py: threads, dynamic shared memory
+    if (FILE* f = std::fopen(log, "a")) { std::fprintf(f, "%zu %zu\n", n, smem); std::fclose(f); }
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {
@@ -357,6 +359,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 }
 template <class T> inline T __ldcs(const T* p) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned load"); return *p; }
 template <class T> inline void __stcs(T* p, T v) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned store"); *p = v; }
+static inline void store16_global(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 static inline float __frcp_rn(float a) { return 1.f / a; }
 static inline float __int_as_float(int v) { return emu::bits<float>(v); }
 static inline int __float_as_int(float v) { return emu::bits<int>(v); }

@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
       k.x = load_param(p.bias, c);
       if (p.norm.present) {
         k.y = load_param(p.norm.mean, c);
-        k.z = rsqrtf(load_param(p.norm.var, c) + p.norm.eps) * load_param(p.norm.weight, c, 1.f);
+        k.z = load_param(p.norm.weight, c, 1.f) / sqrtf(load_param(p.norm.var, c) + p.norm.eps);
         k.w = load_param(p.norm.bias, c);
       }
     }
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
 
 template <class K, class P>
 int launch(K kernel, const P& p, const Tiling& t, bool vector, void* stream) {
-  if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
+  if (t.threads == 0 || t.blocks() > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
   if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess)
     return static_cast<int>(error);
   LAUNCH(kernel, dim3(static_cast<unsigned>(t.blocks())), dim3(t.threads), t.shared, static_cast<cudaStream_t>(stream),

@@ -17,6 +17,9 @@ namespace convmixer {
 namespace weight_grad {
 
 constexpr int kMostShared = 96 << 10;  // every supported GPU has it
+// Products that a float32 accumulator adds up before the sum of the parts in double takes over: tensor cores cut off
+// rather than round, an error that grows with their number.
+constexpr int kLongestChain = 1024;
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -67,6 +70,11 @@ void choose_columns(Plan& p, int widest) {
   p.d_swizzle_shift = 3 - log2_up(p.d_swizzle_mask + 1);
 }
 
+// Parts of a channel's units, of which one accumulator adds up `steps` products each, so that no chain is too long.
+int64_t parts_for(const Plan& p, int64_t wanted, int64_t steps) {
+  return std::min<int64_t>({p.units, 65535, std::max(wanted, ceil_div(p.units * steps, kLongestChain))});
+}
+
 void plan_block_kernel(Plan& p, bool pairs) {
   p.kernel = Kernel::kBlock;
   p.channels = 1;
@@ -87,7 +95,8 @@ void plan_block_kernel(Plan& p, bool pairs) {
   const int items = p.d_rows / 16 * div_up(div_up(p.tile_cols, 8), kColumnTiles);
   p.slices = std::max(1, std::min(items, 8 / (p.groups * p.channels)));
   const int64_t blocks = ceil_div(p.c, p.channels);
-  p.parts = int(std::min<int64_t>(p.units, ceil_div(int64_t(16) * multiprocessor_count(), blocks)));
+  const int64_t steps = ceil_div(int64_t(p.d_rows / 16) * div_up(p.tile_cols, 8), p.slices);
+  p.parts = int(parts_for(p, ceil_div(int64_t(16) * multiprocessor_count(), blocks), steps));
 }
 
 void plan_warp_kernel(Plan& p, bool direct, bool wide) {
@@ -119,7 +128,8 @@ void plan_warp_kernel(Plan& p, bool direct, bool wide) {
     p.warp_elements = tiles + 2 * p.pack * (p.x_span + 2 * p.d_span) + 8;
   }
   // warps of a channel: 2.6 full GPUs of them in all
-  const int64_t warps = std::min<int64_t>(p.units, ceil_div(int64_t(42) * multiprocessor_count(), p.c));
+  const int64_t steps = int64_t(p.d_rows / 16) * div_up(p.tile_cols, 8);
+  const int64_t warps = parts_for(p, ceil_div(int64_t(42) * multiprocessor_count(), p.c), steps);
   p.slices = warps >= 4 ? 4 : warps >= 2 ? 2 : 1;
   p.parts = int(ceil_div(warps, p.slices));
   p.channels = kWarpKernelWarps / p.slices;
@@ -172,13 +182,13 @@ __global__ void __launch_bounds__(256) reduce_parts(const float* __restrict__ pa
   if (i >= channels * (taps + 1)) return;
   const int64_t channel = i / (taps + 1);
   const int tap = int(i - channel * (taps + 1));
-  float sum = 0.f;
+  double sum = 0.;
   for (int k = 0; k < parts; ++k) sum += partials[k * channels * (taps + 1) + i];
   void* target = tap < taps ? dw : db;
   const int dtype = tap < taps ? dw_dtype : db_dtype;
   const int64_t at = tap < taps ? channel * taps + tap : channel;
   if (target == nullptr) return;
-  store_param(target, dtype, at, sum);
+  store_param(target, dtype, at, static_cast<float>(sum));
 }
 
 template <class K, class T>

@@ -249,6 +249,25 @@ def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 64, 9, 16), (4, 16, 32, 32)], ids=str)
+def test_variance_of_one_value_among_zeros(shape, memory_format, device):
+    """relu leaves one value of a channel: the squares of all others round alike where they are added to its own one by one."""
+    x = torch.full(shape, -1.0)
+    c = shape[1]
+    x[torch.randint(shape[0], (c,)), torch.arange(c), torch.randint(shape[2], (c,)), torch.randint(shape[3], (c,))] = (
+        torch.rand(c) + 0.5
+    )
+    x = _formatted(x, memory_format).to(device)
+    a, mean, var = cuda.depthwise_train(x, torch.ones(c, 1, 1, 1, device=device), None, "relu", None, None, 0.1)
+    assert torch.equal(a, x)
+    h = x.double().relu()
+    exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+    count = h.numel() // c
+    assert (mean.double() - exact_mean).norm() * count <= _pairwise_bound(h)
+    assert (var.double() - exact_var).norm() * count <= _pairwise_bound((h - _per_channel(exact_mean)).square())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_addresses_off_16_bytes(dtype, memory_format, device):
     """A dense tensor may start anywhere: no vector access then."""

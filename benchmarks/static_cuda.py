@@ -129,14 +129,15 @@ CASES = (
         lines=32,
     ),
     Case(
-        "depthwise weight gradient", r"block_kernelI13__nv_bfloat16Li1ELi2E", "depthwise_weight_grad", "channels_last",
+        "depthwise weight gradient", r"block_kernelI13__nv_bfloat16Li1ELi8E", "depthwise_weight_grad", "channels_last",
         "bfloat16", 2, 3,
         (
-            Part("load x", ("LDG", "STS"), ("HMMA", "MUFU.EX2"), "STS", 2),
-            Part("load dy and a, da", ("MUFU.EX2", "STS"), ("HMMA",), "STS", 2),
+            Part("load x", ("LDG.128", "STS.128"), ("HMMA", "MUFU.EX2"), "STS.128", 8, _HALO),
+            Part("load dy and a", ("LDG.128", "STS.128"), ("HMMA", "MUFU.EX2"), "STS.128", 8, 2),
+            Part("da", ("MUFU.EX2", "STS.128"), ("HMMA",), "STS.128", 8),
             Part("products", ("HMMA",), ("MUFU.EX2",), 16),
         ),
-        lines=8,
+        lines=32,
     ),
     Case(
         "depthwise eval", r"depthwise_forward_tileIfNS_3fma6LayoutILb0ELi9E", "depthwise_eval", "contiguous", "float32", 4, 2,
@@ -246,12 +247,16 @@ def lacks(function: str, counts: Counter[str]) -> list[str]:
     rules = {
         "HMMA": counts["HMMA"] > 0,
         "LDSM": counts["LDSM"] > 0,
-        # the block kernel of the weight gradient loads 4 bytes at a time
-        "LDGSTS.128 or LDG.128": counts["LDGSTS.128"] + counts["LDG.128"] > 0 or "block_kernel" in function,
+        # 4 bytes at a time: contiguous tensors that the warp kernel does not take, and C % 8 != 0
+        "LDGSTS.128 or LDG.128": counts["LDGSTS.128"] + counts["LDG.128"] > 0
+        or re.search(r"block_kernelI\w+Li\dELi[12]E", function) is not None,
         "no local memory": counts["LDL"] + counts["STL"] == 0,
     }
     if "channels_last_kernel" in function:
         rules["8 STG.128"] = counts["STG.128"] >= 8
+    if re.search(r"block_kernelI\w+Li\dELi8E", function):
+        # an 8x8 transpose each of x, dy and a
+        rules["24 LDG.128 and STS.128"] = min(counts["LDG.128"], counts["STS.128"]) >= 24
     if "contiguous_kernel" in function:
         rules["STG.128"] = counts["STG.128"] > 0
     return [name for name, right in rules.items() if not right]

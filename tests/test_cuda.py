@@ -50,6 +50,8 @@ DEPTHWISE_CASES = [
     ),
     *(_depthwise((3, 10, h, w), 9, dtype=torch.float16, memory_format="channels_last") for h, w in ((16, 16), (7, 9))),
     _depthwise((2, 16, 9, 17), 9, dtype=torch.bfloat16, memory_format="channels_last"),
+    # tiles of rows and of columns
+    *(_depthwise((1, 8, h, w), 9, dtype=torch.bfloat16, memory_format="channels_last") for h, w in ((67, 9), (5, 70))),
     *(_depthwise((2, 3, h, w), 7, memory_format=f) for h, w in ((16, 16), (13, 9)) for f in FORMATS),
     # kernels: odd, even, non-square, 1x1, the largest
     *(_depthwise((2, 8, 12, 13), k, dtype=torch.bfloat16) for k in (1, 2, 5, 8, 15, 25, (3, 10))),

@@ -165,6 +165,13 @@ def test_what_a_kernel_lacks_is_named():
     split = whole + Counter({"STG": 23}) - Counter({"STG.128": 6})
     assert static_cuda.lacks("channels_last_kernel", split) == ["8 STG.128"]
     assert static_cuda.lacks("weight_grad11warp_kernel", Counter({"HMMA": 1, "LDSM": 1})) == ["LDGSTS.128 or LDG.128"]
+    assert (
+        static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li2ELi1EE", Counter({"HMMA": 1, "LDSM": 1})) == []
+    )
+    octets = Counter({"HMMA": 1, "LDSM": 1, "LDG.128": 24, "STS.128": 24})
+    assert static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets) == []
+    split = static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets - Counter({"STS.128": 7}))
+    assert split == ["24 LDG.128 and STS.128"]
     assert static_cuda.lacks("contiguous_kernel", whole + Counter({"STL": 1})) == ["no local memory"]
 
 

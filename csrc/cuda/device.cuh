@@ -113,10 +113,14 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-// 16 bytes to an aligned global address in one access: the compiler splits a plain uint4 store where it follows others.
+// 16 bytes to an aligned address in one access: the compiler splits plain uint4 stores where several follow each other.
 __device__ __forceinline__ void store16_global(void* p, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store16_shared(void* p, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(smem_u32(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -307,6 +311,24 @@ struct Vec16 {
     return make_uint4(w[0], w[1], w[2], w[3]);
   }
 };
+
+// Rows become columns: r[p] holds row p of an 8x8 matrix of 16-bit values.
+__device__ __forceinline__ void transpose8(uint4 (&r)[8]) {
+  uint32_t in[8][4];
+#pragma unroll
+  for (int p = 0; p < 8; ++p) {
+    in[p][0] = r[p].x;
+    in[p][1] = r[p].y;
+    in[p][2] = r[p].z;
+    in[p][3] = r[p].w;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const unsigned pick = j & 1 ? 0x7632u : 0x5410u;
+    r[j] = make_uint4(__byte_perm(in[0][j / 2], in[1][j / 2], pick), __byte_perm(in[2][j / 2], in[3][j / 2], pick),
+                      __byte_perm(in[4][j / 2], in[5][j / 2], pick), __byte_perm(in[6][j / 2], in[7][j / 2], pick));
+  }
+}
 
 // ---- integers
 // --------------------------------------------------------------------------------------------------------

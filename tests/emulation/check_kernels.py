@@ -135,7 +135,7 @@ def _depthwise(dtype: torch.dtype, last: bool, more_shapes: tuple = ()):
     for shape, kernel in (
         ((5, few, 16, 16), 9),
         ((3, more, 7, 9), 7),
-        ((1, 2, 18, 41), 9),
+        ((1, 8 if last else 2, 18, 41), 9),
         ((2, 2, 9, 20), 12),
         *more_shapes,
     ):

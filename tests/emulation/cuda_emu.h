@@ -361,6 +361,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 template <class T> inline T __ldcs(const T* p) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned load"); return *p; }
 template <class T> inline void __stcs(T* p, T v) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned store"); *p = v; }
 static inline void store16_global(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+static inline void store16_shared(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 static inline float __frcp_rn(float a) { return 1.f / a; }
 static inline float __int_as_float(int v) { return emu::bits<float>(v); }
 static inline int __float_as_int(float v) { return emu::bits<int>(v); }

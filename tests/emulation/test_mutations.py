@@ -165,6 +165,18 @@ MUTATIONS = [
         "weight gradient: db of one lane", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
         "weight_grad_bfloat16", "db = warp_sum(db);", "",
     ),
+    Mutation(
+        "weight gradient, octets: barrier before da", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "      __syncthreads();\n      finish_da(", "      finish_da(",
+    ),
+    Mutation(
+        "weight gradient, octets: not transposed", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "  transpose8(v);", "",
+    ),
+    Mutation(
+        "weight gradient, octets: da beside the image", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "j < columns ? k.offset : 0.f", "k.offset",
+    ),
     # depthwise on FMA units
     Mutation(
         "fma: copies not awaited", "depthwise_fma.cu", "depthwise_fma", "forward_float32",

@@ -98,6 +98,24 @@ def test_operator(case, device):
     check_case(case, "cuda", device=device, pool=64 if device == "cuda" else 1)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [_depthwise((3, 8, h, w), 9, dtype=torch.bfloat16, memory_format="channels_last") for h, w in ((16, 16), (7, 35))],
+    ids=str,
+)
+def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
+    """As on GPUs with 100 or 164 KB a multiprocessor: 8 channels a block instead of 16."""
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    monkeypatch.setenv("EMU_SHARED_KB", "100")
+    for cache in (cuda._native, cuda._size):
+        cache.cache_clear()
+    try:
+        check_case(case, "cuda", pool=1)
+    finally:
+        for cache in (cuda._native, cuda._size):
+            cache.cache_clear()
+
+
 # ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
 
 

@@ -124,6 +124,11 @@ __device__ __forceinline__ void store16_shared(void* p, uint4 v) {
                : "memory");
 }
 
+// Brings the 32 bytes at p into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // ---- approximations: relative error 2^-22 (ex2), 1 ulp (rcp); subnormals are flushed.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -158,6 +163,13 @@ inline int64_t max_dynamic_shared() {
   int device = 0, n = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? n : 48 * 1024;
+}
+// Shared memory of a multiprocessor of the current device, for all its blocks.
+inline int64_t shared_of_multiprocessor() {
+  int device = 0, n = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 100 * 1024;
+  return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess ? n
+                                                                                                        : 100 * 1024;
 }
 
 }  // namespace convmixer

@@ -360,6 +360,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 }
 template <class T> inline T __ldcs(const T* p) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned load"); return *p; }
 template <class T> inline void __stcs(T* p, T v) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned store"); *p = v; }
+static inline void prefetch_l2(const void*) {}
 static inline void store16_global(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 static inline void store16_shared(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 static inline float __frcp_rn(float a) { return 1.f / a; }
@@ -381,6 +382,9 @@ static inline int __all_sync(uint32_t m, int p, int site = __builtin_LINE()) { r
 template <class K> inline cudaError_t set_dynamic_shared(K, size_t bytes) { return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
 inline int multiprocessor_count() { return 2; }
 inline int64_t max_dynamic_shared() { return 232448; }
+inline int64_t shared_of_multiprocessor() {                // EMU_SHARED_KB: of another GPU than an H100
+  const char* kb = std::getenv("EMU_SHARED_KB"); return (kb ? std::atoi(kb) : 228) * 1024;
+}
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max; using std::min;
 

@@ -142,6 +142,10 @@ MUTATIONS = [
         "input_grad_bfloat16_channels_last", "keep_range(value, o.from, o.to)", "value",
     ),
     Mutation(
+        "channels_last, input gradient: a not transposed", "depthwise_mma_channels_last.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16_channels_last", "          transpose8(v);", "",
+    ),
+    Mutation(
         "channels_last: copies not awaited", "depthwise_mma_channels_last.cuh", "depthwise_forward",
         "forward_bfloat16_channels_last", "cp_async_wait<0>();", "",
     ),

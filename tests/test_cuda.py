@@ -7,6 +7,8 @@ takes up to a second: each size, kernel, layout and dtype appears with each prim
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import ACTIVATIONS, Case, check_case
@@ -48,6 +50,8 @@ DEPTHWISE_CASES = [
     ),
     *(_depthwise((3, 10, h, w), 9, dtype=torch.float16, memory_format="channels_last") for h, w in ((16, 16), (7, 9))),
     _depthwise((2, 16, 9, 17), 9, dtype=torch.bfloat16, memory_format="channels_last"),
+    # tiles of rows and of columns
+    *(_depthwise((1, 8, h, w), 9, dtype=torch.bfloat16, memory_format="channels_last") for h, w in ((67, 9), (5, 70))),
     *(_depthwise((2, 3, h, w), 7, memory_format=f) for h, w in ((16, 16), (13, 9)) for f in FORMATS),
     # kernels: odd, even, non-square, 1x1, the largest
     *(_depthwise((2, 8, 12, 13), k, dtype=torch.bfloat16) for k in (1, 2, 5, 8, 15, 25, (3, 10))),
@@ -92,6 +96,24 @@ OTHER_CASES += [Case("depthwise_conv2d", (2, 3, 8, 9), (7, 4), dtype=dtype) for 
 @pytest.mark.parametrize("case", DEPTHWISE_CASES + POINTWISE_CASES + OTHER_CASES, ids=str)
 def test_operator(case, device):
     check_case(case, "cuda", device=device, pool=64 if device == "cuda" else 1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [_depthwise((3, 8, h, w), 9, dtype=torch.bfloat16, memory_format="channels_last") for h, w in ((16, 16), (7, 35))],
+    ids=str,
+)
+def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
+    """As on GPUs with 100 or 164 KB a multiprocessor: 8 channels a block instead of 16."""
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    monkeypatch.setenv("EMU_SHARED_KB", "100")
+    for cache in (cuda._native, cuda._size):
+        cache.cache_clear()
+    try:
+        check_case(case, "cuda", pool=1)
+    finally:
+        for cache in (cuda._native, cuda._size):
+            cache.cache_clear()
 
 
 # ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
@@ -204,6 +226,67 @@ def test_statistics(shape, dtype, memory_format, device):
         assert relative_error(ours, exact) < tolerance
 
 
+def _pairwise_bound(values: Tensor) -> float:
+    """The root mean square error of a float32 pairwise sum of each channel's values (N, C, H, W) over all channels, times 3.
+
+    Each value carries 4 roundings of its own; each of log2 n levels rounds partial sums, whose squares add up to those of
+    the values and, as far as these have a mean, to 2 total^2 over all levels.
+    """
+    values, n = values.double(), values.numel() // values.shape[1]
+    squares = (math.log2(n) + 4) * values.square().sum() + 2 * values.sum((0, 2, 3)).square().sum()
+    return 3 * 2.0**-24 / 3**0.5 * squares.sqrt().item()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(32, 8, 32, 32), (600, 8, 9, 11)], ids=str)
+def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
+    """float32 sums over N, H and W: nothing grows faster, neither chains of additions nor errors that all have one sign."""
+    (dy, a, x), norm = _inputs(shape, torch.float32, memory_format, device, count=3, mean=0.1)
+    c = shape[1]
+    weight, bias = torch.randn(c, 1, 3, 3, device=device), torch.randn(c, device=device)
+    # the size that sums of unit values over this many elements have: their means are subtracted from dy
+    sums = torch.randn(c, device=device) * 200, torch.randn(c, device=device) * 200
+    wide = _wide(dy, a, x, weight, bias, norm, sums)
+    da = reference._da(wide[0], wide[1], "gelu", wide[5], wide[6])
+    dw, db = cuda.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums)
+    exact_dw, exact_db = reference.depthwise_weight_grad(*wide[:5], "gelu", *wide[5:])
+    assert (db.double() - exact_db).norm() <= _pairwise_bound(da)
+    # 9 taps
+    assert (dw.double() - exact_dw).norm() <= 9**0.5 * _pairwise_bound(da * wide[2])
+
+    hhat = reference.normalize(wide[1], "gelu", wide[5]._replace(weight=None, bias=None), None)
+    exact_dy, exact_dy_hhat = reference.norm_backward(*wide[:2], "gelu", wide[5])
+    sum_dy, sum_dy_hhat = cuda.norm_backward(dy, a, "gelu", norm)
+    assert (sum_dy.double() - exact_dy).norm() <= _pairwise_bound(wide[0])
+    assert (sum_dy_hhat.double() - exact_dy_hhat).norm() <= _pairwise_bound(wide[0] * hhat)
+
+    forward, mean, var = cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1)
+    h = torch.nn.functional.gelu(forward.double())
+    exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+    count = h.numel() // c
+    assert (mean.double() - exact_mean).norm() * count <= _pairwise_bound(h)
+    assert (var.double() - exact_var).norm() * count <= _pairwise_bound((h - _per_channel(exact_mean)).square())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 64, 9, 16), (4, 16, 32, 32)], ids=str)
+def test_variance_of_one_value_among_zeros(shape, memory_format, device):
+    """relu leaves one value of a channel: the squares of all others round alike where they are added to its own one by one."""
+    x = torch.full(shape, -1.0)
+    c = shape[1]
+    x[torch.randint(shape[0], (c,)), torch.arange(c), torch.randint(shape[2], (c,)), torch.randint(shape[3], (c,))] = (
+        torch.rand(c) + 0.5
+    )
+    x = _formatted(x, memory_format).to(device)
+    a, mean, var = cuda.depthwise_train(x, torch.ones(c, 1, 1, 1, device=device), None, "relu", None, None, 0.1)
+    assert torch.equal(a, x)
+    h = x.double().relu()
+    exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
+    count = h.numel() // c
+    assert (mean.double() - exact_mean).norm() * count <= _pairwise_bound(h)
+    assert (var.double() - exact_var).norm() * count <= _pairwise_bound((h - _per_channel(exact_mean)).square())
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_addresses_off_16_bytes(dtype, memory_format, device):
@@ -264,6 +347,7 @@ def test_can_run_names_what_it_cannot(device):
     assert cuda.can_run("depthwise", x, weight) is None
     assert "float64" in cuda.can_run("depthwise", x.double(), weight)
     assert "31x31" in cuda.can_run("depthwise", x, torch.empty(2, 1, 32, 3, device=device))
+    assert "up to 2^30" in cuda.can_run("depthwise", x[:1, :, :1, :1].expand(2**30 + 1, 2, 1, 1), weight)
     assert "x.device=meta" in cuda.can_run("depthwise", torch.empty(1, 2, 4, 4, device="meta"), weight)
     assert cuda.build_info()["available"]
 

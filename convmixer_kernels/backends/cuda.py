@@ -23,6 +23,8 @@ name = "cuda"
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
 _LARGEST_KERNEL = 31
+#: Of N and of C: the kernels count images and channels in 32 bits, elements in 64.
+_LARGEST_SIZE = 1 << 30
 _LEAST_CAPABILITY = (8, 0)
 _NO_PARAM = (0, 0)
 _NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
@@ -83,6 +85,8 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
     if max(weight.shape[2:]) > _LARGEST_KERNEL:
         return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    if max(x.shape[0], x.shape[1], weight.shape[0]) > _LARGEST_SIZE:
+        return f"it takes N and C up to 2^30, got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"
     return None
 
 

@@ -154,6 +154,18 @@ __device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const fl
   }
 }
 
+// Sum of f(r, q) over a patch, in pairs: a chain of additions of small values to a large one would round alike 31
+// times.
+template <class F>
+__device__ __forceinline__ float patch_sum(const F& f) {
+  float rows[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    rows[r] = ((f(r, 0) + f(r, 1)) + (f(r, 2) + f(r, 3))) + ((f(r, 4) + f(r, 5)) + (f(r, 6) + f(r, 7)));
+  static_assert(kRows == 4 && kColumns == 8, "the sums above are written out");
+  return (rows[0] + rows[1]) + (rows[2] + rows[3]);
+}
+
 // Sum of v over the threads of a channel, in a fixed order: `count` threads, this one is number `index` at `at`, others
 // `stride` apart.
 __device__ __forceinline__ float channel_sum(float v, float* scratch, int at, int stride, int index, int count) {
@@ -264,7 +276,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
       k.x = load_param(p.bias, c);
       if (p.norm.present) {
         k.y = load_param(p.norm.mean, c);
-        k.z = rsqrtf(load_param(p.norm.var, c) + p.norm.eps) * load_param(p.norm.weight, c, 1.f);
+        k.z = load_param(p.norm.weight, c, 1.f) / sqrtf(load_param(p.norm.var, c) + p.norm.eps);
         k.w = load_param(p.norm.bias, c);
       }
     }
@@ -328,14 +340,8 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   }
 
   // the statistics of act(a) in two steps: the mean, then squared deviations from it
-  float sum = 0.f;
-  if (at.active) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int q = 0; q < kColumns; ++q)
-        if (at.y + r < s.h && at.x + q < s.w) sum += acc[r][q];
-  }
+  const auto inside = [&](int r, int q) { return at.active && at.y + r < s.h && at.x + q < s.w; };
+  const float sum = patch_sum([&](int r, int q) { return inside(r, q) ? acc[r][q] : 0.f; });
   const int slots = t.across * t.down * t.images, stride = L::kChannelsLast ? L::kLanes : 1;
   const int first = L::kChannelsLast ? at.patch.channel : at.patch.channel * slots;
   const int index = at.patch.used ? at.patch.slot : slots;
@@ -343,14 +349,10 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   const int columns = min(t.across * kColumns, s.w - at.place.x - t.filter.pad);
   const float count = static_cast<float>(min(static_cast<int64_t>(t.images), s.n - at.place.n) * rows * columns);
   const float mean = channel_sum(sum, tile, first + index * stride, stride, index, slots) / count;
-  float square = 0.f;
-  if (at.active) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int q = 0; q < kColumns; ++q)
-        if (at.y + r < s.h && at.x + q < s.w) square = fmaf(acc[r][q] - mean, acc[r][q] - mean, square);
-  }
+  float square = patch_sum([&](int r, int q) {
+    const float d = inside(r, q) ? acc[r][q] - mean : 0.f;
+    return d * d;
+  });
   square = channel_sum(square, tile, first + index * stride, stride, index, slots);
   if (index == 0 && at.c < s.c) {
     float* const out = p.partials + (static_cast<int64_t>(at.c) * t.parts() + at.part) * 3;
@@ -394,7 +396,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
 
 template <class K, class P>
 int launch(K kernel, const P& p, const Tiling& t, bool vector, void* stream) {
-  if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
+  if (t.threads == 0 || t.blocks() > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
   if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess)
     return static_cast<int>(error);
   LAUNCH(kernel, dim3(static_cast<unsigned>(t.blocks())), dim3(t.threads), t.shared, static_cast<cudaStream_t>(stream),

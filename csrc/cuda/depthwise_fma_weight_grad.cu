@@ -23,6 +23,9 @@ constexpr int kThreads = L::kChannelsLast ? 192 : 128;
 template <class L>
 constexpr int kSlots = kThreads<L> / L::kLanes;
 
+// Units of a part: a thread adds as many sums, each of at most a few hundred values, in float32.
+constexpr int64_t kLongest = 32;
+
 struct Tiling {
   int across, strips, strip_rows, images;  // a tile: strips of 8 columns across and down, images
   int tiles_x, tiles_y, image_groups, channel_groups;
@@ -88,10 +91,11 @@ Tiling tiling_of(const Shape& s, int kh, int kw) {
     }
     if (best.threads != 0) break;
   }
-  // sixteen blocks a multiprocessor: several rounds of those that run at once
+  // sixteen blocks a multiprocessor: several rounds of those that run at once; and no part so long that its float32
+  // sums would lose what the double sum of the parts keeps
   const int64_t blocks = static_cast<int64_t>(best.channel_groups) * best.splits;
-  best.parts =
-      static_cast<int>(std::max<int64_t>(1, std::min(best.units(), ceil_div(16 * multiprocessor_count(), blocks))));
+  const int64_t wanted = std::max(ceil_div(16 * multiprocessor_count(), blocks), ceil_div(best.units(), kLongest));
+  best.parts = static_cast<int>(std::max<int64_t>(1, std::min(best.units(), wanted)));
   return best;
 }
 
@@ -185,9 +189,9 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
     const int i = index / t.filter.chunks * kFilter + owned / L::kTaps;
     const int j = index % t.filter.chunks * L::kTaps + owned % L::kTaps - t.filter.front;
     if (i >= t.filter.kh || j < 0 || j >= t.filter.kw || c0 + channel >= s.c) continue;
-    float sum = 0.f;
+    double sum = 0.;
     for (int m = 0; m < slots; ++m) sum += sums[owned * pitch + (local * slots + m) * L::kLanes + channel];
-    out[static_cast<int64_t>(c0 + channel) * (taps + 1) + i * t.filter.kw + j] = sum;
+    out[static_cast<int64_t>(c0 + channel) * (taps + 1) + i * t.filter.kw + j] = static_cast<float>(sum);
   }
   if (split != 0) return;
   for (int channel = threadIdx.x; channel < L::kLanes; channel += blockDim.x) {
@@ -240,12 +244,12 @@ int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream) {
     using T = decltype(type);
     using L = decltype(layout);
     const Tiling t = tiling_of<L>(p.shape, p.kh, p.kw);
-    if (t.threads == 0) return static_cast<int>(cudaErrorInvalidConfiguration);
+    const int64_t blocks = static_cast<int64_t>(t.channel_groups) * t.splits * t.parts;
+    if (t.threads == 0 || blocks > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
     const auto kernel = depthwise_weight_grad_tiles<T, L>;
     if (const cudaError_t error = set_dynamic_shared(kernel, t.shared); error != cudaSuccess)
       return static_cast<int>(error);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    const int64_t blocks = static_cast<int64_t>(t.channel_groups) * t.splits * t.parts;
     LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(t.threads), t.shared, queue, p, t,
            vectors<T>(p.shape, {p.dy, p.a, p.x}));
     const int64_t results = p.shape.c * (p.kh * p.kw + 1);

@@ -90,24 +90,6 @@ __device__ __forceinline__ uint4 grad_through_block(uint4 dy, uint4 a, const Aff
   return g.pack();
 }
 
-// Rows become columns: r[p] holds row p of an 8x8 matrix of 16-bit values.
-__device__ __forceinline__ void transpose8(uint4 (&r)[8]) {
-  uint32_t in[8][4];
-#pragma unroll
-  for (int p = 0; p < 8; ++p) {
-    in[p][0] = r[p].x;
-    in[p][1] = r[p].y;
-    in[p][2] = r[p].z;
-    in[p][3] = r[p].w;
-  }
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const unsigned pick = j & 1 ? 0x7632u : 0x5410u;
-    r[j] = make_uint4(__byte_perm(in[0][j / 2], in[1][j / 2], pick), __byte_perm(in[2][j / 2], in[3][j / 2], pick),
-                      __byte_perm(in[4][j / 2], in[5][j / 2], pick), __byte_perm(in[6][j / 2], in[7][j / 2], pick));
-  }
-}
-
 template <class T>
 __device__ __forceinline__ uint32_t trace_finite16(uint32_t trace, uint4 v) {
   return trace_finite<T>(trace_finite<T>(trace_finite<T>(trace_finite<T>(trace, v.x), v.y), v.z), v.w);

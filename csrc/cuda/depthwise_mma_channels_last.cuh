@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The channels_last (N, H, W, C) kernel of depthwise_mma.cuh. A block of 8 warps owns G channels, G / 8 a warp, and the
 // items blockIdx.y, blockIdx.y + splits, ... A thread copies 8 pixels of 8 channels (16 bytes each) asynchronously to a
-// raw stage, transposes them in registers once they are there (the input gradient turns dy and a into da on the way)
+// raw stage, transposes them in registers once they are there (the input gradient also reads a, which the copies have
+// brought into L2, and turns both into da on the way)
 // and writes 16 bytes of each of 8 channel planes; the next item's copies fly while this one is computed. A warp writes
 // its outputs over the rows of its plane that it no longer needs; the inverse transpose leads to 16-byte stores.
 #pragma once
@@ -66,10 +67,23 @@ __device__ __forceinline__ void copy_octet(unsigned char* raw, const T* from, co
   }
 }
 
+// Value by value from memory to the octet's place, as 8 pixels of each channel.
+template <class T, int G>
+__device__ __forceinline__ void copy_transposed(unsigned char* to, const T* from, const Octet& o, int channels,
+                                                int pitch) {
+#pragma unroll 1
+  for (int i = 0; i < 64; ++i) {
+    const int k = i / 8, pixel = i % 8;
+    const bool inside = pixel >= o.from && pixel < o.to && k < channels;
+    reinterpret_cast<T*>(to + k * 2 * G)[pixel] =
+        inside ? from[o.index + static_cast<int64_t>(pixel) * pitch + k] : from_float<T>(0.f);
+  }
+}
+
 template <int G>
-__device__ __forceinline__ void load_octet(uint4 (&v)[8], const unsigned char* raw, const Octet& o) {
+__device__ __forceinline__ void load_octet(uint4 (&v)[8], const unsigned char* place) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = load16(raw + o.raw + i * 2 * G);
+  for (int i = 0; i < 8; ++i) v[i] = load16(place + i * 2 * G);
   transpose8(v);
 }
 
@@ -92,9 +106,8 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
   const T* x = static_cast<const T*>(p.x);
   const T* a = static_cast<const T*>(p.a);
   unsigned char* const planes = shared;
-  unsigned char* const raw_x = planes + G * plan.tile_bytes;
-  unsigned char* const raw_a = raw_x + plan.raw_bytes;
-  unsigned char* const tables = transforms ? raw_a + plan.raw_bytes : raw_a;
+  unsigned char* const raw = planes + G * plan.tile_bytes;
+  unsigned char* const tables = raw + plan.raw_bytes;
   Affine* const affines = reinterpret_cast<Affine*>(tables + G * plan.table_bytes);
   // training: the moments of each lane of each channel
   Moments* const moments_of_lanes = reinterpret_cast<Moments*>(affines + G);
@@ -117,8 +130,11 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
       for_each_octet<G, S, SINGLE>(plan, locate(plan, item), c0, [&](const Octet& o) {
         if (o.from >= o.to) return;
         const int channels = plan.c - c0 - o.channel;
-        copy_octet<T, G>(raw_x, x, o, channels, plan.c, plan.granule == 8);
-        if (transforms) copy_octet<T, G>(raw_a, a, o, channels, plan.c, plan.granule == 8);
+        copy_octet<T, G>(raw, x, o, channels, plan.c, plan.granule == 8);
+        if (!transforms) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i >= o.from && i < o.to) prefetch_l2(a + o.index + static_cast<int64_t>(i) * plan.c);
       });
     }
     cp_async_commit();
@@ -132,25 +148,35 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
     for_each_octet<G, S, SINGLE>(plan, item, c0, [&](const Octet& o) {
       uint4 v[8];
       unsigned char* const to = planes + o.channel * plan.tile_bytes + o.plane;
-      if (o.from < o.to) {
-        load_octet<G>(v, raw_x, o);
+      unsigned char* const place = raw + o.raw;
+      const bool inside = o.from < o.to;
+      if (inside) {
+        load_octet<G>(v, place);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) store16(to + i * plan.tile_bytes, v[i]);
-      if (transforms && o.from < o.to) {
-        load_octet<G>(v, raw_a, o);
+      for (int i = 0; i < 8; ++i) store16_shared(to + i * plan.tile_bytes, v[i]);
+      if (transforms && inside) {
+        // a takes the place of dy in the raw stage; not unrolled: the derivative is long
+        if (plan.granule == 8) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) store16(raw_a + o.raw + i * 2 * G, v[i]);
-        // through shared memory, not unrolled: the derivative is long
+          for (int i = 0; i < 8; ++i)
+            v[i] = i >= o.from && i < o.to ? load16(a + o.index + static_cast<int64_t>(i) * plan.c)
+                                           : make_uint4(0, 0, 0, 0);
+          transpose8(v);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) store16_shared(place + i * 2 * G, v[i]);
+        } else {
+          copy_transposed<T, G>(place, a, o, plan.c - c0 - o.channel, plan.c);
+        }
 #pragma unroll 1
         for (int i = 0; i < 8; ++i) {
           unsigned char* const da = to + i * plan.tile_bytes;
-          const uint4 value = grad_through_block<T>(load16(da), load16(raw_a + o.raw + i * 2 * G),
-                                                    affines[o.channel + i], p.activation);
-          store16(da, keep_range(value, o.from, o.to));
+          const uint4 value =
+              grad_through_block<T>(load16(da), load16(place + i * 2 * G), affines[o.channel + i], p.activation);
+          store16_shared(da, keep_range(value, o.from, o.to));
         }
       }
     });
@@ -263,7 +289,7 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
           for (int k = 0; k < 8; ++k) sum.v[k] += other.v[k];
           v[i] = sum.pack();
         }
-        store16(out + at, v[i]);
+        store16_global(out + at, v[i]);
       }
     }
     __syncthreads();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Host side of depthwise_mma.cuh: how a tensor is cut into items, and which instantiation runs it. The plan depends on
-// the shape alone, so that the partials' number and the bits of the result do not depend on the GPU;
-// only a plan that needs more shared memory than the GPU has goes to the FMA kernels.
+// the shape, so that the partials' number and the bits of the result do not depend on the GPU, with two exceptions:
+// channels_last takes 16 channels a block (32 bytes a pixel: a whole sector) only where two blocks' shared memory fits,
+// else 8; and a plan that needs more shared memory than the GPU has goes to the FMA kernels.
 #pragma once
 #include "depthwise_mma_channels_last.cuh"
 #include "depthwise_mma_contiguous.cuh"
@@ -26,7 +27,6 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   v.s = kw <= 9 ? 1 : kw <= 25 ? 2 : 3;
   const int blocks = (s.w + 7) / 8;
   v.kh = kw > 9 || kh > 9 ? 0 : kh <= 7 && blocks > 2 ? 7 : 9;
-  v.channels = v.kh > 0 && !grad ? 16 : 8;
   const int kernel_rows = v.kh > 0 ? v.kh : kh;
   v.single = blocks <= 4 && (v.kh > 0 || v.s > 1);
   v.nt = v.single && v.kh > 0 ? (blocks <= 2 ? blocks : 4) : 4;
@@ -68,22 +68,24 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   const int64_t reach = int64_t(q.images) * s.c * s.h * s.w;
   q.pieces = whole && !s.channels_last && reach < int64_t(1) << 31 ? q.images * q.row_count * q.chunk_count : 0;
   const int64_t image_groups = (s.n + q.images - 1) / q.images, items = image_groups * q.bands * q.column_tiles;
-  const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
   if (items > 1 << 30) return false;
   q.items = static_cast<int>(items);
-  const int64_t wanted_blocks = s.channels_last ? 264 : 1056;
-  int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
-  per_block = std::max(per_block, (items + 65534) / 65535);
-  q.splits = static_cast<int>((items + per_block - 1) / per_block);
-
   q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
-  if (s.channels_last) {
+  for (v.channels = v.kh > 0 ? 16 : 8;; v.channels = 8) {
+    const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
+    const int64_t wanted_blocks = s.channels_last ? 264 : 1056;
+    int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
+    per_block = std::max(per_block, (items + 65534) / 65535);
+    q.splits = static_cast<int>((items + per_block - 1) / per_block);
+    if (!s.channels_last) break;
     q.raw_chunk = 16 * v.channels + (v.channels == 8 ? 16 : 32);
     q.raw_bytes = q.images * q.row_count * q.chunks * q.raw_chunk;
     const int moments = grad ? 0 : 32 * static_cast<int>(sizeof(Moments));
-    q.shared_bytes = v.channels * (q.tile_bytes + q.table_bytes + static_cast<int>(sizeof(Affine)) + moments) +
-                     q.raw_bytes * (transforms ? 2 : 1);
-  } else {
+    q.shared_bytes =
+        v.channels * (q.tile_bytes + q.table_bytes + static_cast<int>(sizeof(Affine)) + moments) + q.raw_bytes;
+    if (v.channels == 8 || 2 * (q.shared_bytes + 1024) <= shared_of_multiprocessor()) break;
+  }
+  if (!s.channels_last) {
     const int strip = 16 * 16 * ((v.single ? v.nt : v.nt + 1) | 1);
     q.shared_bytes = kStages * q.tile_bytes * (transforms ? 2 : 1) + kContiguousWarps * strip +
                      q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
@@ -113,11 +115,16 @@ inline int launch_kernel(K kernel, const Args& p, int64_t owners, int threads, c
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
-int launch_layout(const Args& p, bool channels_last, cudaStream_t stream) {
-  constexpr int channels = KH > 0 && !GRAD ? 16 : 8;
+int launch_layout(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  if constexpr (KH > 0) {
+    if (channels_last && v.channels == 16) {
+      return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 16>, p, (p.plan.c + 15) / 16,
+                           32 * kChannelsLastWarps, stream);
+    }
+  }
   if (channels_last) {
-    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, channels>, p,
-                         (p.plan.c + channels - 1) / channels, 32 * kChannelsLastWarps, stream);
+    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 8>, p, (p.plan.c + 7) / 8,
+                         32 * kChannelsLastWarps, stream);
   }
   return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, p.plan.c, 32 * kContiguousWarps, stream);
 }
@@ -125,20 +132,20 @@ int launch_layout(const Args& p, bool channels_last, cudaStream_t stream) {
 // Fragments in registers: kernels up to 9 x 9.
 template <class T, bool GRAD, int KH>
 int launch_small(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
-  if (!v.single) return launch_layout<T, GRAD, 1, KH, 4, false>(p, channels_last, stream);
+  if (!v.single) return launch_layout<T, GRAD, 1, KH, 4, false>(p, v, channels_last, stream);
   if constexpr (KH == 9) {
-    if (v.nt == 1) return launch_layout<T, GRAD, 1, KH, 1, true>(p, channels_last, stream);
-    if (v.nt == 2) return launch_layout<T, GRAD, 1, KH, 2, true>(p, channels_last, stream);
+    if (v.nt == 1) return launch_layout<T, GRAD, 1, KH, 1, true>(p, v, channels_last, stream);
+    if (v.nt == 2) return launch_layout<T, GRAD, 1, KH, 2, true>(p, v, channels_last, stream);
   }
-  return launch_layout<T, GRAD, 1, KH, 4, true>(p, channels_last, stream);
+  return launch_layout<T, GRAD, 1, KH, 4, true>(p, v, channels_last, stream);
 }
 
 template <class T, bool GRAD, int S>
 int launch_large(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
   if constexpr (S > 1) {
-    if (v.single) return launch_layout<T, GRAD, S, 0, 4, true>(p, channels_last, stream);
+    if (v.single) return launch_layout<T, GRAD, S, 0, 4, true>(p, v, channels_last, stream);
   }
-  return launch_layout<T, GRAD, S, 0, 4, false>(p, channels_last, stream);
+  return launch_layout<T, GRAD, S, 0, 4, false>(p, v, channels_last, stream);
 }
 
 template <class T, bool GRAD>

@@ -17,6 +17,9 @@ namespace convmixer {
 namespace weight_grad {
 
 constexpr int kMostShared = 96 << 10;  // every supported GPU has it
+// Products that a float32 accumulator adds up before the sum of the parts in double takes over: tensor cores cut off
+// rather than round, an error that grows with their number.
+constexpr int kLongestChain = 1024;
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -67,27 +70,39 @@ void choose_columns(Plan& p, int widest) {
   p.d_swizzle_shift = 3 - log2_up(p.d_swizzle_mask + 1);
 }
 
-void plan_block_kernel(Plan& p, bool pairs) {
+// Parts of a channel's units, of which one accumulator adds up `steps` products each, so that no chain is too long.
+int64_t parts_for(const Plan& p, int64_t wanted, int64_t steps) {
+  return std::min<int64_t>({p.units, 65535, std::max(wanted, ceil_div(p.units * steps, kLongestChain))});
+}
+
+// together: the most neighbouring channels that an aligned access can take.
+void plan_block_kernel(Plan& p, int together) {
   p.kernel = Kernel::kBlock;
   p.channels = 1;
-  p.channels_together = pairs ? 2 : 1;
   if (p.channels_last) {
     while (p.channels < kMaxChannels && p.channels < p.c && 2 * p.channels * p.groups <= max_warps(p.blocks))
       p.channels *= 2;
   }
+  const bool octets = together == kMaxChannels && p.channels == kMaxChannels && p.blocks == 1;
+  p.channels_together = octets ? kMaxChannels : std::min(together, 2);
   choose_columns(p, p.channels_last ? 64 : 128);
-  choose_rows(p, 40 << 10, [&](int images, int rows, int x_rows) {
-    return 2 * p.channels * (images * x_rows * p.x_pitch + round_up(images * rows, 16) * p.d_pitch);
+  // octets: a lies beside dy until da is made; two blocks on a multiprocessor with 164 KB
+  choose_rows(p, octets ? 56 << 10 : 40 << 10, [&](int images, int rows, int x_rows) {
+    const int d_tiles = octets ? 2 : 1;
+    return 2 * p.channels * (images * x_rows * p.x_pitch + d_tiles * round_up(images * rows, 16) * p.d_pitch);
   });
   // an odd number of 16 bytes, so that the channels that a warp writes together lie in different banks
   p.x_plane = odd_pitch(p.x_rows * p.x_pitch);
   p.d_plane = odd_pitch(p.d_rows * p.d_pitch);
   p.x_pairs = FastDiv(p.x_pitch / 2);
   p.d_pairs = FastDiv(p.d_pitch / 2);
+  p.x_octets = FastDiv(p.x_pitch / 8);
+  p.d_octets = FastDiv(p.d_pitch / 8);
   const int items = p.d_rows / 16 * div_up(div_up(p.tile_cols, 8), kColumnTiles);
   p.slices = std::max(1, std::min(items, 8 / (p.groups * p.channels)));
   const int64_t blocks = ceil_div(p.c, p.channels);
-  p.parts = int(std::min<int64_t>(p.units, ceil_div(int64_t(16) * multiprocessor_count(), blocks)));
+  const int64_t steps = ceil_div(int64_t(p.d_rows / 16) * div_up(p.tile_cols, 8), p.slices);
+  p.parts = int(parts_for(p, ceil_div(int64_t(16) * multiprocessor_count(), blocks), steps));
 }
 
 void plan_warp_kernel(Plan& p, bool direct, bool wide) {
@@ -119,7 +134,8 @@ void plan_warp_kernel(Plan& p, bool direct, bool wide) {
     p.warp_elements = tiles + 2 * p.pack * (p.x_span + 2 * p.d_span) + 8;
   }
   // warps of a channel: 2.6 full GPUs of them in all
-  const int64_t warps = std::min<int64_t>(p.units, ceil_div(int64_t(42) * multiprocessor_count(), p.c));
+  const int64_t steps = int64_t(p.d_rows / 16) * div_up(p.tile_cols, 8);
+  const int64_t warps = parts_for(p, ceil_div(int64_t(42) * multiprocessor_count(), p.c), steps);
   p.slices = warps >= 4 ? 4 : warps >= 2 ? 2 : 1;
   p.parts = int(ceil_div(warps, p.slices));
   p.channels = kWarpKernelWarps / p.slices;
@@ -129,7 +145,8 @@ int shared_bytes(const Plan& p) {
   const int taps = p.kh * p.kw;
   if (p.kernel == Kernel::kBlock) {
     const int warps = p.groups * p.channels * p.slices;
-    const int loop = 2 * (p.x_pitch + p.channels * (p.x_plane + p.d_plane) + 16);
+    const int d_tiles = p.channels_together == kMaxChannels ? 2 : 1;
+    const int loop = 2 * (p.x_pitch + p.channels * (p.x_plane + d_tiles * p.d_plane) + 16);
     return std::max(loop, 4 * (warps * p.blocks * 128 + p.slices * p.channels * taps));
   }
   const int loop = 2 * (p.x_pitch + kWarpKernelWarps * p.warp_elements + 16);
@@ -161,7 +178,8 @@ Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
     plan_warp_kernel(warps, direct, p.w % (2 * kQuad) == 0 && alignment >= 4 * kQuad);
     if (shared_bytes(warps) <= kMostShared) return warps;
   }
-  plan_block_kernel(p, p.channels_last && p.c % 2 == 0 && alignment >= 4);
+  const bool octets = p.c % kMaxChannels == 0 && alignment >= 16, pairs = p.c % 2 == 0 && alignment >= 4;
+  plan_block_kernel(p, !p.channels_last ? 1 : octets ? kMaxChannels : pairs ? 2 : 1);
   return p;
 }
 
@@ -172,13 +190,13 @@ __global__ void __launch_bounds__(256) reduce_parts(const float* __restrict__ pa
   if (i >= channels * (taps + 1)) return;
   const int64_t channel = i / (taps + 1);
   const int tap = int(i - channel * (taps + 1));
-  float sum = 0.f;
+  double sum = 0.;
   for (int k = 0; k < parts; ++k) sum += partials[k * channels * (taps + 1) + i];
   void* target = tap < taps ? dw : db;
   const int dtype = tap < taps ? dw_dtype : db_dtype;
   const int64_t at = tap < taps ? channel * taps + tap : channel;
   if (target == nullptr) return;
-  store_param(target, dtype, at, sum);
+  store_param(target, dtype, at, static_cast<float>(sum));
 }
 
 template <class K, class T>
@@ -225,8 +243,10 @@ int launch(const DepthwiseWeightGrad& arguments, cudaStream_t stream) {
   g.partials = static_cast<float*>(arguments.workspace);
   const int error = p.kernel == Kernel::kWarpDirect ? launch_warp_kernel<true>(p, g, stream)
                     : p.kernel == Kernel::kWarpSpan ? launch_warp_kernel<false>(p, g, stream)
-                    : p.channels_together == 2      ? launch_block_kernel<2>(p, g, stream)
-                                                    : launch_block_kernel<1>(p, g, stream);
+                    : p.channels_together == kMaxChannels
+                        ? launch_kernel(block_kernel<T, 1, kMaxChannels>, p, g, stream)
+                    : p.channels_together == 2 ? launch_block_kernel<2>(p, g, stream)
+                                               : launch_block_kernel<1>(p, g, stream);
   if (error != 0) return error;
   const int taps = p.kh * p.kw;
   LAUNCH(reduce_parts, dim3(unsigned(ceil_div(p.c * (taps + 1), 256))), dim3(256), 0, stream, g.partials, p.parts, p.c,

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The depthwise weight gradient for every shape, kernel size and layout: a block owns `channels` channels and every
 // parts-th unit of images, loads x, computes da on the way into shared memory, and its warps split the kernel rows
-// (groups), the channels, and the K steps and column tiles (slices). One part of dw and db per block.
+// (groups), the channels, and the K steps and column tiles (slices). One part of dw and db per block. Contiguous
+// tensors are read by pairs of columns; channels_last ones by 4 bytes of 2 channels or, for kernels up to 9x9, by 16
+// bytes of 8, which an 8x8 transpose in registers turns into columns.
 #pragma once
 #include "depthwise_weight_grad_tile.cuh"
 
@@ -116,6 +118,72 @@ __device__ __forceinline__ void load_da(const Plan& p, const Unit& u, const Grad
   }
 }
 
+// ---- octets: 8 columns of 8 neighbouring channels, of channels_last tensors with 16-byte groups of channels --------
+
+// v[k]: the columns of channel k; those outside [from, to) are zero. `source` is column 0's first channel.
+template <class T>
+__device__ __forceinline__ void load_octet(const T* source, int64_t column_stride, int from, int to, uint4 (&v)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = i >= from && i < to ? load16(source + i * column_stride) : make_uint4(0, 0, 0, 0);
+  transpose8(v);
+}
+
+template <class T>
+__device__ __forceinline__ void load_x_octets(const Plan& p, const Unit& u, const T* x, T* tile) {
+  const int chunks = p.x_pitch / 8, count = u.images * u.x_rows * chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int row = int(p.x_octets.div(i)), chunk = i - row * chunks, image = image_of(p, row);
+    const int y = u.x0 + row - image * u.x_rows, column = u.c0 - p.shift + 8 * chunk;
+    uint4 v[8];
+    load_octet(x + (u.image + image) * p.strides.image + y * p.strides.row + column * p.strides.column,
+               p.strides.column, -column, p.w - column, v);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) store16_shared(tile + k * p.x_plane + row * p.x_pitch + 8 * chunk, v[k]);
+  }
+}
+
+// dy or a, zeros in the padding rows and columns.
+template <class T>
+__device__ __forceinline__ void load_d_octets(const Plan& p, const Unit& u, const T* d, T* tile) {
+  const int chunks = p.d_pitch / 8, rows = u.images * u.rows, count = round_up(rows, 16) * chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int row = int(p.d_octets.div(i)), chunk = i - row * chunks, image = image_of(p, row);
+    const int y = u.y0 + row - image * u.rows;
+    uint4 v[8];
+    load_octet(d + (u.image + image) * p.strides.image + y * p.strides.row + (u.c0 + 8 * chunk) * p.strides.column,
+               p.strides.column, 0, row < rows ? u.cols - 8 * chunk : 0, v);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) store16_shared(tile + k * p.d_plane + d_offset(p, row, chunk), v[k]);
+  }
+}
+
+// da of one channel in dy's place, 8 columns at a time; 8 neighbouring threads have the 8 channels.
+template <class T>
+__device__ __forceinline__ void finish_da(const Plan& p, const Unit& u, const GradInput& g, GradCoefficients k,
+                                          T* d_tile, const T* a_tile, float& db) {
+  const int chunks = p.d_pitch / 8, rows = u.images * u.rows, count = round_up(rows, 16) * chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x / 8; i < count; i += blockDim.x / 8) {
+    const int row = int(p.d_octets.div(i)), chunk = i - row * chunks, at = d_offset(p, row, chunk);
+    const int columns = row < rows ? u.cols - 8 * chunk : 0;
+    Vec16<T> d;
+    d.unpack(load16(d_tile + at));
+    if (g.has_a) {
+      Vec16<T> pre;
+      pre.unpack(load16(a_tile + at));
+      dispatch_activation(g.activation, [&](auto act) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          d.v[j] = grad_of<decltype(act)::value>(g, k, j < columns ? k.offset : 0.f, d.v[j], pre.v[j]);
+      });
+      store16(d_tile + at, d.pack());
+    }
+    db += ((d.v[0] + d.v[1]) + (d.v[2] + d.v[3])) + ((d.v[4] + d.v[5]) + (d.v[6] + d.v[7]));
+  }
+}
+
 // A warp's share of the arithmetic.
 struct alignas(16) Role {
   int first_row, kernel_rows, channel, slice;
@@ -125,6 +193,8 @@ template <class T, int BLOCKS, int CHANNELS>
 __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
     block_kernel(const Plan p, const Arguments<T> g) {
   constexpr int ROWS = warp_kernel_rows(BLOCKS);
+  // channels of which a thread makes da
+  constexpr int OWN = CHANNELS == kMaxChannels ? 1 : CHANNELS;
   DYN_SHARED(T, shared);
   SHARED_ARRAY(GradCoefficients, coefficients, kMaxChannels);
   SHARED_ARRAY(float, db_parts, max_warps(BLOCKS) * kMaxChannels);
@@ -146,20 +216,30 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
   for (int i = threadIdx.x; i < p.x_pitch; i += blockDim.x) zeros[i] = from_float<T>(0.f);
   if (int(threadIdx.x) < channels) coefficients[threadIdx.x] = grad_coefficients(g.grad, first_channel + threadIdx.x);
 
-  // while loading, `sharers` threads work on an element's channels
-  const int sharers = p.channels / CHANNELS, own = threadIdx.x % sharers * CHANNELS;
+  // while making da, `sharers` threads work on an element's channels
+  const int sharers = p.channels / OWN, own = threadIdx.x % sharers * OWN;
   const int first = own < channels ? threadIdx.x / sharers : 1 << 28, step = blockDim.x / sharers;
 
   float acc[ROWS][BLOCKS][4] = {};
-  float db[CHANNELS] = {};
+  float db[OWN] = {};
 #pragma unroll 1
   for (int index = blockIdx.y; index < p.units; index += gridDim.y) {
     const Unit u = unit_at(p, index);
-    const int64_t start = (int64_t(blockIdx.x) * p.channels + own) * p.strides.channel;
     __syncthreads();
-    load_x<CHANNELS>(p, u, g.x + start, first, step, x_tiles + own * p.x_plane);
-    load_da<CHANNELS>(p, u, g.grad, coefficients + own, g.dy + start, g.a + (g.grad.has_a ? start : 0), first, step,
-                      d_tiles + own * p.d_plane, db);
+    if constexpr (CHANNELS == kMaxChannels) {
+      const int64_t start = int64_t(blockIdx.x) * kMaxChannels;
+      T* a_tiles = d_tiles + kMaxChannels * p.d_plane;
+      load_x_octets(p, u, g.x + start, x_tiles);
+      load_d_octets(p, u, g.dy + start, d_tiles);
+      if (g.grad.has_a) load_d_octets(p, u, g.a + start, a_tiles);
+      __syncthreads();
+      finish_da(p, u, g.grad, coefficients[own], d_tiles + own * p.d_plane, a_tiles + own * p.d_plane, db[0]);
+    } else {
+      const int64_t start = (int64_t(blockIdx.x) * p.channels + own) * p.strides.channel;
+      load_x<CHANNELS>(p, u, g.x + start, first, step, x_tiles + own * p.x_plane);
+      load_da<CHANNELS>(p, u, g.grad, coefficients + own, g.dy + start, g.a + (g.grad.has_a ? start : 0), first, step,
+                        d_tiles + own * p.d_plane, db);
+    }
     __syncthreads();
     const Role role = roles[warp];
     if (role.channel >= channels) continue;
@@ -186,7 +266,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
   diagonal_sums(acc, scratch, sums + (role.slice * p.channels + role.channel) * taps + role.first_row * p.kw, p.kw,
                 p.skew, role.kernel_rows, lane);
 #pragma unroll
-  for (int k = 0; k < CHANNELS; ++k) {
+  for (int k = 0; k < OWN; ++k) {
     // over the lanes with the same channels
     for (int o = 16; o >= sharers; o >>= 1) db[k] += __shfl_xor_sync(0xffffffffu, db[k], o);
     if (lane < sharers) db_parts[warp * kMaxChannels + own + k] = db[k];

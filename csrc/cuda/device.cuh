@@ -113,6 +113,22 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+// 16 bytes to an aligned address in one access: the compiler splits plain uint4 stores where several follow each other.
+__device__ __forceinline__ void store16_global(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store16_shared(void* p, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(smem_u32(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Brings the 32 bytes at p into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // ---- approximations: relative error 2^-22 (ex2), 1 ulp (rcp); subnormals are flushed.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -147,6 +163,13 @@ inline int64_t max_dynamic_shared() {
   int device = 0, n = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? n : 48 * 1024;
+}
+// Shared memory of a multiprocessor of the current device, for all its blocks.
+inline int64_t shared_of_multiprocessor() {
+  int device = 0, n = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 100 * 1024;
+  return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess ? n
+                                                                                                        : 100 * 1024;
 }
 
 }  // namespace convmixer
@@ -300,6 +323,24 @@ struct Vec16 {
     return make_uint4(w[0], w[1], w[2], w[3]);
   }
 };
+
+// Rows become columns: r[p] holds row p of an 8x8 matrix of 16-bit values.
+__device__ __forceinline__ void transpose8(uint4 (&r)[8]) {
+  uint32_t in[8][4];
+#pragma unroll
+  for (int p = 0; p < 8; ++p) {
+    in[p][0] = r[p].x;
+    in[p][1] = r[p].y;
+    in[p][2] = r[p].z;
+    in[p][3] = r[p].w;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const unsigned pick = j & 1 ? 0x7632u : 0x5410u;
+    r[j] = make_uint4(__byte_perm(in[0][j / 2], in[1][j / 2], pick), __byte_perm(in[2][j / 2], in[3][j / 2], pick),
+                      __byte_perm(in[4][j / 2], in[5][j / 2], pick), __byte_perm(in[6][j / 2], in[7][j / 2], pick));
+  }
+}
 
 // ---- integers
 // --------------------------------------------------------------------------------------------------------

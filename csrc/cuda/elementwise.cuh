@@ -57,15 +57,17 @@ inline int64_t groups_of(const Shape& s) {
   return (s.c + channels - 1) / channels;
 }
 
-// Enough parts to fill a large GPU several times over, and enough elements in each to hide its reduction.
+// Enough parts to fill a large GPU several times over, and enough elements in each to hide its reduction; but never so
+// few that a thread adds more than 8 windows (contiguous) or 64 rows (channels_last) in float32: from there on sums
+// are double, so that errors do not grow with N.
 inline int64_t parts_of(const Shape& s) {
   const int64_t count = s.n * s.h * s.w;
   if (s.channels_last) {
     const int64_t rows_at_once = kThreads / lanes_of(s);
     const int64_t most = std::max<int64_t>(1, count / (rows_at_once * 4));
-    return std::min(most, std::max<int64_t>(1, 1024 / groups_of(s)));
+    return std::min(most, std::max(std::max<int64_t>(1, 1024 / groups_of(s)), count / (rows_at_once * 64)));
   }
-  return std::min<int64_t>(1024, std::max<int64_t>(1, count / 16384));
+  return std::max<int64_t>(1, count / 16384);
 }
 
 inline Geometry geometry(const Shape& s, std::initializer_list<const void*> tensors) {

@@ -128,18 +128,21 @@ def pointwise_grad() -> None:
         _compare("pointwise_backward", dtype, *arguments)
 
 
-def _depthwise(dtype: torch.dtype, last: bool):
+def _depthwise(dtype: torch.dtype, last: bool, more_shapes: tuple = ()):
     """(x, norm, sums, weight) over planes smaller than, equal to and larger than a tile, with several images."""
     # channels_last: with and without vectors of channels
     few, more = (8, 9) if last else (3, 3)
     for shape, kernel in (
         ((5, few, 16, 16), 9),
         ((3, more, 7, 9), 7),
-        ((1, 2, 18, 41), 9),
+        ((1, 8 if last else 2, 18, 41), 9),
         ((2, 2, 9, 20), 12),
+        *more_shapes,
     ):
         tensors, norm, sums, (weight,) = _tensors(shape, dtype, last, 3, (shape[1], 1, kernel, kernel))
-        yield tensors, norm, sums, weight / kernel
+        # means of the size of dy: what is not masked beside the image then shows
+        count = shape[0] * shape[2] * shape[3]
+        yield tensors, norm, tuple(count * t for t in sums), weight / kernel
 
 
 def _forward(dtype: torch.dtype, last: bool) -> None:
@@ -155,7 +158,9 @@ def _input_grad(dtype: torch.dtype, last: bool) -> None:
 
 
 def _weight_grad(dtype: torch.dtype, last: bool) -> None:
-    for (dy, a, x), norm, sums, weight in _depthwise(dtype, last):
+    # as many channels as keep all warps busy with some: each warp takes several images in turn
+    turns = (((5, 42, 17, 24), 3),) if dtype == torch.bfloat16 and not last else ()
+    for (dy, a, x), norm, sums, weight in _depthwise(dtype, last, turns):
         _compare("depthwise_weight_grad", dtype, dy, a, x, weight, sums[0], "gelu", norm, sums)
 
 

@@ -256,6 +256,8 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
     last_error = cudaErrorInvalidConfiguration; return;
   }
+  if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static_cuda.py: threads, dynamic shared memory
+    if (FILE* f = std::fopen(log, "a")) { std::fprintf(f, "%zu %zu\n", n, smem); std::fclose(f); }
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {
@@ -344,7 +346,8 @@ template <class T> inline T __ldg(const T* p) { return *p; }
 #define __expf(x) std::exp(float(x))   // glibc declares a function of this name
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-static inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+// 2 ulp from the exact value, as far as CUDA's may be
+static inline float rsqrtf(float x) { return float((1. / std::sqrt(double(x))) * (1. + 2.4e-7)); }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
   uint64_t v = uint64_t(y) << 32 | x; unsigned r = 0;
@@ -357,6 +360,9 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
 }
 template <class T> inline T __ldcs(const T* p) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned load"); return *p; }
 template <class T> inline void __stcs(T* p, T v) { if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) emu::fail("misaligned store"); *p = v; }
+static inline void prefetch_l2(const void*) {}
+static inline void store16_global(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+static inline void store16_shared(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 static inline float __frcp_rn(float a) { return 1.f / a; }
 static inline float __int_as_float(int v) { return emu::bits<float>(v); }
 static inline int __float_as_int(float v) { return emu::bits<int>(v); }
@@ -376,6 +382,9 @@ static inline int __all_sync(uint32_t m, int p, int site = __builtin_LINE()) { r
 template <class K> inline cudaError_t set_dynamic_shared(K, size_t bytes) { return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
 inline int multiprocessor_count() { return 2; }
 inline int64_t max_dynamic_shared() { return 232448; }
+inline int64_t shared_of_multiprocessor() {                // EMU_SHARED_KB: of another GPU than an H100
+  const char* kb = std::getenv("EMU_SHARED_KB"); return (kb ? std::atoi(kb) : 228) * 1024;
+}
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max; using std::min;
 

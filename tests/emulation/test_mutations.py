@@ -134,6 +134,18 @@ MUTATIONS = [
         "input_grad_bfloat16", "cp_async_wait<kStages - 2>();", "",
     ),
     Mutation(
+        "contiguous, input gradient: da beside the image", "depthwise_mma_contiguous.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16", "da = keep_first(da, count);", "",
+    ),
+    Mutation(
+        "channels_last, input gradient: da beside the image", "depthwise_mma_channels_last.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16_channels_last", "keep_range(value, o.from, o.to)", "value",
+    ),
+    Mutation(
+        "channels_last, input gradient: a not transposed", "depthwise_mma_channels_last.cuh", "depthwise_input_grad",
+        "input_grad_bfloat16_channels_last", "          transpose8(v);", "",
+    ),
+    Mutation(
         "channels_last: copies not awaited", "depthwise_mma_channels_last.cuh", "depthwise_forward",
         "forward_bfloat16_channels_last", "cp_async_wait<0>();", "",
     ),
@@ -146,8 +158,28 @@ MUTATIONS = [
         "weight_grad_bfloat16", "cp_async_wait<1>();", "cp_async_wait<2>();",
     ),
     Mutation(
+        "weight gradient: stages not exchanged", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "    stage ^= 1;\n", "",
+    ),
+    Mutation(
+        "weight gradient: the next unit's copy", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "const int next = index + 2 * step;", "const int next = index + step;",
+    ),
+    Mutation(
         "weight gradient: db of one lane", "depthwise_weight_grad_warp.cuh", "depthwise_weight_grad",
         "weight_grad_bfloat16", "db = warp_sum(db);", "",
+    ),
+    Mutation(
+        "weight gradient, octets: barrier before da", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "      __syncthreads();\n      finish_da(", "      finish_da(",
+    ),
+    Mutation(
+        "weight gradient, octets: not transposed", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "  transpose8(v);", "",
+    ),
+    Mutation(
+        "weight gradient, octets: da beside the image", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16_channels_last", "j < columns ? k.offset : 0.f", "k.offset",
     ),
     # depthwise on FMA units
     Mutation(
@@ -157,6 +189,14 @@ MUTATIONS = [
     Mutation(
         "fma: barrier after the copies", "depthwise_fma.cu", "depthwise_fma", "forward_float32_channels_last",
         "cp_async_wait<0>();\n  __syncthreads();", "cp_async_wait<0>();",
+    ),
+    Mutation(
+        "fma: da without its offset", "depthwise_fma.cuh", "depthwise_fma", "input_grad_float32",
+        "fmaf(k.w, d.v[j], k.x)", "k.w * d.v[j]",
+    ),
+    Mutation(
+        "fma: a patch's last row not counted", "depthwise_fma.cu", "depthwise_fma", "forward_float32",
+        "(rows[0] + rows[1]) + (rows[2] + rows[3])", "(rows[0] + rows[1]) + rows[2]",
     ),
     Mutation(
         "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",

@@ -251,11 +251,13 @@ inline void run_block(const std::vector<int>& warps, const std::vector<int>& lan
     for (auto& x : G.f) if (x.st == AT_BLOCK) x.st = RUN;
   }
 }
+inline int64_t launches = 0;                               // of kernels so far, for tests that count them
 template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   size_t n = size_t(block.x) * block.y * block.z;
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
     last_error = cudaErrorInvalidConfiguration; return;
   }
+  ++launches;
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {

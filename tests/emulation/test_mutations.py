@@ -162,6 +162,81 @@ MUTATIONS = [
         "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",
         "weight_grad_float32", "cp_async_wait<0>();", "",
     ),
+    # pointwise on tensor cores
+    Mutation(
+        "gemm: stages not awaited", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "cp_async_wait<kStages - 2>();\n        __syncthreads();", "__syncthreads();",
+    ),
+    Mutation(
+        "gemm: a stage read before the other threads' copies", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16", "cp_async_wait<kStages - 2>();\n        __syncthreads();",
+        "cp_async_wait<kStages - 2>();",
+    ),
+    Mutation(
+        "gemm: the last stage awaited too late", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "cp_async_wait<kStages - 2>();\n        __syncthreads();", "cp_async_wait<kStages - 1>();\n        __syncthreads();",
+    ),
+    Mutation(
+        "gemm: a stage overwritten while it is read", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16", "copy(free, step + kStages - 1);", "copy(current, step + kStages - 1);",
+    ),
+    Mutation(
+        "gemm: K beyond C_in not zero", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "const bool inside = k0 + k + i * kStep < c_in && count > 0;", "const bool inside = count > 0;",
+    ),
+    Mutation(
+        "gemm: the swizzle of one side", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "b_stage + k * 32 * NT + (piece ^ (k % 8)) * 16", "b_stage + k * 32 * NT + (piece ^ (k % 4)) * 16",
+    ),
+    Mutation(
+        "gemm: an image's end not noticed", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "if (++position == plane) position = 0, at += jump;", "++position;",
+    ),
+    Mutation(
+        "gemm: bias of another row", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "row + 16 * i + g + 8 * (e / 2);\n  }", "row + 16 * i + g + 8 * (e % 2);\n  }",
+    ),
+    Mutation(
+        "gemm: staged results not awaited", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "    __syncwarp();\n  }", "  }",
+    ),
+    Mutation(
+        "gemm: results past the tensor", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16_channels_last",
+        "const int count = clamp_count(rows - row, 16 * MT);", "const int count = 16 * MT;",
+    ),
+    Mutation(
+        "gemm: statistics of pixels that do not exist", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "if (pixels == (LAST ? kRows : kColumns)) {", "if (pixels > 0) {",
+    ),
+    Mutation(
+        "gemm: the other warp's moments", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "merge(epilogue.moments[0][threadIdx.x], epilogue.moments[1][threadIdx.x])", "epilogue.moments[0][threadIdx.x]",
+    ),
+    Mutation(
+        "gemm: moments read before they are written", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "__syncthreads();\n  const int64_t channel =", "const int64_t channel =",
+    ),
+    Mutation(
+        "gemm: a lane's channels after the merge", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "return (upper ? kKeep : 0) +", "return",
+    ),
+    Mutation(
+        "gemm: tiles of the last group of channels", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "left < kGroup ? left : kGroup", "kGroup",
+    ),
+    # pointwise on FMA units
+    Mutation(
+        "gemm, fma: stages not awaited", "pointwise_fma.cuh", "pointwise_gemm", "pointwise_forward_float32",
+        "cp_async_wait<kFmaStages - 2>();", "",
+    ),
+    Mutation(
+        "gemm, fma: a stage overwritten while it is read", "pointwise_fma.cuh", "pointwise_gemm",
+        "pointwise_forward_float32", "__syncthreads();\n    copy(free", "copy(free",
+    ),
+    Mutation(
+        "gemm, fma: columns of a thread", "pointwise_fma.cuh", "pointwise_gemm",
+        "pointwise_forward_float32_channels_last", "return j / 4 * 64 + 4 * tx + j % 4;", "return j / 4 * 64 + tx + j % 4;",
+    ),
 ]  # fmt: skip
 
 
@@ -180,6 +255,8 @@ def _stand_ins() -> str:
         "int norm_backward(const NormBackward&, void*)",
         "int pointwise_epilogue(const PointwiseEpilogue&, void*)",
         "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
+        "int pointwise_forward(const PointwiseForward&, void*)",
+        "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*)",
         "int64_t norm_backward_workspace(const Shape&)",
         "int64_t pointwise_epilogue_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Case, check_case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_kernels as ck
 from convmixer_kernels.backends import cuda, pointwise_gemm, reference
@@ -267,7 +268,73 @@ def test_mixer_layer_saves_three_activations(memory_format, launches):
     assert x.untyped_storage().data_ptr() in storages
 
 
-def test_the_table_chooses(monkeypatch):
+_ALLOCATIONS = {"aten.empty", "aten.empty_like", "aten.new_empty"}
+
+
+class _Seen(TorchDispatchMode):
+    """Which torch operations make or take tensors of at least `size` values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(t, Tensor) and t.numel() >= self.size for t in (*args, result)):
+            self.names.add(str(func.overloadpacket))
+        return result
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_torch_operation_touches_an_activation(dtype, memory_format, launches):
+    x, weight, bias, norm = _inputs((3, 16, 8, 8), 24, dtype, memory_format, "cpu")
+    with _Seen(3 * 16 * 64) as seen:
+        cuda.pointwise_eval(x, weight.float(), bias, "gelu", norm)
+        a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        cuda.normalize(a, "gelu", norm._replace(mean=mean, var=var), None)
+    assert seen.names <= _ALLOCATIONS
+    # the backward: views of dy, a and x, and the two products
+    with _Seen(3 * 16 * 64) as seen:
+        sums = cuda.norm_backward(a, a, "gelu", norm)
+        cuda.pointwise_backward(a, a, x, weight, bias, "gelu", norm, sums, (True, True, True))
+    views = {"aten.view", "aten._unsafe_view", "aten.permute", "aten.t", "aten.transpose", "aten.expand", "aten.slice"}
+    # on the CPU _to_copy widens the operands of dw
+    assert seen.names <= _ALLOCATIONS | {"aten.mm", "aten.bmm", "aten.baddbmm", "aten._to_copy", *views}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
+    """Forward and backward of mixer_layer: no synchronisation, no allocation but the caching allocator's."""
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
+    cuda._native.cache_clear()
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = _formatted(torch.randn(2, 16, 16, 16, **options), memory_format).requires_grad_()
+    shapes = ((16, 1, 9, 9), (16,), (16,), (16,), (16, 16, 1, 1), (16,), (16,), (16,))
+    parameters = [torch.randn(shape, **options, requires_grad=True) for shape in shapes]
+    running = [f(16, device="cuda") for f in (torch.zeros, torch.ones, torch.zeros, torch.ones)]
+    dy = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        y = ck.mixer_layer(
+            x, *parameters[:4], *running[:2], *parameters[4:], *running[2:], training=True, backend="cuda"
+        )
+        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_the_table_chooses():
     # our kernel saves passes over the result, torch's GEMM is the faster product: a limit on C_in
     h100, a100 = (pointwise_gemm.most_fused_channels(c, True, 2) for c in ((9, 0), (8, 0)))
     assert 256 < h100 < 1536 < a100

@@ -16,53 +16,49 @@ constexpr int kFmaDepth = 8;
 constexpr int kFmaPitch = kFmaTile + 4;  // floats: the copies of 8 values of K and 4 rows fall on 32 banks
 constexpr int kFmaStage = 2 * kFmaDepth * kFmaPitch;
 
-// (rows, K) with K contiguous: a thread copies one value of K of every 32nd row.
+// (rows, K) with K contiguous: a thread copies one value of K of every 32nd row. Each call copies the next kFmaDepth
+// values of K; what does not exist becomes zero without an access.
 struct FmaRowsCopy {
-  const float* first;
+  const float* source;
   int64_t step;
-  int passes, k, offset;
+  int passes, left, offset;
 
   __device__ __forceinline__ FmaRowsCopy(const void* matrix, int64_t rows, int64_t row, int c_in) {
-    const int mine = threadIdx.x / kFmaDepth;
-    k = threadIdx.x % kFmaDepth;
-    first = static_cast<const float*>(matrix) + (row + mine) * c_in + k;
+    const int mine = threadIdx.x / kFmaDepth, k = threadIdx.x % kFmaDepth;
+    source = static_cast<const float*>(matrix) + (row + mine) * c_in + k;
     step = int64_t(32) * c_in;
-    const int64_t left = rows - row - mine;
-    passes = left <= 0 ? 0 : left > 96 ? 4 : static_cast<int>((left + 31) / 32);
+    const int64_t rows_left = rows - row - mine;
+    passes = rows_left <= 0 ? 0 : rows_left > 96 ? 4 : static_cast<int>((rows_left + 31) / 32);
+    left = c_in - k;
     offset = k * kFmaPitch + mine;
   }
-  __device__ __forceinline__ void operator()(float* stage, int k0, int c_in, const void* anywhere) const {
+  __device__ __forceinline__ void operator()(float* stage) {
+    const float* row = source;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool inside = i < passes && k0 + k < c_in;
-      const void* source = inside ? first + i * step + k0 : anywhere;
-      cp_async<4>(stage + offset + i * 32, source, inside ? 4 : 0);
-    }
+    for (int i = 0; i < 4; ++i, row += step) cp_async<4>(stage + offset + i * 32, row, i < passes && left > 0 ? 4 : 0);
+    source += kFmaDepth;
+    left -= kFmaDepth;
   }
 };
 
 // (K, pixels) of a contiguous tensor: a thread copies one pixel of every other value of K.
 struct FmaPlanesCopy {
-  const float* first;
-  int64_t plane;
-  int k, offset;
-  bool exists;
+  const float* source;
+  int64_t step;
+  int left, offset;
 
   __device__ __forceinline__ FmaPlanesCopy(const Args& p, int64_t column) {
-    const int mine = threadIdx.x % kFmaTile;
-    k = threadIdx.x / kFmaTile;
-    plane = p.plane;
-    exists = column + mine < p.pixels;
-    first = static_cast<const float*>(p.x) + locate_pixel(column + mine, p.c_in, plane).offset + k * plane;
+    const int mine = threadIdx.x % kFmaTile, k = threadIdx.x / kFmaTile;
+    source = static_cast<const float*>(p.x) + locate_pixel(column + mine, p.c_in, p.plane).offset + k * p.plane;
+    step = 2 * p.plane;
+    left = column + mine < p.pixels ? p.c_in - k : 0;
     offset = k * kFmaPitch + mine;
   }
-  __device__ __forceinline__ void operator()(float* stage, int k0, int c_in, const void* anywhere) const {
+  __device__ __forceinline__ void operator()(float* stage) {
 #pragma unroll
-    for (int i = 0; i < kFmaDepth / 2; ++i) {
-      const bool inside = exists && k0 + k + 2 * i < c_in;
-      const void* source = inside ? first + (k0 + 2 * i) * plane : anywhere;
-      cp_async<4>(stage + offset + 2 * i * kFmaPitch, source, inside ? 4 : 0);
-    }
+    for (int i = 0; i < kFmaDepth / 2; ++i, source += step)
+      cp_async<4>(stage + offset + 2 * i * kFmaPitch, source, left > 2 * i ? 4 : 0);
+    left -= kFmaDepth;
   }
 };
 
@@ -79,8 +75,8 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
   const int64_t row = tile.channel * kFmaTile, column = tile.pixel * kFmaTile;
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
 
-  const FmaRowsCopy copy_a(p.weight, p.c_out, row, p.c_in);
-  const B copy_b = [&] {
+  FmaRowsCopy copy_a(p.weight, p.c_out, row, p.c_in);
+  B copy_b = [&] {
     if constexpr (LAST) {
       return B(p.x, p.pixels, column, p.c_in);
     } else {
@@ -88,16 +84,15 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
     }
   }();
   const int steps = (p.c_in + kFmaDepth - 1) / kFmaDepth;
-  const auto copy = [&](int stage, int step) {
+  // past the last step it writes zeros
+  const auto copy = [&](int stage) {
     float* at = shared + stage * kFmaStage;
-    if (step < steps) {
-      copy_a(at, step * kFmaDepth, p.c_in, p.x);
-      copy_b(at + kFmaDepth * kFmaPitch, step * kFmaDepth, p.c_in, p.x);
-    }
+    copy_a(at);
+    copy_b(at + kFmaDepth * kFmaPitch);
     cp_async_commit();
   };
 #pragma unroll
-  for (int s = 0; s < kFmaStages - 1; ++s) copy(s, s);
+  for (int s = 0; s < kFmaStages - 1; ++s) copy(s);
 
   float acc[8][8] = {};
   int current = 0, free = kFmaStages - 1;
@@ -105,7 +100,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kFmaStages - 2>();
     __syncthreads();
-    copy(free, step + kFmaStages - 1);
+    copy(free);
     const float* a = shared + current * kFmaStage + 4 * ty;
     const float* b = shared + current * kFmaStage + kFmaDepth * kFmaPitch + 4 * tx;
 #pragma unroll

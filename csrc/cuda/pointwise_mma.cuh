@@ -35,72 +35,73 @@ __device__ __forceinline__ int clamp_count(int64_t n, int most) {
 }
 
 // (rows, K) with K contiguous: 64 bytes a row, piece (row, c) at c ^ (row / 2 % 4); a thread owns one piece of every
-// 32nd row.
+// 32nd row. Each call copies the next kDepth values of K; what does not exist becomes zero without an access.
 template <class T, int ROWS, bool ALIGNED>
 struct RowsCopy {
   static constexpr int kBytes = ROWS * 2 * kDepth;
-  const T* first;
+  const T* source;
   int64_t step;
-  int passes, k, offset;
+  int passes, left, offset;
 
   __device__ __forceinline__ RowsCopy(const void* matrix, int64_t rows, int64_t row, int c_in) {
     const int mine = threadIdx.x / 4, piece = threadIdx.x % 4;
-    k = 8 * piece;
-    first = static_cast<const T*>(matrix) + (row + mine) * c_in + k;
+    source = static_cast<const T*>(matrix) + (row + mine) * c_in + 8 * piece;
     step = int64_t(32) * c_in;
     passes = clamp_count((rows - row - mine + 31) / 32, ROWS / 32);
+    left = c_in - 8 * piece;
     offset = mine * 64 + (piece ^ (mine / 2 % 4)) * 16;
   }
 
-  __device__ __forceinline__ void operator()(unsigned char* stage, int k0, int c_in, const void* anywhere) const {
+  __device__ __forceinline__ void operator()(unsigned char* stage) {
+    const T* row = source;
 #pragma unroll
-    for (int i = 0; i < ROWS / 32; ++i) {
-      const int count = i < passes ? clamp_count(c_in - k0 - k, 8) : 0;
-      const T* source = first + i * step + k0;
+    for (int i = 0; i < ROWS / 32; ++i, row += step) {
       unsigned char* target = stage + offset + i * 32 * 64;
       if constexpr (ALIGNED) {
-        cp_async<16>(target, count > 0 ? source : anywhere, count > 0 ? 16 : 0);
+        cp_async<16>(target, row, i < passes && left > 0 ? 16 : 0);
       } else {
-        store16(target, gather(source, count, 0, -1, 0));
+        store16(target, gather(row, i < passes ? left : 0, 0, -1, 0));
       }
     }
+    source += kDepth;
+    left -= kDepth;
   }
 };
 
 // (K, columns) with columns contiguous: 2 COLUMNS bytes a row, piece (row, c) at c ^ (row % 8); a thread owns one
-// column of pieces.
+// column of pieces. Calls as above.
 template <class T, int COLUMNS, bool ALIGNED>
 struct PlanesCopy {
   static constexpr int kBytes = COLUMNS * 2 * kDepth;
   static constexpr int kPieces = COLUMNS / 8, kStep = kMmaThreads / kPieces;
-  const T* first;
-  int64_t plane, position, jump;
-  int count, k, offset;
+  const T* source;
+  int64_t step, plane, position, jump;
+  int count, left, offset;
 
   __device__ __forceinline__ PlanesCopy(const Args& p, int64_t column) {
-    const int piece = threadIdx.x % kPieces;
-    k = threadIdx.x / kPieces;
+    const int piece = threadIdx.x % kPieces, k = threadIdx.x / kPieces;
     plane = p.plane;
+    step = kStep * plane;
     const Pixel pixel = locate_pixel(column + 8 * piece, p.c_in, plane);
-    first = static_cast<const T*>(p.x) + pixel.offset + k * plane;
+    source = static_cast<const T*>(p.x) + pixel.offset + k * plane;
     position = pixel.position;
     jump = (p.c_in - 1) * plane;
     count = clamp_count(p.pixels - column - 8 * piece, 8);
+    left = count > 0 ? p.c_in - k : 0;
     offset = k * 2 * COLUMNS + (piece ^ (k % 8)) * 16;
   }
 
-  __device__ __forceinline__ void operator()(unsigned char* stage, int k0, int c_in, const void* anywhere) const {
+  __device__ __forceinline__ void operator()(unsigned char* stage) {
 #pragma unroll
-    for (int i = 0; i < kDepth / kStep; ++i) {
-      const bool inside = k0 + k + i * kStep < c_in && count > 0;
-      const T* source = first + (k0 + i * kStep) * plane;
+    for (int i = 0; i < kDepth / kStep; ++i, source += step) {
       unsigned char* target = stage + offset + i * kStep * 2 * COLUMNS;
       if constexpr (ALIGNED) {
-        cp_async<16>(target, inside ? source : anywhere, inside ? 16 : 0);
+        cp_async<16>(target, source, left > i * kStep ? 16 : 0);
       } else {
-        store16(target, gather(source, inside ? count : 0, position, plane, jump));
+        store16(target, gather(source, left > i * kStep ? count : 0, position, plane, jump));
       }
     }
+    left -= kDepth;
   }
 };
 
@@ -296,8 +297,8 @@ __global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc.v[i][j][e] = 0.f;
 
-  const A copy_a(LAST ? p.x : p.weight, LAST ? p.pixels : p.c_out, row, p.c_in);
-  const B copy_b = [&] {
+  A copy_a(LAST ? p.x : p.weight, LAST ? p.pixels : p.c_out, row, p.c_in);
+  B copy_b = [&] {
     if constexpr (LAST) {
       return B(p.weight, p.c_out, column, p.c_in);
     } else {
@@ -305,16 +306,15 @@ __global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
     }
   }();
   const int steps = (p.c_in + kDepth - 1) / kDepth;
-  const auto copy = [&](int stage, int step) {
+  // past the last step it writes zeros
+  const auto copy = [&](int stage) {
     unsigned char* at = shared + stage * kStageBytes;
-    if (step < steps) {
-      copy_a(at, step * kDepth, p.c_in, p.x);
-      copy_b(at + A::kBytes, step * kDepth, p.c_in, p.x);
-    }
+    copy_a(at);
+    copy_b(at + A::kBytes);
     cp_async_commit();
   };
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) copy(s, s);
+  for (int s = 0; s < kStages - 1; ++s) copy(s);
 
   // the fragments of one half of a stage are loaded while the other's products run
   uint32_t a[2][MT][4], b[2][NT][2];
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
     for (int half = 0; half < 2; ++half) {
       if (half == 0) {
         // every warp read the last of this stage before the barrier that precedes
-        copy(free, step + kStages - 1);
+        copy(free);
       } else {
         free = current;
         current = current + 1 == kStages ? 0 : current + 1;
@@ -344,9 +344,10 @@ __global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
     }
   }
 
-  // the stages' memory becomes the epilogue's; the last step's loads ahead, of no use, may still be under way
+  // the stages' memory becomes the epilogue's; copies and loads past the last step may be under way
   using E = Epilogue<MT, NT, LAST>;
   E& epilogue = *reinterpret_cast<E*>(shared);
+  cp_async_wait<0>();
   __syncthreads();
   if (threadIdx.x < E::kChannels) {
     const Channel k = load_channel(p, (LAST ? column : row) + threadIdx.x);

@@ -3,8 +3,8 @@
 // columns = pixels in both layouts. A block of 16 x 16 threads owns a tile of 128 x 128 results, a thread 8 x 8 of them
 // in registers: rows 4 ty + {0..3} and 64 + that, columns likewise. Four stages of 8 values of K, [K][row] and
 // [K][column] in shared memory: asynchronous copies of single values transpose on the way, at any size and alignment.
-// Bound: FMA. By the SASS for sm_80 and sm_90a 603 to 605 instructions for 8 values of K, of them 512 FFMA, 32 LDS.128 and
-// 8 LDGSTS.32: 85 % of the peak at most. 128 registers, two blocks a multiprocessor, no spills.
+// Bound: FMA. By the SASS for sm_80 and sm_90a 603 to 605 instructions for 8 values of K, of them 512 FFMA, 32 LDS.128
+// and 8 LDGSTS.32: 85 % of the peak at most. 128 registers, two blocks a multiprocessor, no spills.
 #pragma once
 #include "pointwise_tile.cuh"
 

@@ -106,6 +106,57 @@ def test_operator(case, device):
     check_case(case, "cuda", device=device, pool=64 if device == "cuda" else 1)
 
 
+#: 128 x 128 tiles, stages of 64 values of C_in, two warp groups in turns: one tile and five of two blocks; images of 64
+#: and of more pixels, a last tile of one image
+WGMMA_CASES = [
+    _case(shape, out, dtype=dtype, memory_format=f, training=t)
+    for f in FORMATS
+    for dtype, t, shape, out in (
+        (torch.bfloat16, True, (1, 8, 8, 8), 16),
+        (torch.bfloat16, True, (5, 72, 8, 8), 136),
+        (torch.float16, True, (2, 328, 8, 16), 128),
+        (torch.bfloat16, False, (5, 64, 16, 8), 144),
+        (torch.float16, False, (3, 136, 8, 8), 24),
+    )
+] + [_case((3, 40, 5, 7), 20, dtype=torch.bfloat16, memory_format="channels_last")]
+
+
+@pytest.fixture
+def wgmma(device, monkeypatch):
+    """As `device`, with sm_90a's instructions."""
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+    return device
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+def test_wgmma(case, wgmma):
+    check_case(case, "cuda", device=wgmma, pool=64 if wgmma == "cuda" else 1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
+    """Both add 16 products at a time to a float32 sum: they differ by the rounding of those sums alone."""
+    x, weight, bias, norm = _inputs((5, 136, 8, 16), 200, torch.bfloat16, memory_format, wgmma)
+    ours = []
+    for kind in ("wgmma", "fused"):
+        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda kind=kind: kind)
+        train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        ours.append([cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train])
+    for first, second in zip(*ours, strict=True):
+        assert relative_error(first, second.double()) < 2**-8
+    if wgmma == "cpu":
+        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+        for order in ("1", "7"):
+            monkeypatch.setenv("EMU_ORDER", order)
+            train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+            for first, second in zip(
+                (cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train), ours[0], strict=True
+            ):
+                assert torch.equal(first, second)
+
+
 # ---- the primitives ---------------------------------------------------------------------------------------------
 
 
@@ -358,7 +409,7 @@ def test_the_choice_can_be_forced(monkeypatch):
             assert pointwise_gemm.use_fused(torch.empty(1, 8, 8, 8), 2) is expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
         pointwise_gemm.forced_gemm.cache_clear()
-        with pytest.raises(ValueError, match="CONVMIXER_CUDA_GEMM must be auto, fused or torch, got 'cutlass'"):
+        with pytest.raises(ValueError, match="CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got 'cutlass'"):
             pointwise_gemm.forced_gemm()
     finally:
         pointwise_gemm.forced_gemm.cache_clear()

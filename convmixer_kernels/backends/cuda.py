@@ -399,6 +399,7 @@ def _pointwise_forward(
         *_norm(norm),
         y.data_ptr(),
         _address(partials),
+        gemm.forced_gemm() == "wgmma",
         stream,
     )
     return y
@@ -444,7 +445,9 @@ def pointwise_train(
         weight = weight.to(x.dtype)
         with _On(x) as stream:
             # where operands are not aligned, another kernel makes other parts
-            parts = native.pointwise_forward_partials(*_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr())
+            parts = native.pointwise_forward_partials(
+                *_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr(), gemm.forced_gemm() == "wgmma"
+            )
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, weight, bias, activation, None, stream, partials)
             return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)

@@ -46,14 +46,17 @@ _RATES = {
 
 @functools.cache
 def forced_gemm() -> str | None:
-    """CONVMIXER_CUDA_GEMM: "fused" or "torch"; None (unset or "auto") leaves the choice to the table.
+    """CONVMIXER_CUDA_GEMM: "fused", "wgmma" or "torch"; None (unset or "auto") leaves the choice to the table.
+
+    "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape allow them (csrc/cuda/pointwise_wgmma.cuh).
+    The table never chooses it: the kernel has not run on hardware yet, and a wrong descriptor would give wrong results.
 
     Raises:
         ValueError: another value.
     """
     value = os.environ.get("CONVMIXER_CUDA_GEMM", "auto")
-    if value not in ("auto", "fused", "torch"):
-        raise ValueError(f"CONVMIXER_CUDA_GEMM must be auto, fused or torch, got {value!r}")
+    if value not in ("auto", "fused", "wgmma", "torch"):
+        raise ValueError(f"CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got {value!r}")
     return None if value == "auto" else value
 
 
@@ -73,7 +76,7 @@ def use_fused(
     """Whether the forward of this pointwise block runs on our kernel."""
     forced = forced_gemm()
     if forced is not None:
-        return forced == "fused"
+        return forced != "torch"
     if not x.is_cuda or passes == 0:
         # emulated (for tests): the CPU's GEMM is thousands of times faster
         return False

@@ -153,8 +153,9 @@ struct PointwiseForward {
   Norm norm;
   void* y;  // (N, C_out, H, W)
   float* partials;
+  bool hopper;  // wgmma and TMA where device, shape and alignment allow them
 };
-int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight);
+int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper);
 int pointwise_forward(const PointwiseForward& p, void* stream);
 
 // ---- pointwise.cu -------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ void norm_backward(SHAPE, Address dy, Address a, int activation, NORM, SUMS, Add
 }
 
 void pointwise_forward(SHAPE, int64_t c_out, Address x, Address weight, Address bias, int bias_dtype, int activation,
-                       NORM, Address y, Address partials, Address stream) {
+                       NORM, Address y, Address partials, bool hopper, Address stream) {
   const cm::PointwiseForward p{SHAPE_VALUE,
                                c_out,
                                pointer(x),
@@ -119,7 +119,8 @@ void pointwise_forward(SHAPE, int64_t c_out, Address x, Address weight, Address 
                                activation,
                                NORM_VALUE,
                                pointer(y),
-                               static_cast<float*>(pointer(partials))};
+                               static_cast<float*>(pointer(partials)),
+                               hopper};
   check("pointwise_forward", cm::pointwise_forward(p, pointer(stream)));
 }
 
@@ -170,8 +171,8 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("depthwise_weight_grad_workspace",
         [](SHAPE, int kh, int kw) { return cm::depthwise_weight_grad_workspace(SHAPE_VALUE, kh, kw); });
   m.def("norm_backward_workspace", [](SHAPE) { return cm::norm_backward_workspace(SHAPE_VALUE); });
-  m.def("pointwise_forward_partials", [](SHAPE, int64_t c_out, Address x, Address weight) {
-    return cm::pointwise_forward_partials(SHAPE_VALUE, c_out, pointer(x), pointer(weight));
+  m.def("pointwise_forward_partials", [](SHAPE, int64_t c_out, Address x, Address weight, bool hopper) {
+    return cm::pointwise_forward_partials(SHAPE_VALUE, c_out, pointer(x), pointer(weight), hopper);
   });
   m.def("pointwise_epilogue_partials", [](SHAPE) { return cm::pointwise_epilogue_partials(SHAPE_VALUE); });
   m.def("pointwise_grad_prologue_workspace", [](SHAPE) { return cm::pointwise_grad_prologue_workspace(SHAPE_VALUE); });

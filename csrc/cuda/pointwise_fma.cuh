@@ -72,7 +72,7 @@ template <bool LAST>
 __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
   using B = std::conditional_t<LAST, FmaRowsCopy, FmaPlanesCopy>;
   DYN_SHARED(float, shared);
-  const Tile tile = locate_tile(p);
+  const Tile tile = locate_tile(p, blockIdx.x);
   const int64_t row = tile.channel * kFmaTile, column = tile.pixel * kFmaTile;
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
 

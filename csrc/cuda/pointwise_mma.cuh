@@ -8,7 +8,7 @@
 // against 512 of HMMA on sm_80. 14 instructions an output in the eval epilogue (GELU 10), about 20 in training. 253 to
 // 255 registers, two blocks a multiprocessor: the epilogue of one overlaps the products of the other. No spills.
 #pragma once
-#include "pointwise_tile.cuh"
+#include "pointwise_epilogue.cuh"
 
 namespace convmixer::pointwise {
 
@@ -32,10 +32,6 @@ __device__ __forceinline__ uint4 gather(const T* at, int count, int64_t position
   uint4 r;
   memcpy(&r, v, sizeof r);
   return r;
-}
-
-__device__ __forceinline__ int clamp_count(int64_t n, int most) {
-  return n <= 0 ? 0 : n < most ? static_cast<int>(n) : most;
 }
 
 // (rows, K) with K contiguous: 64 bytes a row, piece (row, c) at c ^ (row / 2 % 4); a thread owns one piece of every
@@ -137,169 +133,40 @@ __device__ __forceinline__ void load_fragments(const unsigned char* a_stage, con
   }
 }
 
-// ---- epilogue
-// --------------------------------------------------------------------------------------------------------
-
-// A tile's constants and sums by channel of the tile, and each warp's results on their way to memory.
-template <int MT, int NT, bool LAST>
-struct Epilogue {
-  static constexpr int kRows = 32 * MT, kColumns = 16 * NT;
-  static constexpr int kChannels = LAST ? kColumns : kRows;
-  static constexpr int kPitch = 16 * NT + 16;  // bytes: rows of a fragment fall on different banks
-  unsigned char results[4][16 * MT * kPitch];
-  float bias[kChannels], scale[kChannels], shift[kChannels];
-  Moments moments[2][kChannels];  // by the warps that share the tile's pixels
-};
-
-template <int MT, int NT, bool LAST>
-struct WarpTile {
-  float v[MT][NT][4];
-  int row, column, g, t;  // in the block's tile; v[i][j][e]: row + 16 i + g + 8 (e / 2), column + 8 j + 2 t + e % 2
-
-  __device__ __forceinline__ int channel(int i, int j, int e) const {
-    return LAST ? column + 8 * j + 2 * t + e % 2 : row + 16 * i + g + 8 * (e / 2);
-  }
-  template <class F>
-  __device__ __forceinline__ void each(F&& f) {
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[i][j][e] = f(v[i][j][e], channel(i, j, e));
-  }
-  template <class T>
-  __device__ __forceinline__ void activate(int activation) {
-    dispatch_activation(activation, [&](auto code) {
-      each([](float a, int) { return elementwise::activate<decltype(code)::value, T>(a); });
-    });
-  }
-  // Results to the warp's own staging, rounded; `keep`: back into v as rounded.
-  template <class T, bool KEEP>
-  __device__ __forceinline__ void stage(unsigned char* results) {
-    constexpr int kPitch = Epilogue<MT, NT, LAST>::kPitch;
-    unsigned char* at = results + g * kPitch + 4 * t;
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const uint32_t pair = pack2<T>(v[i][j][e], v[i][j][e + 1]);
-          *reinterpret_cast<uint32_t*>(at + (16 * i + 4 * e) * kPitch + 16 * j) = pair;
-          if constexpr (KEEP) {
-            const float2 rounded = unpack2<T>(pair);
-            v[i][j][e] = rounded.x, v[i][j][e + 1] = rounded.y;
-          }
-        }
-    __syncwarp();
-  }
-
-  // Moments of the warp's channels over its pixels. FULL: all of them exist, else the first `pixels` of the block's
-  // tile.
-  template <bool FULL>
-  __device__ __forceinline__ void statistics(Epilogue<MT, NT, LAST>& shared, int pixels) const {
-    constexpr int R = LAST ? 2 * NT : 2 * MT, kValues = LAST ? 2 * MT : 2 * NT;  // channels, values a channel
-    constexpr int kFirst = LAST ? 4 : 1, kEnd = LAST ? 32 : 4;
-    const auto value = [&](int r, int k) {
-      return LAST ? v[k / 2][r / 2][r % 2 + 2 * (k % 2)] : v[r / 2][k / 2][k % 2 + 2 * (r % 2)];
-    };
-    const auto exists = [&](int k) {
-      return FULL || (LAST ? row + k / 2 * 16 + g + 8 * (k % 2) : column + k / 2 * 8 + 2 * t + k % 2) < pixels;
-    };
-    float count = kValues, mean[R], m2[R];
-    if constexpr (!FULL) {
-      count = 0.f;
-#pragma unroll
-      for (int k = 0; k < kValues; ++k) count += exists(k) ? 1.f : 0.f;
-    }
-    const float inverse = FULL ? 1.f / kValues : count > 0.f ? 1.f / count : 0.f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float sum = 0.f;
-#pragma unroll
-      for (int k = 0; k < kValues; ++k) sum += exists(k) ? value(r, k) : 0.f;
-      mean[r] = sum * inverse;
-      m2[r] = 0.f;
-#pragma unroll
-      for (int k = 0; k < kValues; ++k) {
-        const float d = exists(k) ? value(r, k) - mean[r] : 0.f;
-        m2[r] = fmaf(d, d, m2[r]);
-      }
-    }
-    const int first = merge_lanes<R, kFirst, kEnd>(mean, m2, count);
-    constexpr int kLeft = R * kFirst / kEnd;
-    const int part = LAST ? row / (16 * MT) : column / (8 * NT);
-#pragma unroll
-    for (int r = 0; r < kLeft; ++r) {
-      const int k = first + r;
-      const int c = LAST ? column + 8 * (k / 2) + 2 * t + k % 2 : row + 16 * (k / 2) + g + 8 * (k % 2);
-      shared.moments[part][c] = {count, mean[r], m2[r]};
-    }
-  }
-};
-
-// A warp's staged results to y: 16 bytes a lane, or element by element, two columns a lane.
-template <class T, int MT, int NT, bool LAST>
-__device__ __forceinline__ void store_results(const Args& p, const unsigned char* results, int64_t row,
-                                              int64_t column) {
-  constexpr int kPitch = Epilogue<MT, NT, LAST>::kPitch;
-  const int lane = threadIdx.x % 32;
-  const int64_t rows = LAST ? p.pixels : p.c_out, columns = LAST ? p.c_out : p.pixels;
-  const int64_t stride = LAST ? p.c_out : p.plane;
-  const auto at = [&](int64_t n) { return LAST ? n : locate_pixel(n, p.c_out, p.plane).offset; };
-  T* y = static_cast<T*>(p.y) + row * stride;
-  const int count = clamp_count(rows - row, 16 * MT);
-  if (p.vectors_out) {
-    const int64_t n = column + lane % NT * 8;
-    if (n >= columns) return;
-    T* target = y + at(n);
-#pragma unroll 4
-    for (int r = lane / NT; r < count; r += 32 / NT)
-      store16(target + r * stride, load16(results + r * kPitch + lane % NT * 16));
-    return;
-  }
-  for (int j = lane; j < 8 * NT && column + j < columns; j += 32) {
-    T* target = y + at(column + j);
-    for (int r = 0; r < count; ++r) target[r * stride] = reinterpret_cast<const T*>(results + r * kPitch)[j];
-  }
-}
-
 // ---- kernel
 // -------------------------------------------------------------------------------------------------------------
 
+template <int MT, int NT, bool LAST>
+using MmaWarps = Warps<MT, NT, 2, 2, 16, LAST>;
+
 template <int MT, int NT>
 constexpr int mma_shared_bytes() {
-  const int stages = kStages * 2 * kDepth * (32 * MT + 16 * NT);
-  const int epilogue = static_cast<int>(sizeof(Epilogue<MT, NT, true>) > sizeof(Epilogue<MT, NT, false>)
-                                            ? sizeof(Epilogue<MT, NT, true>)
-                                            : sizeof(Epilogue<MT, NT, false>));
-  return stages > epilogue ? stages : epilogue;
+  const size_t stages = kStages * 2 * kDepth * (32 * MT + 16 * NT);
+  return static_cast<int>(
+      std::max({stages, sizeof(Epilogue<MmaWarps<MT, NT, true>>), sizeof(Epilogue<MmaWarps<MT, NT, false>>)}));
 }
 
+// Blocks that fit a multiprocessor by their registers; the unaligned copies need more.
+template <int MT, int NT, bool ALIGNED>
+constexpr int kMmaBlocks = MT * NT > 16 ? 2
+                           : ALIGNED    ? 4
+                                        : 3;
+
 template <class T, int MT, int NT, bool LAST, bool ALIGNED>
-__global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
-                                               : ALIGNED   ? 4
-                                                           : 3) mma_kernel(Args p) {
-  constexpr int kRows = 32 * MT, kColumns = 16 * NT;
+__global__ void __launch_bounds__(kMmaThreads, (kMmaBlocks<MT, NT, ALIGNED>)) mma_kernel(Args p) {
+  using W = MmaWarps<MT, NT, LAST>;
+  constexpr int kRows = W::kRows, kColumns = W::kColumns;
   using A = RowsCopy<T, kRows, ALIGNED>;
   using B = std::conditional_t<LAST, RowsCopy<T, kColumns, ALIGNED>, PlanesCopy<T, kColumns, ALIGNED>>;
   constexpr int kStageBytes = A::kBytes + B::kBytes;
   static_assert(kStages * kStageBytes <= mma_shared_bytes<MT, NT>(), "stages and epilogue share the memory");
   DYN_SHARED(unsigned char, shared);
 
-  const Tile tile = locate_tile(p);
-  const int64_t row = (LAST ? tile.pixel : tile.channel) * kRows,
-                column = (LAST ? tile.channel : tile.pixel) * kColumns;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  WarpTile<MT, NT, LAST> acc;
-  acc.row = warp / 2 * 16 * MT, acc.column = warp % 2 * 8 * NT, acc.g = lane / 4, acc.t = lane % 4;
-#pragma unroll
-  for (int i = 0; i < MT; ++i)
-#pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc.v[i][j][e] = 0.f;
+  const Tile tile = locate_tile(p, blockIdx.x);
+  const int64_t row = (LAST ? tile.pixel : tile.channel) * kRows;
+  const int64_t column = (LAST ? tile.channel : tile.pixel) * kColumns;
+  WarpTile<W> acc(threadIdx.x / 32);
+  acc.each([](float, int) { return 0.f; });
 
   A copy_a(LAST ? p.x : p.weight, LAST ? p.pixels : p.c_out, row, p.c_in);
   B copy_b = [&] {
@@ -349,39 +216,9 @@ __global__ void __launch_bounds__(kMmaThreads, MT* NT > 16 ? 2
   }
 
   // the stages' memory becomes the epilogue's; copies and loads past the last step may be under way
-  using E = Epilogue<MT, NT, LAST>;
-  E& epilogue = *reinterpret_cast<E*>(shared);
   cp_async_wait<0>();
-  __syncthreads();
-  if (threadIdx.x < E::kChannels) {
-    const Channel k = load_channel(p, (LAST ? column : row) + threadIdx.x);
-    epilogue.bias[threadIdx.x] = k.bias;
-    epilogue.scale[threadIdx.x] = k.norm.scale;
-    epilogue.shift[threadIdx.x] = fmaf(-k.norm.mean, k.norm.scale, k.norm.shift);
-  }
-  __syncthreads();
-  acc.each([&](float v, int c) { return v + epilogue.bias[c]; });
-  unsigned char* results = epilogue.results[warp];
-  if (p.partials == nullptr) {
-    acc.template activate<T>(p.activation);
-    acc.each([&](float h, int c) { return fmaf(h, epilogue.scale[c], epilogue.shift[c]); });
-    acc.template stage<T, false>(results);
-    store_results<T, MT, NT, LAST>(p, results, row + acc.row, column + acc.column);
-    return;
-  }
-  acc.template stage<T, true>(results);
-  store_results<T, MT, NT, LAST>(p, results, row + acc.row, column + acc.column);
-  acc.template activate<T>(p.activation);
-  const int pixels = clamp_count(p.pixels - (LAST ? row : column), LAST ? kRows : kColumns);
-  if (pixels == (LAST ? kRows : kColumns)) {
-    acc.template statistics<true>(epilogue, pixels);
-  } else {
-    acc.template statistics<false>(epilogue, pixels);
-  }
-  __syncthreads();
-  const int64_t channel = (LAST ? column : row) + threadIdx.x;
-  if (threadIdx.x < E::kChannels && channel < p.c_out)
-    store_partial(p, channel, tile.pixel, merge(epilogue.moments[0][threadIdx.x], epilogue.moments[1][threadIdx.x]));
+  const auto sync = [] { __syncthreads(); };
+  finish_tile<T>(p, tile, acc, *reinterpret_cast<Epilogue<W>*>(shared), threadIdx.x, sync);
 }
 
 }  // namespace convmixer::pointwise

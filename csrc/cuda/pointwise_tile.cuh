@@ -34,9 +34,9 @@ struct Tile {
   int64_t channel, pixel;  // in tiles
 };
 
-__device__ __forceinline__ Tile locate_tile(const Args& p) {
-  const int64_t per_group = kGroup * p.pixel_tiles, group = blockIdx.x / per_group;
-  const int64_t rest = blockIdx.x - group * per_group, left = p.channel_tiles - group * kGroup;
+__device__ __forceinline__ Tile locate_tile(const Args& p, int64_t index) {
+  const int64_t per_group = kGroup * p.pixel_tiles, group = index / per_group;
+  const int64_t rest = index - group * per_group, left = p.channel_tiles - group * kGroup;
   const int64_t width = left < kGroup ? left : kGroup, pixel = rest / width;
   return {group * kGroup + (rest - pixel * width), pixel};
 }

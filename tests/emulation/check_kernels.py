@@ -128,6 +128,20 @@ def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
         _compare("pointwise_train", dtype, x, weight, bias, "gelu", None, None, 0.1)
 
 
+def _pointwise_wgmma(last: bool) -> None:
+    """More stages than there are, tiles for both warp groups, a last tile of one image."""
+    cuda._merged = _merge_in_torch
+    gemm.forced_gemm = lambda: "wgmma"
+    for shape, c_out in (((5, 72, 8, 8), 136), ((1, 456, 8, 8), 24)):
+        (x,), _, _, (weight, bias, *vectors) = _tensors(
+            shape, torch.bfloat16, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5
+        )
+        norm = Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
+        if c_out > 128:
+            _compare("pointwise_eval", torch.bfloat16, x, weight, bias, "gelu", norm)
+        _compare("pointwise_train", torch.bfloat16, x, weight, bias, "gelu", None, None, 0.1)
+
+
 def pointwise_grad() -> None:
     for shape, dtype, last in (
         ((2, 5, 5, 7), torch.bfloat16, False),
@@ -177,6 +191,8 @@ CHECKS = {
     "statistics": statistics,
     "pointwise_epilogue": pointwise_epilogue,
     "pointwise_grad": pointwise_grad,
+    "pointwise_wgmma": lambda: _pointwise_wgmma(False),
+    "pointwise_wgmma_channels_last": lambda: _pointwise_wgmma(True),
 }
 for _name, _dtype, _last in (
     ("float32", torch.float32, False),

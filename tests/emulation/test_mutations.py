@@ -193,28 +193,28 @@ MUTATIONS = [
         "if (++position == plane) position = 0, at += jump;", "++position;",
     ),
     Mutation(
-        "gemm: bias of another row", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
-        "row + 16 * i + g + 8 * (e / 2);\n  }", "row + 16 * i + g + 8 * (e % 2);\n  }",
+        "gemm: bias of another row", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "row + W::kStep * i + g + 8 * (e / 2);\n  }", "row + W::kStep * i + g + 8 * (e % 2);\n  }",
     ),
     Mutation(
-        "gemm: staged results not awaited", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "gemm: staged results not awaited", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
         "    __syncwarp();\n  }", "  }",
     ),
     Mutation(
-        "gemm: results past the tensor", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16_channels_last",
-        "const int count = clamp_count(rows - row, 16 * MT);", "const int count = 16 * MT;",
+        "gemm: results past the tensor", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16_channels_last",
+        "const int count = clamp_count(rows - row, W::kStep * W::MT);", "const int count = W::kStep * W::MT;",
     ),
     Mutation(
-        "gemm: statistics of pixels that do not exist", "pointwise_mma.cuh", "pointwise_gemm",
-        "pointwise_forward_bfloat16_channels_last", "if (pixels == (LAST ? kRows : kColumns)) {", "if (pixels > 0) {",
+        "gemm: statistics of pixels that do not exist", "pointwise_epilogue.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "if (pixels == W::kPixels) {", "if (pixels > 0) {",
     ),
     Mutation(
-        "gemm: the other warp's moments", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
-        "merge(epilogue.moments[0][threadIdx.x], epilogue.moments[1][threadIdx.x])", "epilogue.moments[0][threadIdx.x]",
+        "gemm: the other warp's moments", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "m = merge(m, shared.moments[i][thread]);", ";",
     ),
     Mutation(
-        "gemm: moments read before they are written", "pointwise_mma.cuh", "pointwise_gemm",
-        "pointwise_forward_bfloat16_channels_last", "__syncthreads();\n  const int64_t channel =", "const int64_t channel =",
+        "gemm: moments read before they are written", "pointwise_epilogue.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "sync();\n  if (thread < W::kChannels &&", "if (thread < W::kChannels &&",
     ),
     Mutation(
         "gemm: a lane's channels after the merge", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
@@ -223,6 +223,47 @@ MUTATIONS = [
     Mutation(
         "gemm: tiles of the last group of channels", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
         "left < kGroup ? left : kGroup", "kGroup",
+    ),
+    # pointwise with wgmma
+    Mutation(
+        "wgmma: copies not awaited", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "barrier_wait(&shared.full[stage], n / kHopperStages % 2);", "",
+    ),
+    Mutation(
+        "wgmma: phases of a free stage", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "n / kHopperStages % 2 ^ 1", "n / kHopperStages % 2",
+    ),
+    Mutation(
+        "wgmma: a stage released before it is read", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<1>();", "wgmma_wait<2>();",
+    ),
+    Mutation(
+        "wgmma: results read before the products", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<0>();", "",
+    ),
+    Mutation(
+        "wgmma: the last stage not released", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<0>();\n  if (signals)", "wgmma_wait<0>();\n  if (false)",
+    ),
+    Mutation(
+        "wgmma: both boxes of one image", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "static_cast<int>(images[h]));", "static_cast<int>(images[0]));",
+    ),
+    Mutation(
+        "wgmma: step of K in a transposed operand", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "k * (LAST ? 32 : 16 * 128)", "k * 32",
+    ),
+    Mutation(
+        "wgmma: columns 64 to 127", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "LAST ? 16 : kOperandBytes / 2, 1024", "1024, 1024",
+    ),
+    Mutation(
+        "wgmma: groups out of turn", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "turn += kHopperGroups)", "++turn)",
+    ),
+    Mutation(
+        "wgmma: one barrier for both groups", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "named_barrier(1 + group, 128)", "named_barrier(1, 128)",
     ),
     # pointwise on FMA units
     Mutation(
@@ -256,7 +297,7 @@ def _stand_ins() -> str:
         "int pointwise_epilogue(const PointwiseEpilogue&, void*)",
         "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
         "int pointwise_forward(const PointwiseForward&, void*)",
-        "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*)",
+        "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*, bool)",
         "int64_t norm_backward_workspace(const Shape&)",
         "int64_t pointwise_epilogue_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",

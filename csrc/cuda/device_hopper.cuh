@@ -108,8 +108,9 @@ inline bool has_hopper_code(K kernel) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaFuncAttributes code{};
-  // what the driver compiled from compute_80's PTX says ptxVersion 80
-  return major == 9 && minor == 0 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+  // what was compiled for sm_80 or sm_90, without the a, is a trap of a few registers
+  return major == 9 && minor == 0 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 &&
+         code.numRegs >= 128;
 }
 
 // A tensor of 16-bit values by extents and strides (innermost first; bytes, of dimensions 1 and 2) in boxes of 64 x

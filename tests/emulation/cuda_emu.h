@@ -262,7 +262,6 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
     last_error = cudaErrorInvalidConfiguration; return;
   }
-  ++launches;
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {
@@ -276,6 +275,7 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   G.dyn_bytes = smem;
   G.body = [](void* p) { (*static_cast<std::remove_reference_t<F>*>(p))(); };
   G.body_arg = &body;
+  ++launches;
   std::vector<int> warps((n + 31) / 32), lanes(32);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
   for (int i = 0; i < 32; ++i) lanes[i] = i;

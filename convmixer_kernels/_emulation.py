@@ -41,13 +41,13 @@ def sources() -> list[Path]:
     """
     cuda = _build.CSRC / "cuda"
     found = sorted(p for p in cuda.glob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")) if cuda.is_dir() else []
-    header = EMULATOR / "cuda_emu.h"
-    if not found or not header.exists():
+    headers = sorted(EMULATOR.glob("*.h"))
+    if not found or not headers:
         raise RuntimeError(
             "CONVMIXER_CUDA_EMULATION=1 needs a source checkout (csrc/cuda and tests/emulation), "
             f"found none at {_build.ROOT}: run from the repository's root, or unset the variable"
         )
-    return [*found, _build.CSRC / "math.h", header]
+    return [*found, _build.CSRC / "math.h", *headers]
 
 
 def compile_command(compiler: str, source: Path, output: Path) -> list[str]:

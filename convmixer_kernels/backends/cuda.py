@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The primitives in CUDA C++ (csrc/cuda), on the current stream; pointwise convolutions are torch's GEMM and a kernel.
+"""The primitives in CUDA C++ (csrc/cuda), on the current stream; pointwise_gemm.py says which GEMMs are torch's.
 
 Nothing here synchronises, and memory comes from torch's allocator alone: every primitive fits in a CUDA graph.
 The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import pointwise_gemm as gemm
 from .base import ACTIVATIONS, Norm
+from .pointwise_gemm import convolution as _pointwise
 
 name = "cuda"
 
@@ -28,9 +30,6 @@ _LARGEST_SIZE = 1 << 30
 _LEAST_CAPABILITY = (8, 0)
 _NO_PARAM = (0, 0)
 _NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-#: Bytes of float32 partial weight gradients that a chunk of images may make: they are added to again and again and so
-#: belong in the L2 cache (50 MB on H100, 40 MB on A100).
-_PARTIAL_PRODUCTS = 32 << 20
 
 
 class _Native(NamedTuple):
@@ -374,44 +373,40 @@ def norm_backward(
     return sums
 
 
-# ---- pointwise: torch's GEMM and one kernel ---------------------------------------------------------------------
+# ---- pointwise --------------------------------------------------------------------------------------------------
 
 
-def _rows(t: Tensor) -> Tensor:
-    """A channels_last tensor as its memory lies, (N * H * W, C)."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
-def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    n, _, h, w = like.shape
-    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
-
-
-def _is_rows(*tensors: Tensor | None) -> bool:
-    """Whether these tensors of one image size lie as rows: channels_last, or H = W = 1, where both formats agree."""
-    return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
-
-
-def _images(matrix: Tensor, t: Tensor) -> Tensor:
-    """matrix @ t of each image, (N, rows of matrix, H * W), without copies of the matrix."""
-    planes = t.view(t.shape[0], t.shape[1], -1)
-    if planes.shape[0] == 1:
-        return torch.mm(matrix, planes[0]).unsqueeze(0)
-    return torch.bmm(matrix.expand(planes.shape[0], -1, -1), planes)
-
-
-def _pointwise(
+def _pointwise_forward(
     x: Tensor,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
+    activation: str,
+    norm: Norm | None,
+    stream: int,
+    partials: Tensor | None = None,  # (C_out, parts, 3)
 ) -> Tensor:  # (N, C_out, H, W)
-    """The GEMM, with `bias` in its epilogue: only for rows, where the bias runs along them."""
-    matrix = weight.flatten(1).to(x.dtype)
-    if not _is_rows(x):
-        return _images(matrix, x).view(x.shape[0], -1, *x.shape[2:])
-    rows = _rows(x)
-    out = torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias.to(x.dtype), rows, matrix.t())
-    return _from_rows(out, x)
+    """The block in one launch of ours: y, or with `partials` a and the statistics of act(a)."""
+    channels_last = not x.is_contiguous()
+    y = torch.empty(
+        (x.shape[0], weight.shape[0], *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    _native().module.pointwise_forward(
+        *_shape(x),
+        weight.shape[0],
+        x.data_ptr(),
+        weight.data_ptr(),
+        *_param(bias),
+        _ACTIVATION_CODES[activation],
+        *_norm(norm),
+        y.data_ptr(),
+        _address(partials),
+        gemm.forced_gemm() == "wgmma",
+        stream,
+    )
+    return y
 
 
 def pointwise_eval(
@@ -421,9 +416,13 @@ def pointwise_eval(
     activation: str,
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
-    """norm(act(conv1x1(x) + bias)): the GEMM and one pass in place over its result."""
+    """norm(act(conv1x1(x) + bias)): one launch, or torch's GEMM and one pass in place over its result."""
+    bare = bias is None and activation == "identity" and norm is None
+    if gemm.use_fused(x, passes=0 if bare else 2):
+        with _On(x) as stream:
+            return _pointwise_forward(x, weight.to(x.dtype), bias, activation, norm, stream)
     y = _pointwise(x, weight, None)
-    if bias is not None or activation != "identity" or norm is not None:
+    if not bare:
         with _On(x) as stream:
             _native().module.pointwise_epilogue(
                 *_shape(y), y.data_ptr(), *_param(bias), _ACTIVATION_CODES[activation], *_norm(norm), 0, stream
@@ -440,23 +439,35 @@ def pointwise_train(
     running_var: Tensor | None,  # (C_out,) updated in place
     momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As depthwise_train: the GEMM, a pass for bias and statistics (it only reads if the GEMM adds it), the merge."""
-    fused = _is_rows(x)
-    a = _pointwise(x, weight, bias if fused else None)
-    native = _native().module
+    """As depthwise_train: one launch and the merge.
+
+    Or torch's GEMM, a pass for bias and statistics (it only reads if the GEMM adds the bias), the merge.
+    """
+    native, count = _native().module, x.numel() // x.shape[1]
+    adds_bias = gemm.is_rows(x)
+    if gemm.use_fused(x, passes=1 if adds_bias or bias is None else 2):
+        weight = weight.to(x.dtype)
+        with _On(x) as stream:
+            # where operands are not aligned, another kernel makes other parts
+            parts = native.pointwise_forward_partials(
+                *_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr(), gemm.forced_gemm() == "wgmma"
+            )
+            partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
+            a = _pointwise_forward(x, weight, bias, activation, None, stream, partials)
+            return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+    a = _pointwise(x, weight, bias if adds_bias else None)
     with _On(x) as stream:
         shape = _shape(a)
         partials = _partials("pointwise_epilogue_partials", a, *shape)
         native.pointwise_epilogue(
             *shape,
             a.data_ptr(),
-            *_param(None if fused else bias),
+            *_param(None if adds_bias else bias),
             _ACTIVATION_CODES[activation],
             *_NO_NORM,
             partials.data_ptr(),
             stream,
         )
-        count = a.numel() // a.shape[1]
         return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
 
 
@@ -490,52 +501,7 @@ def pointwise_backward(
             stream,
         )
     # a tensor of one channel is contiguous in both formats: the others decide
-    rows = _is_rows(da, x)
-    dx = dw = None
-    if needs[0]:
-        matrix = weight.flatten(1).to(da.dtype)
-        planes = (da.shape[0], -1, *da.shape[2:])
-        dx = _from_rows(torch.mm(_rows(da), matrix), da) if rows else _images(matrix.t(), da).view(planes)
-    if needs[1]:
-        product = _rows_product(_rows(da), _rows(x)) if rows else _planes_product(da.flatten(2), x.flatten(2))
-        dw = product.view(weight.shape).to(weight.dtype)
+    rows = gemm.is_rows(da, x)
+    dx = gemm.input_grad(da, weight, rows) if needs[0] else None
+    dw = gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype) if needs[1] else None
     return dx, dw, db
-
-
-def _rows_product(
-    da: Tensor,  # (M, C_out)
-    x: Tensor,  # (M, C_in)
-) -> Tensor:  # (C_out, C_in) float32
-    """da^T x, summed and kept in float32."""
-    if x.dtype == torch.float32:
-        return torch.mm(da.t(), x)
-    if not x.is_cuda:
-        return torch.mm(da.t().float(), x.float())
-    return torch.mm(da.t(), x, out_dtype=torch.float32)
-
-
-def _planes_product(
-    da: Tensor,  # (N, C_out, H * W)
-    x: Tensor,  # (N, C_in, H * W)
-) -> Tensor:  # (C_out, C_in) float32
-    """sum over n of da[n] x[n]^T, in float32, without a transposed copy of either tensor.
-
-    Images and channels interleave in memory, so this is no single GEMM. One GEMM an image would leave a partial wave of
-    tiles N times, one batch of N would write N products to memory: so batches whose products fit in the L2 cache, added
-    up there.
-    """
-    if not x.is_cuda:
-        da, x = da.float(), x.float()
-    x = x.transpose(1, 2)
-    narrow = x.dtype != torch.float32
-    batch = max(1, min(x.shape[0], _PARTIAL_PRODUCTS // (4 * da.shape[1] * x.shape[2])))
-    options = {"out_dtype": torch.float32} if narrow else {}
-    products = torch.bmm(da[:batch], x[:batch], **options)
-    for first in range(batch, x.shape[0], batch):
-        left, right = da[first : first + batch], x[first : first + batch]
-        some = products[: left.shape[0]]
-        if narrow:
-            torch.ops.aten.baddbmm.dtype_out(some, left, right, torch.float32, out=some)
-        else:
-            torch.baddbmm(some, left, right, out=some)
-    return products[0] if batch == 1 else products.sum(0)

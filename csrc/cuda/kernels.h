@@ -140,6 +140,25 @@ struct NormBackward {
 int64_t norm_backward_workspace(const Shape& shape);
 int norm_backward(const NormBackward& p, void* stream);
 
+// ---- pointwise_gemm.cu --------------------------------------------------------------------------------------------
+// The whole pointwise block in one launch; eval and train as in DepthwiseForward, with
+// P = pointwise_forward_partials(...), which depends on the device.
+struct PointwiseForward {
+  Shape shape;  // x's
+  int64_t c_out;
+  const void* x;
+  const void* weight;  // (C_out, C_in, 1, 1), of x's dtype
+  Param bias;          // (C_out)
+  int activation;
+  Norm norm;
+  void* y;  // (N, C_out, H, W)
+  float* partials;
+  bool hopper;  // wgmma and TMA where device, shape and alignment allow them
+};
+int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper);
+int pointwise_forward(const PointwiseForward& p, void* stream);
+
+// ---- pointwise.cu -------------------------------------------------------------------------------------------------
 // In place over a torch GEMM's result, one pass.
 // partials == null (eval): y = norm(act(a + bias)); partials != null (train): a = a + bias, partials as in
 // DepthwiseForward.

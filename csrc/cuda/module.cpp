@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 #if defined(CONVMIXER_EMULATED)
+#include "cuda_emu.h"
 #define CONVMIXER_MODULE _cuda_emulated
 #else
 #define CONVMIXER_MODULE _cuda
@@ -108,6 +109,21 @@ void norm_backward(SHAPE, Address dy, Address a, int activation, NORM, SUMS, Add
   check("norm_backward", cm::norm_backward(p, pointer(stream)));
 }
 
+void pointwise_forward(SHAPE, int64_t c_out, Address x, Address weight, Address bias, int bias_dtype, int activation,
+                       NORM, Address y, Address partials, bool hopper, Address stream) {
+  const cm::PointwiseForward p{SHAPE_VALUE,
+                               c_out,
+                               pointer(x),
+                               pointer(weight),
+                               {pointer(bias), bias_dtype},
+                               activation,
+                               NORM_VALUE,
+                               pointer(y),
+                               static_cast<float*>(pointer(partials)),
+                               hopper};
+  check("pointwise_forward", cm::pointwise_forward(p, pointer(stream)));
+}
+
 void pointwise_epilogue(SHAPE, Address a, Address bias, int bias_dtype, int activation, NORM, Address partials,
                         Address stream) {
   const cm::PointwiseEpilogue p{SHAPE_VALUE, pointer(a), {pointer(bias), bias_dtype},
@@ -135,6 +151,9 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.doc() = "Launchers of the CUDA kernels; see csrc/cuda/kernels.h.";
   m.attr("compiler") = __VERSION__;
   m.def("device_count", &device_count);
+#if defined(CONVMIXER_EMULATED)
+  m.def("launches", [] { return emu::launches; });
+#endif
 
   m.def("depthwise_forward", &depthwise_forward);
   m.def("depthwise_input_grad", &depthwise_input_grad);
@@ -142,6 +161,7 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("merge_statistics", &merge_statistics);
   m.def("normalize", &normalize);
   m.def("norm_backward", &norm_backward);
+  m.def("pointwise_forward", &pointwise_forward);
   m.def("pointwise_epilogue", &pointwise_epilogue);
   m.def("pointwise_grad_prologue", &pointwise_grad_prologue);
 
@@ -151,6 +171,9 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("depthwise_weight_grad_workspace",
         [](SHAPE, int kh, int kw) { return cm::depthwise_weight_grad_workspace(SHAPE_VALUE, kh, kw); });
   m.def("norm_backward_workspace", [](SHAPE) { return cm::norm_backward_workspace(SHAPE_VALUE); });
+  m.def("pointwise_forward_partials", [](SHAPE, int64_t c_out, Address x, Address weight, bool hopper) {
+    return cm::pointwise_forward_partials(SHAPE_VALUE, c_out, pointer(x), pointer(weight), hopper);
+  });
   m.def("pointwise_epilogue_partials", [](SHAPE) { return cm::pointwise_epilogue_partials(SHAPE_VALUE); });
   m.def("pointwise_grad_prologue_workspace", [](SHAPE) { return cm::pointwise_grad_prologue_workspace(SHAPE_VALUE); });
 }

@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from convmixer_kernels.backends import cuda, reference
+from convmixer_kernels.backends import pointwise_gemm as gemm
 from convmixer_kernels.backends.base import Norm
 from convmixer_kernels.testing import relative_error
 
@@ -116,6 +117,31 @@ def pointwise_epilogue() -> None:
         _compare("pointwise_train", dtype, x, weight, bias, "gelu", None, None, 0.1)
 
 
+def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
+    """Whole tiles and parts of them, more values of C_in than the stages hold, aligned and not."""
+    cuda._merged = _merge_in_torch
+    gemm.forced_gemm = lambda: "fused"
+    for shape, c_out in (((5, 136, 7, 8), 136), ((2, 24, 5, 8), 24), ((3, 41, 5, 7), 70)):
+        (x,), _, _, (weight, bias, *vectors) = _tensors(shape, dtype, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5)
+        norm = Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
+        _compare("pointwise_eval", dtype, x, weight, bias, "gelu", norm)
+        _compare("pointwise_train", dtype, x, weight, bias, "gelu", None, None, 0.1)
+
+
+def _pointwise_wgmma(last: bool) -> None:
+    """More stages than there are, tiles for both warp groups, a last tile of one image."""
+    cuda._merged = _merge_in_torch
+    gemm.forced_gemm = lambda: "wgmma"
+    for shape, c_out in (((5, 72, 8, 8), 136), ((1, 456, 8, 8), 24)):
+        (x,), _, _, (weight, bias, *vectors) = _tensors(
+            shape, torch.bfloat16, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5
+        )
+        norm = Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
+        if c_out > 128:
+            _compare("pointwise_eval", torch.bfloat16, x, weight, bias, "gelu", norm)
+        _compare("pointwise_train", torch.bfloat16, x, weight, bias, "gelu", None, None, 0.1)
+
+
 def pointwise_grad() -> None:
     for shape, dtype, last in (
         ((2, 5, 5, 7), torch.bfloat16, False),
@@ -170,6 +196,8 @@ CHECKS = {
     "statistics": statistics,
     "pointwise_epilogue": pointwise_epilogue,
     "pointwise_grad": pointwise_grad,
+    "pointwise_wgmma": lambda: _pointwise_wgmma(False),
+    "pointwise_wgmma_channels_last": lambda: _pointwise_wgmma(True),
 }
 for _name, _dtype, _last in (
     ("float32", torch.float32, False),
@@ -177,7 +205,7 @@ for _name, _dtype, _last in (
     ("bfloat16", torch.bfloat16, False),
     ("bfloat16_channels_last", torch.bfloat16, True),
 ):
-    for _primitive in (_forward, _input_grad, _weight_grad):
+    for _primitive in (_forward, _input_grad, _weight_grad, _pointwise_forward):
         CHECKS[f"{_primitive.__name__[1:]}_{_name}"] = lambda p=_primitive, d=_dtype, last=_last: p(d, last)
 
 

@@ -121,7 +121,7 @@ EMU_H2(__half2) EMU_H2(__nv_bfloat162)
 
 // ---- fibers -----------------------------------------------------------------------------------------------------
 namespace emu {
-enum State { RUN, AT_BLOCK, AT_WARP, DONE };
+enum State { RUN, AT_BLOCK, AT_WARP, SPINS, DONE };
 struct Copy { void* dst; const void* src; int n, bytes; };
 struct Fiber {
   uint3 tid; int lane, warp;
@@ -146,7 +146,7 @@ struct Grid {                                              // one launch at a ti
   std::map<std::pair<const void*, int>, std::pair<std::unique_ptr<char[]>, size_t>> stat;   // SHARED_ARRAY by site
   std::string error;
   int vote = 0;                                            // of __syncthreads_or
-  uint64_t barriers = 0, collectives = 0, mmas = 0;
+  uint64_t barriers = 0, collectives = 0, mmas = 0, progress = 0;   // progress: whatever may wake a thread that spins
 #if defined(__SANITIZE_ADDRESS__)
   void* sched_fake = nullptr; const void* sched_bottom = nullptr; size_t sched_size = 0;
 #endif
@@ -202,6 +202,7 @@ inline void sync_block(int site) {
   G.cur->st = AT_BLOCK; G.cur->site = site;
   yield();
 }
+inline void spin() { G.cur->st = SPINS; yield(); }          // until something has changed
 // All lanes of `mask` meet at `site`; the last one to arrive runs fn(args of all lanes) for the whole warp.
 template <class A, class F> inline void collective(int site, uint32_t mask, A& mine, F fn) {
   Fiber* me = G.cur;
@@ -225,6 +226,7 @@ template <class A, class F> inline void collective(int site, uint32_t mask, A& m
 inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
   for (auto& x : G.f) { x.st = RUN; x.started = false; x.groups.clear(); x.open.clear(); }
   for (;;) {
+    const uint64_t before = G.progress;
     for (int w : warps)                                    // each warp until all its lanes are at a block barrier or done
       for (bool progress = true; progress;) {
         progress = false;
@@ -236,7 +238,10 @@ inline void run_block(const std::vector<int>& warps, const std::vector<int>& lan
           if (!G.error.empty()) return;
         }
       }
-    int at = 0, site = -1;
+    int at = 0, site = -1, spinning = 0;
+    for (auto& x : G.f) if (x.st == SPINS) { x.st = RUN; ++spinning; }
+    if (spinning && before == G.progress) { G.error = "deadlock: " + std::to_string(spinning) + " threads wait for a barrier"; return; }
+    if (spinning) continue;
     for (auto& x : G.f) {
       if (x.st == DONE) continue;
       if (x.st == AT_WARP) { G.cur = &x; G.error = "deadlock: lane waits in a warp collective at line " + std::to_string(x.site); return; }
@@ -251,6 +256,7 @@ inline void run_block(const std::vector<int>& warps, const std::vector<int>& lan
     for (auto& x : G.f) if (x.st == AT_BLOCK) x.st = RUN;
   }
 }
+inline int64_t launches = 0;                               // of kernels so far, for tests that count them
 template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   size_t n = size_t(block.x) * block.y * block.z;
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
@@ -271,6 +277,7 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   G.dyn_bytes = smem;
   G.body = [](void* p) { (*static_cast<std::remove_reference_t<F>*>(p))(); };
   G.body_arg = &body;
+  ++launches;
   std::vector<int> warps((n + 31) / 32), lanes(32);
   for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
   for (int i = 0; i < 32; ++i) lanes[i] = i;

@@ -202,6 +202,122 @@ MUTATIONS = [
         "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",
         "weight_grad_float32", "cp_async_wait<0>();", "",
     ),
+    # pointwise on tensor cores
+    Mutation(
+        "gemm: stages not awaited", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "cp_async_wait<kStages - 2>();\n        __syncthreads();", "__syncthreads();",
+    ),
+    Mutation(
+        "gemm: a stage read before the other threads' copies", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16", "cp_async_wait<kStages - 2>();\n        __syncthreads();",
+        "cp_async_wait<kStages - 2>();",
+    ),
+    Mutation(
+        "gemm: the last stage awaited too late", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "cp_async_wait<kStages - 2>();\n        __syncthreads();", "cp_async_wait<kStages - 1>();\n        __syncthreads();",
+    ),
+    Mutation(
+        "gemm: a stage overwritten while it is read", "pointwise_mma.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16", "copy(free);", "copy(current);",
+    ),
+    Mutation(
+        "gemm: K beyond C_in not zero", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "cp_async<16>(target, source, left > i * kStep ? 16 : 0);", "cp_async<16>(target, source, count > 0 ? 16 : 0);",
+    ),
+    Mutation(
+        "gemm: the swizzle of one side", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "b_stage + k * 32 * NT + (piece ^ (k % 8)) * 16", "b_stage + k * 32 * NT + (piece ^ (k % 4)) * 16",
+    ),
+    Mutation(
+        "gemm: an image's end not noticed", "pointwise_mma.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "if (++position == plane) position = 0, at += jump;", "++position;",
+    ),
+    Mutation(
+        "gemm: bias of another row", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "row + W::kStep * i + g + 8 * (e / 2);\n  }", "row + W::kStep * i + g + 8 * (e % 2);\n  }",
+    ),
+    Mutation(
+        "gemm: staged results not awaited", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "    __syncwarp();\n  }", "  }",
+    ),
+    Mutation(
+        "gemm: results past the tensor", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16_channels_last",
+        "const int count = clamp_count(rows - row, W::kStep * W::MT);", "const int count = W::kStep * W::MT;",
+    ),
+    Mutation(
+        "gemm: statistics of pixels that do not exist", "pointwise_epilogue.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "if (pixels == W::kPixels) {", "if (pixels > 0) {",
+    ),
+    Mutation(
+        "gemm: the other warp's moments", "pointwise_epilogue.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "m = merge(m, shared.moments[i][thread]);", ";",
+    ),
+    Mutation(
+        "gemm: moments read before they are written", "pointwise_epilogue.cuh", "pointwise_gemm",
+        "pointwise_forward_bfloat16_channels_last", "sync();\n  if (thread < W::kChannels &&", "if (thread < W::kChannels &&",
+    ),
+    Mutation(
+        "gemm: a lane's channels after the merge", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "return (upper ? kKeep : 0) +", "return",
+    ),
+    Mutation(
+        "gemm: tiles of the last group of channels", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
+        "left < kGroup ? left : kGroup", "kGroup",
+    ),
+    # pointwise with wgmma
+    Mutation(
+        "wgmma: copies not awaited", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "barrier_wait(&shared.full[stage], n / kHopperStages % 2);", "",
+    ),
+    Mutation(
+        "wgmma: phases of a free stage", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "n / kHopperStages % 2 ^ 1", "n / kHopperStages % 2",
+    ),
+    Mutation(
+        "wgmma: a stage released before it is read", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<1>();", "wgmma_wait<2>();",
+    ),
+    Mutation(
+        "wgmma: results read before the products", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<0>();", "",
+    ),
+    Mutation(
+        "wgmma: the last stage not released", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "wgmma_wait<0>();\n  if (signals)", "wgmma_wait<0>();\n  if (false)",
+    ),
+    Mutation(
+        "wgmma: both boxes of one image", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "static_cast<int>(images[h]));", "static_cast<int>(images[0]));",
+    ),
+    Mutation(
+        "wgmma: step of K in a transposed operand", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "k * (LAST ? 32 : 16 * 128)", "k * 32",
+    ),
+    Mutation(
+        "wgmma: columns 64 to 127", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
+        "LAST ? 16 : kOperandBytes / 2, 1024", "1024, 1024",
+    ),
+    Mutation(
+        "wgmma: groups out of turn", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "turn += kHopperGroups)", "++turn)",
+    ),
+    Mutation(
+        "wgmma: one barrier for both groups", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "named_barrier(1 + group, 128)", "named_barrier(1, 128)",
+    ),
+    # pointwise on FMA units
+    Mutation(
+        "gemm, fma: stages not awaited", "pointwise_fma.cuh", "pointwise_gemm", "pointwise_forward_float32",
+        "cp_async_wait<kFmaStages - 2>();", "",
+    ),
+    Mutation(
+        "gemm, fma: a stage overwritten while it is read", "pointwise_fma.cuh", "pointwise_gemm",
+        "pointwise_forward_float32", "__syncthreads();\n    copy(free", "copy(free",
+    ),
+    Mutation(
+        "gemm, fma: columns of a thread", "pointwise_fma.cuh", "pointwise_gemm",
+        "pointwise_forward_float32_channels_last", "return j / 4 * 64 + 4 * tx + j % 4;", "return j / 4 * 64 + tx + j % 4;",
+    ),
 ]  # fmt: skip
 
 
@@ -220,6 +336,8 @@ def _stand_ins() -> str:
         "int norm_backward(const NormBackward&, void*)",
         "int pointwise_epilogue(const PointwiseEpilogue&, void*)",
         "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
+        "int pointwise_forward(const PointwiseForward&, void*)",
+        "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*, bool)",
         "int64_t norm_backward_workspace(const Shape&)",
         "int64_t pointwise_epilogue_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""The matrix products of the `cuda` backend's pointwise block: which kernel computes the forward, and torch's GEMMs.
+
+Forward: either one kernel of ours (csrc/cuda/pointwise_gemm.cu: GEMM, bias, activation, norm or statistics), or torch's
+GEMM and a pass over its result. Backward: torch's GEMMs on a da that one pass has written. They are as large as the
+forward's, but nothing follows their results that a kernel of ours could save a pass by, and a da computed while the
+operands are loaded would be computed C_in / 128 times over. At 64x1536x32x32 in bfloat16 on an H100 the measured backward,
+1553 us contiguous, is about 207 us for da by its bytes, 550 us for dx as in the forward, 800 us for dw; our main loop would
+take 736 us for either product, by the rates below.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Bytes of float32 partial weight gradients that a chunk of images may make: they are added to again and again and so
+#: belong in the L2 cache (50 MB on H100, 40 MB on A100).
+_PARTIAL_PRODUCTS = 32 << 20
+
+
+# ---- the choice -------------------------------------------------------------------------------------------------
+
+
+class _Rates(NamedTuple):
+    torch: float  # FLOP/s of torch's GEMM
+    ours: float  # FLOP/s of our kernel's main loop
+    memory: float  # bytes/s of a pass over its result
+
+
+#: By compute capability, 16-bit and float32. Per result our kernel loses 2 C_in (1 / ours - 1 / torch) seconds in the
+#: product and saves the passes over it: so it is the faster one up to a C_in that no other size changes.
+#: Computed, not measured, but for H100's torch and memory columns (benchmarks/results/nvidia-h100-80gb-hbm3.json):
+#: cuBLAS feeds sm_90 and sm_100 through wgmma and tcgen05, ours everywhere through mma.sync: 57 % of wgmma's rate
+#: (the instruction's share of the peak), on sm_80, 86, 89 and 120, where cuBLAS has no other instruction, 85 %. FMA: 75 %.
+_RATES = {
+    (8, 0): (_Rates(250e12, 212e12, 1.6e12), _Rates(18e12, 13.5e12, 1.6e12)),  # A100
+    (8, 6): (_Rates(65e12, 55e12, 0.85e12), _Rates(27e12, 20e12, 0.85e12)),  # RTX 3090
+    (8, 9): (_Rates(150e12, 127e12, 0.95e12), _Rates(60e12, 45e12, 0.95e12)),  # RTX 4090
+    (9, 0): (_Rates(735e12, 420e12, 2.93e12), _Rates(49e12, 37e12, 2.93e12)),  # H100
+    (10, 0): (_Rates(1500e12, 470e12, 7e12), _Rates(60e12, 45e12, 7e12)),  # B200
+    (12, 0): (_Rates(210e12, 178e12, 1.6e12), _Rates(85e12, 64e12, 1.6e12)),  # RTX 5090
+}
+
+
+@functools.cache
+def forced_gemm() -> str | None:
+    """CONVMIXER_CUDA_GEMM: "fused", "wgmma" or "torch"; None (unset or "auto") leaves the choice to the table.
+
+    "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape allow them (csrc/cuda/pointwise_wgmma.cuh).
+    The table never chooses it: the kernel has not run on hardware yet, and a wrong descriptor would give wrong results.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get("CONVMIXER_CUDA_GEMM", "auto")
+    if value not in ("auto", "fused", "wgmma", "torch"):
+        raise ValueError(f"CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got {value!r}")
+    return None if value == "auto" else value
+
+
+@functools.lru_cache(maxsize=256)
+def most_fused_channels(capability: tuple[int, int], narrow: bool, passes: int) -> float:
+    """The largest C_in at which our kernel is expected to beat torch's GEMM and `passes` passes over its result."""
+    known = [key for key in _RATES if key <= capability]
+    rates = _RATES[max(known)][0 if narrow else 1]
+    saved = passes * (2 if narrow else 4) / rates.memory
+    return saved / (2 * (1 / rates.ours - 1 / rates.torch))
+
+
+@functools.cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def use_fused(
+    x: Tensor,  # (N, C_in, H, W)
+    passes: int,  # over the result, beside torch's GEMM
+) -> bool:
+    """Whether the forward of this pointwise block runs on our kernel."""
+    forced = forced_gemm()
+    if forced is not None:
+        return forced != "torch"
+    if not x.is_cuda or passes == 0:
+        # emulated (for tests): the CPU's GEMM is thousands of times faster
+        return False
+    narrow = x.dtype != torch.float32
+    if narrow and (x.shape[1] % 8 != 0 or (x.is_contiguous() and x.shape[2] * x.shape[3] % 8 != 0)):
+        # values come one by one where no 16-byte pieces are aligned
+        return False
+    if not narrow and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # ours is float32 throughout; where tf32 is allowed, torch's GEMM takes it
+        return False
+    return x.shape[1] <= most_fused_channels(_capability(x.get_device()), narrow, passes)
+
+
+# ---- torch's GEMMs ------------------------------------------------------------------------------------------------
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """A channels_last tensor as its memory lies, (N * H * W, C)."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(N * H * W, C) as a channels_last tensor of `like`'s images."""
+    n, _, h, w = like.shape
+    return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+
+def is_rows(*tensors: Tensor | None) -> bool:
+    """Whether these tensors of one image size lie as rows: channels_last, or H = W = 1, where both formats agree."""
+    return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
+
+
+def images_product(
+    matrix: Tensor,  # (R, C)
+    t: Tensor,  # (N, C, H, W)
+) -> Tensor:  # (N, R, H * W)
+    """matrix @ t of each image, without copies of the matrix."""
+    planes = t.view(t.shape[0], t.shape[1], -1)
+    if planes.shape[0] == 1:
+        return torch.mm(matrix, planes[0]).unsqueeze(0)
+    return torch.bmm(matrix.expand(planes.shape[0], -1, -1), planes)
+
+
+def convolution(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+) -> Tensor:  # (N, C_out, H, W)
+    """The GEMM, with `bias` in its epilogue: only for rows, where the bias runs along them."""
+    matrix = weight.flatten(1).to(x.dtype)
+    if not is_rows(x):
+        return images_product(matrix, x).view(x.shape[0], -1, *x.shape[2:])
+    rows = rows_of(x)
+    out = torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias.to(x.dtype), rows, matrix.t())
+    return from_rows(out, x)
+
+
+def input_grad(
+    da: Tensor,  # (N, C_out, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    rows: bool,  # is_rows of da and x
+) -> Tensor:  # (N, C_in, H, W)
+    """weight^T da."""
+    matrix = weight.flatten(1).to(da.dtype)
+    if rows:
+        return from_rows(torch.mm(rows_of(da), matrix), da)
+    return images_product(matrix.t(), da).view(da.shape[0], -1, *da.shape[2:])
+
+
+def weight_grad(
+    da: Tensor,  # (N, C_out, H, W)
+    x: Tensor,  # (N, C_in, H, W)
+    rows: bool,
+) -> Tensor:  # (C_out, C_in) float32
+    """da x^T, summed and kept in float32."""
+    if rows:
+        return _rows_product(rows_of(da), rows_of(x))
+    return _planes_product(da.flatten(2), x.flatten(2))
+
+
+def _rows_product(
+    da: Tensor,  # (M, C_out)
+    x: Tensor,  # (M, C_in)
+) -> Tensor:  # (C_out, C_in) float32
+    if x.dtype == torch.float32:
+        return torch.mm(da.t(), x)
+    if not x.is_cuda:
+        return torch.mm(da.t().float(), x.float())
+    return torch.mm(da.t(), x, out_dtype=torch.float32)
+
+
+def _planes_product(
+    da: Tensor,  # (N, C_out, H * W)
+    x: Tensor,  # (N, C_in, H * W)
+) -> Tensor:  # (C_out, C_in) float32
+    """sum over n of da[n] x[n]^T, without a transposed copy of either tensor.
+
+    Images and channels interleave in memory, so this is no single GEMM. One GEMM an image would leave a partial wave of
+    tiles N times, one batch of N would write N products to memory: so batches whose products fit in the L2 cache, added
+    up there.
+    """
+    if not x.is_cuda:
+        da, x = da.float(), x.float()
+    x = x.transpose(1, 2)
+    narrow = x.dtype != torch.float32
+    batch = max(1, min(x.shape[0], _PARTIAL_PRODUCTS // (4 * da.shape[1] * x.shape[2])))
+    options = {"out_dtype": torch.float32} if narrow else {}
+    products = torch.bmm(da[:batch], x[:batch], **options)
+    for first in range(batch, x.shape[0], batch):
+        left, right = da[first : first + batch], x[first : first + batch]
+        some = products[: left.shape[0]]
+        if narrow:
+            torch.ops.aten.baddbmm.dtype_out(some, left, right, torch.float32, out=some)
+        else:
+            torch.baddbmm(some, left, right, out=some)
+    return products[0] if batch == 1 else products.sum(0)

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+// What the GEMM kernels of the pointwise block share: the problem, the order of tiles, the epilogue's per-channel
+// constants, and statistics over the lanes of a warp.
+//   a[n, o, h, w] = sum over i of weight[o, i] * x[n, i, h, w] + bias[o]
+//   eval   y = (act(a) - mean) * gamma * rsqrt(var + eps) + beta
+//   train  y = a rounded to its dtype, and by tile of pixels count, mean, M2 of act(a)
+// Pixels are numbered n * H * W + h * W + w throughout, so that a tile may span several images and small planes fill
+// it.
+#pragma once
+#include <cstdint>
+
+#include "../math.h"
+#include "elementwise.cuh"
+
+namespace convmixer::pointwise {
+
+struct Args {
+  const void* x;       // (N, C_in, H, W)
+  const void* weight;  // (C_out, C_in)
+  void* y;             // (N, C_out, H, W)
+  Param bias;          // (C_out)
+  Norm norm;
+  float* partials;  // (C_out, pixel_tiles, 3), or null in eval
+  int64_t c_out, pixels, plane, pixel_tiles, channel_tiles;
+  int c_in, activation;
+  bool vectors_out;  // 16-byte stores are aligned
+};
+
+// Blocks that run together share their operands through L2: all channel tiles of one tile of pixels follow each other,
+// in groups of kGroup, whose part of the weight (2048 channels of 2048 16-bit values: 8 MB) stays there meanwhile.
+constexpr int kGroup = 16;
+
+struct Tile {
+  int64_t channel, pixel;  // in tiles
+};
+
+__device__ __forceinline__ Tile locate_tile(const Args& p, int64_t index) {
+  const int64_t per_group = kGroup * p.pixel_tiles, group = index / per_group;
+  const int64_t rest = index - group * per_group, left = p.channel_tiles - group * kGroup;
+  const int64_t width = left < kGroup ? left : kGroup, pixel = rest / width;
+  return {group * kGroup + (rest - pixel * width), pixel};
+}
+
+// Of a contiguous tensor: where the plane's pixel lies in channel 0 of its image.
+struct Pixel {
+  int64_t offset, position;  // position: in its plane
+};
+
+__device__ __forceinline__ Pixel locate_pixel(int64_t pixel, int64_t channels, int64_t plane) {
+  const int64_t image = pixel / plane, position = pixel - image * plane;
+  return {image * channels * plane + position, position};
+}
+
+// A channel's part of the epilogue: y = (act(acc + bias) - mean) * scale + shift.
+struct Channel {
+  float bias;
+  elementwise::Affine norm;
+};
+
+__device__ __forceinline__ Channel load_channel(const Args& p, int64_t c) {
+  if (c >= p.c_out) return {0.f, {0.f, 1.f, 0.f}};
+  return {load_param(p.bias, c), elementwise::affine(p.norm, c)};
+}
+
+// A lane holds the moments of R channels over `count` values, lanes that differ in the bits FIRST, 2 FIRST, ... below
+// END hold the same channels: merges them by Chan's formula and halves R with each bit while R > 1, so that the lane
+// ends with mean[0 .. R') and m2[0 .. R') of the channels from the returned index on, and their common count.
+template <int R, int FIRST, int END>
+__device__ __forceinline__ int merge_lanes(float* mean, float* m2, float& count) {
+  if constexpr (FIRST >= END) {
+    return 0;
+  } else {
+    constexpr int kKeep = R > 1 ? R / 2 : 1;
+    const bool upper = R > 1 && (threadIdx.x & FIRST) != 0;
+    const float other = __shfl_xor_sync(0xffffffffu, count, FIRST), total = count + other;
+    const float share = total > 0.f ? other / total : 0.f, weight = count * share;
+#pragma unroll
+    for (int i = 0; i < kKeep; ++i) {
+      const float mine = upper ? mean[i + R - kKeep] : mean[i], mine2 = upper ? m2[i + R - kKeep] : m2[i];
+      const float sent = upper ? mean[i] : mean[i + R - kKeep], sent2 = upper ? m2[i] : m2[i + R - kKeep];
+      const float theirs = __shfl_xor_sync(0xffffffffu, sent, FIRST);
+      const float theirs2 = __shfl_xor_sync(0xffffffffu, sent2, FIRST), delta = theirs - mine;
+      mean[i] = fmaf(delta, share, mine);
+      m2[i] = fmaf(delta * delta, weight, mine2 + theirs2);
+    }
+    count = total;
+    return (upper ? kKeep : 0) + merge_lanes<kKeep, 2 * FIRST, END>(mean, m2, count);
+  }
+}
+
+__device__ __forceinline__ void store_partial(const Args& p, int64_t channel, int64_t pixel_tile, const Moments& m) {
+  float* partial = p.partials + (channel * p.pixel_tiles + pixel_tile) * 3;
+  partial[0] = m.count, partial[1] = m.mean, partial[2] = m.m2;
+}
+
+}  // namespace convmixer::pointwise

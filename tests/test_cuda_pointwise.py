@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: MIT
+"""The pointwise block in one kernel (csrc/cuda/pointwise_gemm.cu): on a GPU where there is one, and emulated everywhere.
+
+test_cuda.py runs the same block as torch's GEMM and passes of ours. Tiles are 128 x 128 results (16-bit: where enough of
+them keep the GPU busy, 4 in the emulation) or 64 x 64, of 32 values of C_in at a time, three stages deep.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, check_case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import convmixer_kernels as ck
+from convmixer_kernels.backends import cuda, pointwise_gemm, reference
+from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.testing import relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("contiguous", "channels_last")
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"; the GEMM is ours."""
+    emulated = request.param == "emulated"
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
+    cuda._native.cache_clear()
+    reason = cuda._native().reason
+    if reason is not None:
+        pytest.fail(reason)
+    yield "cpu" if emulated else "cuda"
+    cuda._native.cache_clear()
+
+
+def _case(shape, channels_out, **options) -> Case:
+    return Case("pointwise_block", shape, (1, 1), channels_out, **options)
+
+
+CASES = [
+    # 16-byte pieces: K below, equal to and above a stage and all stages; channels and pixels around both tiles
+    *(
+        _case((n, c, 8, w), out, dtype=torch.bfloat16, memory_format=f)
+        for f in FORMATS
+        for n, c, w, out in (
+            (1, 8, 8, 64),
+            (3, 32, 5, 72),
+            (1, 104, 7, 56),
+            (4, 40, 8, 136),
+            (5, 72, 7, 248),
+            (4, 136, 8, 256),
+        )
+    ),
+    # values one by one: odd channels, odd planes, planes smaller than a piece, one pixel an image
+    *(
+        _case(shape, out, dtype=torch.float16, memory_format=f)
+        for f in FORMATS
+        for shape, out in (((3, 5, 7, 7), 11), ((2, 33, 3, 11), 65), ((23, 8, 2, 3), 64), ((70, 9, 1, 1), 16))
+    ),
+    # channels_last with aligned inputs and results that are not
+    _case((1, 16, 5, 5), 12, dtype=torch.bfloat16, memory_format="channels_last"),
+    # float32: one tile, four, K of less and more than the stages
+    *(
+        _case(shape, out, memory_format=f)
+        for f in FORMATS
+        for shape, out in (
+            ((1, 8, 8, 16), 128),
+            ((2, 7, 8, 8), 127),
+            ((3, 41, 7, 7), 132),
+            ((5, 3, 5, 5), 129),
+            ((17, 2, 1, 3), 4),
+            ((130, 9, 1, 1), 8),
+        )
+    ),
+    # eval, activations, what may be None, parameters of another dtype
+    *(_case((2, 16, 8, 9), 24, dtype=d, training=False, memory_format=f) for d in DTYPES for f in FORMATS),
+    *(
+        _case((2, 8, 8, 5), 16, dtype=d, activation=a, training=t)
+        for d in DTYPES[:2]
+        for a in ("relu", "gelu_tanh", "identity")
+        for t in (True, False)
+    ),
+    _case((2, 8, 8, 5), 16, dtype=torch.bfloat16, absent=("bias", "norm_weight", "norm_bias")),
+    _case((2, 8, 8, 5), 16, dtype=torch.float16, absent=("norm_bias", "running_mean", "running_var")),
+    _case((2, 8, 8, 5), 16, dtype=torch.bfloat16, parameter_dtype=torch.float32),
+    _case((2, 8, 8, 5), 16, dtype=torch.float16, parameter_dtype=torch.float32, memory_format="channels_last"),
+    _case((2, 8, 8, 5), 16, dtype=torch.bfloat16, memory_format="sliced"),
+    _case((2, 8, 8, 5), 16, memory_format="expanded"),
+    *(
+        Case("mixer_layer", (2, 8, 8, 9), (5, 5), dtype=dtype, memory_format=f, training=t)
+        for dtype, f, t in (
+            (torch.float32, "contiguous", True),
+            (torch.bfloat16, "channels_last", True),
+            (torch.bfloat16, "contiguous", True),
+            (torch.bfloat16, "contiguous", False),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator(case, device):
+    check_case(case, "cuda", device=device, pool=64 if device == "cuda" else 1)
+
+
+#: 128 x 128 tiles, stages of 64 values of C_in, two warp groups in turns: one tile and five of two blocks; images of 64
+#: and of more pixels, a last tile of one image
+WGMMA_CASES = [
+    _case(shape, out, dtype=dtype, memory_format=f, training=t)
+    for f in FORMATS
+    for dtype, t, shape, out in (
+        (torch.bfloat16, True, (1, 8, 8, 8), 16),
+        (torch.bfloat16, True, (5, 72, 8, 8), 136),
+        (torch.float16, True, (2, 328, 8, 16), 128),
+        (torch.bfloat16, False, (5, 64, 16, 8), 144),
+        (torch.float16, False, (3, 136, 8, 8), 24),
+    )
+] + [_case((3, 40, 5, 7), 20, dtype=torch.bfloat16, memory_format="channels_last")]
+
+
+@pytest.fixture
+def wgmma(device, monkeypatch):
+    """As `device`, with sm_90a's instructions."""
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+    return device
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+def test_wgmma(case, wgmma):
+    check_case(case, "cuda", device=wgmma, pool=64 if wgmma == "cuda" else 1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
+    """Both add 16 products at a time to a float32 sum: they differ by the rounding of those sums alone."""
+    x, weight, bias, norm = _inputs((5, 136, 8, 16), 200, torch.bfloat16, memory_format, wgmma)
+    ours = []
+    for kind in ("wgmma", "fused"):
+        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda kind=kind: kind)
+        train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        ours.append([cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train])
+    for first, second in zip(*ours, strict=True):
+        assert relative_error(first, second.double()) < 2**-8
+    if wgmma == "cpu":
+        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+        for order in ("1", "7"):
+            monkeypatch.setenv("EMU_ORDER", order)
+            train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+            for first, second in zip(
+                (cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train), ours[0], strict=True
+            ):
+                assert torch.equal(first, second)
+
+
+# ---- the primitives ---------------------------------------------------------------------------------------------
+
+
+def _formatted(t: Tensor, memory_format: str) -> Tensor:
+    return t.contiguous(memory_format=getattr(torch, memory_format + "_format" * (memory_format == "contiguous")))
+
+
+def _inputs(shape, c_out, dtype, memory_format, device):
+    x = _formatted(torch.randn(shape), memory_format).to(dtype).to(device)
+    weight = (torch.randn(c_out, shape[1], 1, 1) / shape[1] ** 0.5).to(dtype).to(device)
+    vectors = [torch.randn(c_out, device=device) for _ in range(4)]
+    return x, weight, vectors[3], Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[0], 1e-5)
+
+
+SHAPES = [((5, 40, 8, 7), 136), ((3, 9, 7, 7), 70)]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, c_out", SHAPES, ids=str)
+def test_statistics(shape, c_out, dtype, memory_format, device):
+    """Mean, variance and running statistics within 1e-6 of float64's of the very values that were stored."""
+    x, weight, bias, _ = _inputs(shape, c_out, dtype, memory_format, device)
+    bias = bias + 3
+    running = torch.randn(c_out, device=device), torch.rand(c_out, device=device)
+    expected = [t.double() for t in running]
+    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", *running, 0.1)
+    exact_var, exact_mean = torch.var_mean(torch.nn.functional.gelu(a.double()), dim=(0, 2, 3), correction=0)
+    reference.update_running_statistics(*expected, exact_mean, exact_var, a.numel() // c_out, 0.1)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
+    for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
+        assert relative_error(ours, exact) < tolerance
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_paths_agree(dtype, memory_format, device):
+    """Addresses off 16 bytes take the values one by one, and tiles of another size: y is the same to the last bit."""
+    x, weight, bias, norm = _inputs((5, 40, 8, 7), 136, dtype, memory_format, device)
+    expected = cuda.pointwise_eval(x, weight, bias, "gelu", norm)
+    moved = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    assert moved.data_ptr() % 16 != 0
+    assert torch.equal(cuda.pointwise_eval(moved, weight, bias, "gelu", norm), expected)
+    off = torch.empty(weight.numel() + 1, dtype=dtype, device=device)[1:].view(weight.shape).copy_(weight)
+    assert torch.equal(cuda.pointwise_eval(x, off, bias, "gelu", norm), expected)
+    # one image at a time: fewer tiles
+    images = [cuda.pointwise_eval(_formatted(image, memory_format), weight, bias, "gelu", norm) for image in x.split(1)]
+    assert torch.equal(torch.cat(images), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_order_of_threads(dtype, memory_format, device, monkeypatch):
+    for shape, c_out in SHAPES:
+        x, weight, bias, norm = _inputs(shape, c_out, dtype, memory_format, device)
+
+        def everything(x=x, weight=weight, bias=bias, norm=norm) -> list[Tensor]:
+            train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+            return [cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train]
+
+        expected = everything()
+        for order in ("1", "7"):
+            monkeypatch.setenv("EMU_ORDER", order)
+            for first, second in zip(everything(), expected, strict=True):
+                assert torch.equal(first, second)
+        monkeypatch.delenv("EMU_ORDER")
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
+def test_non_finite_values_go_through(activation, dtype, memory_format, device):
+    """A NaN or infinity reaches all channels of its pixel and no other pixel."""
+    x, weight, bias, norm = _inputs((2, 8, 5, 8), 16, dtype, memory_format, device)
+    x[0, 3, 1, 2], x[1, 0, 4, 7] = float("nan"), float("nan")
+    weight[5] = 0
+    bias[5] = float("inf") if activation in ("identity", "relu") else 1.0
+    ours = cuda.pointwise_eval(x, weight, bias, activation, norm)
+    expected = reference.pointwise_eval(x, weight, bias, activation, norm)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert torch.equal(ours.isinf(), expected.isinf())
+    assert ours.isnan().any(dim=1).sum() == 2
+
+
+def test_an_infinite_gelu_stays_infinite(device):
+    for dtype in DTYPES:
+        x, weight, bias, norm = _inputs((1, 8, 4, 8), 8, dtype, "contiguous", device)
+        bias[2] = float("inf")
+        y = cuda.pointwise_eval(x, weight, bias, "gelu", norm)
+        assert y[0, 2].isinf().all()
+        assert y[0, :2].isfinite().all()
+
+
+# ---- what runs: launches, the choice, memory -------------------------------------------------------------------------
+
+
+def _block(kind: str, memory_format: str = "contiguous"):
+    """x, the operator's tensors and a call of it."""
+    options = {"dtype": torch.bfloat16}
+    x = _formatted(torch.randn(2, 8, 8, 8, **options), memory_format).requires_grad_()
+    depthwise = [torch.randn(shape, **options, requires_grad=True) for shape in ((8, 1, 9, 9), (8,), (8,), (8,))]
+    pointwise = [torch.randn(shape, **options, requires_grad=True) for shape in ((8, 8, 1, 1), (8,), (8,), (8,))]
+    running = [torch.zeros(8), torch.ones(8)]
+    tensors = {
+        "depthwise_block": (*depthwise, *running),
+        "pointwise_block": (*pointwise, *running),
+        "mixer_layer": (*depthwise, *running, *pointwise, *(t.clone() for t in running)),
+    }[kind]
+    return x, lambda training: getattr(ck, kind)(x, *tensors, training=training, backend="cuda")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A function that counts the native launches of a call, under emulation."""
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
+    cuda._native.cache_clear()
+    module = cuda._native().module
+
+    def count(call) -> tuple[int, Tensor | None]:
+        before = module.launches()
+        result = call()
+        return module.launches() - before, result
+
+    yield count
+    cuda._native.cache_clear()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    "kind, evaluation, forward, backward",
+    [
+        ("depthwise_block", 1, 3, 5),  # backward: reduce, finish, dx, dw, finish
+        ("pointwise_block", 1, 3, 4),  # backward: reduce, finish, da, finish; dx and dw are torch's GEMMs
+        ("mixer_layer", 2, 6, 10),  # and z
+    ],
+)
+def test_launch_counts(kind, evaluation, forward, backward, memory_format, launches):
+    _, call = _block(kind, memory_format)
+    with torch.no_grad():
+        assert launches(lambda: call(False))[0] == evaluation
+    count, y = launches(lambda: call(True))
+    assert count == forward
+    assert launches(lambda: y.backward(torch.randn_like(y)))[0] == backward
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_mixer_layer_saves_three_activations(memory_format, launches):
+    x, call = _block("mixer_layer", memory_format)
+    storages = set()
+
+    def pack(t: Tensor) -> Tensor:
+        if t.numel() == x.numel():
+            storages.add(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call(True)
+    assert len(storages) == 3
+    assert x.untyped_storage().data_ptr() in storages
+
+
+_ALLOCATIONS = {"aten.empty", "aten.empty_like", "aten.new_empty"}
+
+
+class _Seen(TorchDispatchMode):
+    """Which torch operations make or take tensors of at least `size` values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.names = size, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(t, Tensor) and t.numel() >= self.size for t in (*args, result)):
+            self.names.add(str(func.overloadpacket))
+        return result
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_torch_operation_touches_an_activation(dtype, memory_format, launches):
+    x, weight, bias, norm = _inputs((3, 16, 8, 8), 24, dtype, memory_format, "cpu")
+    with _Seen(3 * 16 * 64) as seen:
+        cuda.pointwise_eval(x, weight.float(), bias, "gelu", norm)
+        a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        cuda.normalize(a, "gelu", norm._replace(mean=mean, var=var), None)
+    assert seen.names <= _ALLOCATIONS
+    # the backward: views of dy, a and x, and the two products
+    with _Seen(3 * 16 * 64) as seen:
+        sums = cuda.norm_backward(a, a, "gelu", norm)
+        cuda.pointwise_backward(a, a, x, weight, bias, "gelu", norm, sums, (True, True, True))
+    views = {"aten.view", "aten._unsafe_view", "aten.permute", "aten.t", "aten.transpose", "aten.expand", "aten.slice"}
+    # on the CPU _to_copy widens the operands of dw
+    assert seen.names <= _ALLOCATIONS | {"aten.mm", "aten.bmm", "aten.baddbmm", "aten._to_copy", *views}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
+    """Forward and backward of mixer_layer: no synchronisation, no allocation but the caching allocator's."""
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
+    cuda._native.cache_clear()
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = _formatted(torch.randn(2, 16, 16, 16, **options), memory_format).requires_grad_()
+    shapes = ((16, 1, 9, 9), (16,), (16,), (16,), (16, 16, 1, 1), (16,), (16,), (16,))
+    parameters = [torch.randn(shape, **options, requires_grad=True) for shape in shapes]
+    running = [f(16, device="cuda") for f in (torch.zeros, torch.ones, torch.zeros, torch.ones)]
+    dy = torch.randn_like(x)
+
+    def step() -> list[Tensor]:
+        y = ck.mixer_layer(
+            x, *parameters[:4], *running[:2], *parameters[4:], *running[2:], training=True, backend="cuda"
+        )
+        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(captured, expected, strict=True):
+        assert torch.equal(ours, eager)
+
+
+def test_the_table_chooses():
+    # our kernel saves passes over the result, torch's GEMM is the faster product: a limit on C_in
+    h100, a100 = (pointwise_gemm.most_fused_channels(c, True, 2) for c in ((9, 0), (8, 0)))
+    assert 256 < h100 < 1536 < a100
+    assert pointwise_gemm.most_fused_channels((9, 0), True, 1) == pytest.approx(h100 / 2)
+    assert pointwise_gemm.most_fused_channels((12, 1), True, 2) == pointwise_gemm.most_fused_channels((12, 0), True, 2)
+    for capability, rates in pointwise_gemm._RATES.items():
+        for narrow, rate in zip((True, False), rates, strict=True):
+            assert rate.ours < rate.torch
+            # at the limit both are equal: one product more slowly, or one and two passes
+            c, size = pointwise_gemm.most_fused_channels(capability, narrow, 2), 2 if narrow else 4
+            assert 2 * c / rate.ours == pytest.approx(2 * c / rate.torch + 2 * size / rate.memory)
+
+
+def test_the_choice_can_be_forced(monkeypatch):
+    pointwise_gemm.forced_gemm.cache_clear()
+    try:
+        for value, expected in (("fused", True), ("torch", False), ("auto", False)):
+            monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
+            pointwise_gemm.forced_gemm.cache_clear()
+            # a CPU tensor, as in the emulation: torch's unless asked
+            assert pointwise_gemm.use_fused(torch.empty(1, 8, 8, 8), 2) is expected
+        monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
+        pointwise_gemm.forced_gemm.cache_clear()
+        with pytest.raises(ValueError, match="CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got 'cutlass'"):
+            pointwise_gemm.forced_gemm()
+    finally:
+        pointwise_gemm.forced_gemm.cache_clear()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import models as model_cases
-from convmixer_kernels.backends import cuda, reference
+from convmixer_kernels.backends import cuda, reference, triton
 from convmixer_kernels.backends.base import Norm
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SECONDS_PER_ROW = 0.35
 _CHECKED_CHANNELS = 8
+#: Batches of 1536 channels: the cases in which the Triton backend is measured beside cuda. Each of its kernels is compiled in each
+#: configuration first, for seconds, and the time of a run is limited.
+_TRITON_SHAPES = ((64, 1536, 32, 32), (32, 1536, 32, 32))
 
 
 # ---- timing -------------------------------------------------------------------------------------------------------
@@ -298,11 +301,11 @@ def _baseline(op: str, t: Tensors):
     return (dw, db) if op == "depthwise_weight_grad" else (dx, dw, db)
 
 
-def wrong(case: OpCase, t: Tensors) -> str | None:
+def wrong(case: OpCase, t: Tensors, backend=cuda) -> str | None:
     """What breaks the twice-eager rule in a few channels of the first set, None if nothing does."""
     channels = case.shape[1]
     kept = torch.linspace(0, channels - 1, min(_CHECKED_CHANNELS, channels), device="cuda").long()
-    whole = ours(case.op, cuda, t)
+    whole = ours(case.op, backend, t)
     part = t.channels(kept)
     if case.op.startswith("pointwise"):
         # every output channel needs every input channel
@@ -327,7 +330,18 @@ def wrong(case: OpCase, t: Tensors) -> str | None:
     return None
 
 
-def _case(run: Run, case: OpCase, found: dict[str, float]) -> None:
+def _failures() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot run raises: Triton's errors are no RuntimeError."""
+    if not triton.build_info()["available"]:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def _case(run: Run, case: OpCase, found: dict[str, float], backend=cuda) -> None:
+    """The rows of a case: "ours" (cuda) and eager's, or "triton" alone."""
+    failures = _failures()
     shared = {
         "case": case.label,
         "op": case.op,
@@ -339,7 +353,7 @@ def _case(run: Run, case: OpCase, found: dict[str, float]) -> None:
     def row(implementation: str, call: Callable[[int], object], **more: object) -> None:
         try:
             timing = measure(call)
-        except RuntimeError as error:
+        except failures as error:
             torch.cuda.synchronize()
             run.row({**shared, "implementation": implementation, "error": str(error).splitlines()[0][:200], **more})
             return
@@ -347,19 +361,21 @@ def _case(run: Run, case: OpCase, found: dict[str, float]) -> None:
         run.row({**shared, "implementation": implementation, **timing, "percent_of_floor": percent, **more})
 
     tensors = Tensors(case)
+    name = "ours" if backend is cuda else backend.name
     with torch.no_grad():
         try:
-            problem = wrong(case, tensors)
-        except RuntimeError as error:
+            problem = wrong(case, tensors, backend)
+        except failures as error:
             problem = str(error).splitlines()[0][:300]
         if problem is not None:
             # a speed is never shown for a wrong result
-            run.row({**shared, "implementation": "ours", "ok": False, "error": problem})
+            run.row({**shared, "implementation": name, "ok": False, "error": problem})
         else:
-            row("ours", lambda i: ours(case.op, cuda, tensors, i), ok=True)
-        row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
-        if case.op == "depthwise_eval":
-            row("clone", lambda i: tensors.set(i)[0].clone())
+            row(name, lambda i: ours(case.op, backend, tensors, i), ok=True)
+        if backend is cuda:
+            row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
+            if case.op == "depthwise_eval":
+                row("clone", lambda i: tensors.set(i)[0].clone())
     torch.cuda.empty_cache()
 
 
@@ -392,11 +408,16 @@ def operators(run: Run, seconds: float) -> None:
     """Every case while `seconds` last; the rest is named as left out."""
     stop, cases = time.monotonic() + seconds, operator_cases()
     found = run.document["peaks"]
-    for index, case in enumerate(cases):
+    runs = [(case, cuda) for case in cases]
+    if triton.build_info()["available"]:
+        # last: a kernel that breaks the device must not take the others' rows with it
+        runs += [(case, triton) for case in cases if case.shape in _TRITON_SHAPES]
+    for index, (case, backend) in enumerate(runs):
         if time.monotonic() > stop:
-            run.note("operators_left_out", [f"{c.label} {c.dtype} {c.layout}" for c in cases[index:]])
+            left = [f"{c.label} {c.dtype} {c.layout} {b.name}" for c, b in runs[index:]]
+            run.note("operators_left_out", left)
             return
-        _case(run, case, found)
+        _case(run, case, found, backend)
 
 
 # ---- whole models -------------------------------------------------------------------------------------------------

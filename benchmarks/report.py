@@ -97,16 +97,24 @@ def gpu_markdown(document: Mapping[str, object]) -> str:
     cases: dict[tuple[str, str, str], dict[str, Mapping[str, object]]] = {}
     for row in document["results"]:
         cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
+    with_triton = any("triton" in found for found in cases.values())
     lines = ["| case | dtype | layout | ours | of the floor | eager, same layout | speed-up |"]
     lines.append("| :-- | :-- | :-- | --: | --: | --: | --: |")
+    if with_triton:
+        lines = [f"{line} {cell} |" for line, cell in zip(lines, ("triton", "--:"), strict=True)]
     for (case, dtype, layout), found in cases.items():
         ours, eager = found.get("ours", {}), found.get(f"eager {layout}", {}).get("median_us")
         if ours.get("median_us") is None:
             lines.append(f"| {case} | {dtype} | {layout} | wrong: {ours.get('error', 'not run')} | - | - | - |")
+            lines[-1] += " - |" if with_triton else ""
             continue
         mine, floor = ours["median_us"], ours.get("percent_of_floor")
         cells = [case, dtype, layout, f"{mine:.0f} us", f"{floor:.0f} %" if floor else "-"]
         cells += [f"{eager:.0f} us", f"{eager / mine:.1f}x"] if eager else ["-", "-"]
+        if with_triton:
+            row = found.get("triton", {})
+            time = row.get("median_us")
+            cells.append(f"{time:.0f} us" if time is not None else "wrong" if row.get("ok") is False else "-")
         lines.append(f"| {' | '.join(cells)} |")
     tests = document.get("tests", {}).get("summary", "not run")
     environment = document["environment"]

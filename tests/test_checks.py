@@ -48,7 +48,7 @@ BAD = [
     ("eps", lambda: float("nan"), {}, ValueError, "eps must be finite"),
     ("momentum", lambda: None, {}, TypeError, "momentum must be a number"),
     ("training", lambda: 1, {}, TypeError, "training must be a bool"),
-    ("backend", lambda: "tpu", {}, ValueError, "backend must be one of reference, cpu, cuda, got 'tpu'"),
+    ("backend", lambda: "tpu", {}, ValueError, "backend must be one of reference, cpu, cuda, triton, got 'tpu'"),
 ]
 
 

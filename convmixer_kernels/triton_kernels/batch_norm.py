@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: MIT
+"""Batch norm's passes, and what ends every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
+
+    normalize       y = (act(a) - mean) * scale + shift (+ residual)
+    norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
+    grad_prologue   da = dh * act'(a), dh = scale * (dy - mean_dy - hhat * mean_dy_hhat), and sum da
+    merge           mean and variance from (count, mean, M2) of parts;  sum_parts: an ordered sum over parts
+A program owns BLOCK_P values of BLOCK_C channels, or a part of all blocks of such values; a channel's values are numbered over
+N, H, W, so that small planes share a block. Bound: memory, every tensor is read or written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends.base import ACTIVATIONS, Norm
+from . import tuning
+from .common import (
+    activate,
+    affine,
+    backward_vectors,
+    narrow,
+    preactivation_grad,
+    split_program,
+    tile_offsets,
+    total,
+)
+from .launch import ceil_div, layout_of, power_of_2, unit
+
+_SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "size", "first_size", "count"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def normalize_kernel(
+    a_ptr,  # (N, C, H, W)
+    mean_ptr,  # (C,), as the next three
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    residual_ptr,  # (N, C, H, W) or None
+    y_ptr,  # (N, C, H, W)
+    images,
+    channel_units,
+    plane_units,
+    eps,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    FAST: tl.constexpr = a_ptr.dtype.element_ty != tl.float32
+    channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
+    blocks = tl.cdiv(images.to(tl.int64) * plane, BLOCK_P)
+    block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = first_channel + lane
+    start, offsets, ok = tile_offsets(block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P)
+    c_ok = c < channels
+    ok = ok[:, None] & c_ok[None, :]
+    mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST)
+    h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
+    y = (h - mean[None, :]) * scale[None, :] + shift[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + start + offsets, narrow(y, y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def norm_backward_kernel(
+    dy_ptr,  # (N, C, H, W)
+    a_ptr,  # (N, C, H, W)
+    mean_ptr,  # (C,)
+    var_ptr,  # (C,)
+    partials_ptr,  # (parts, 2, C): sum dy, sum dy * hhat
+    images,
+    channel_units,
+    plane_units,
+    blocks_per_part,
+    parts,
+    eps,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    FAST: tl.constexpr = a_ptr.dtype.element_ty != tl.float32
+    channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
+    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = first_channel + lane
+    c_ok = c < channels
+    mean, rstd, _ = affine(mean_ptr, var_ptr, None, None, eps, c, c_ok, FAST)
+    sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_dy_hhat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for i in range(blocks_per_part):
+        block = part * blocks_per_part + i
+        start, offsets, ok = tile_offsets(
+            block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P
+        )
+        ok = ok[:, None] & c_ok[None, :]
+        dy = tl.load(dy_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
+        h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
+        sum_dy += dy
+        sum_dy_hhat += dy * (h - mean[None, :])
+    at = partials_ptr + part * 2 * channels + c
+    tl.store(at, total(sum_dy, 0, FAST), mask=c_ok)
+    tl.store(at + channels, total(sum_dy_hhat, 0, FAST) * rstd, mask=c_ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def grad_prologue_kernel(
+    dy_ptr,  # (N, C, H, W)
+    a_ptr,  # (N, C, H, W)
+    mean_ptr,  # (C,) or None: no norm
+    var_ptr,
+    gamma_ptr,
+    sum_dy_ptr,  # (C,) or None: constant statistics
+    sum_dy_hhat_ptr,
+    da_ptr,  # (N, C, H, W) or None: only the sums are wanted
+    partials_ptr,  # (parts, C) or None: only da is wanted
+    images,
+    channel_units,
+    plane_units,
+    blocks_per_part,
+    parts,
+    count,  # N * H * W, as a float
+    eps,
+    CHANNEL_UNIT: tl.constexpr,
+    PLANE_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    FAST: tl.constexpr = dy_ptr.dtype.element_ty != tl.float32
+    NORM: tl.constexpr = mean_ptr is not None
+    BATCH: tl.constexpr = sum_dy_ptr is not None
+    channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
+    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
+    lane = tl.arange(0, BLOCK_C)
+    c = first_channel + lane
+    c_ok = c < channels
+    mean, scale, mean_dy, factor = backward_vectors(
+        mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST
+    )
+    sum_da = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for i in range(blocks_per_part):
+        block = part * blocks_per_part + i
+        start, offsets, ok = tile_offsets(
+            block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P
+        )
+        ok = ok[:, None] & c_ok[None, :]
+        da = tl.load(dy_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
+        if a_ptr is not None:
+            a = tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
+            da = preactivation_grad(
+                da,
+                a,
+                mean[None, :],
+                scale[None, :],
+                mean_dy[None, :],
+                factor[None, :],
+                NORM,
+                BATCH,
+                ACT,
+                FAST,
+            )
+        if partials_ptr is not None:
+            sum_da += tl.where(ok, da, 0.0)
+        if da_ptr is not None:
+            tl.store(da_ptr + start + offsets, narrow(da, da_ptr.dtype.element_ty), mask=ok)
+    if partials_ptr is not None:
+        tl.store(partials_ptr + part * channels + c, total(sum_da, 0, FAST), mask=c_ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def sum_parts_kernel(
+    partials_ptr,  # (parts, size)
+    first_ptr,  # (first_size,)
+    second_ptr,  # (size - first_size,) or None: first_size is size
+    parts,
+    size,
+    first_size,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    e = pid * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK_PARTS, BLOCK), partials_ptr.dtype.element_ty)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        ok = (part < parts)[:, None] & (e < size)[None, :]
+        acc += tl.load(partials_ptr + (part * size)[:, None] + e[None, :], mask=ok, other=0.0)
+    sums = tl.sum(acc, 0).to(tl.float32)
+    tl.store(first_ptr + e, narrow(sums, first_ptr.dtype.element_ty), mask=e < first_size)
+    if second_ptr is not None:
+        ok = (e >= first_size) & (e < size)
+        tl.store(second_ptr + e - first_size, narrow(sums, second_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _lerp(old, new, weight):
+    """torch.lerp: exact at both ends."""
+    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_kernel(
+    partials_ptr,  # (parts, 3, C): count, mean, M2 of parts
+    mean_ptr,  # (C,)
+    var_ptr,  # (C,) biased
+    running_mean_ptr,  # (C,) or None
+    running_var_ptr,  # (C,) or None
+    channel_units,
+    parts,
+    count,  # N * H * W, as a float
+    unbias,  # count / (count - 1)
+    momentum,
+    CHANNEL_UNIT: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # the union of all parts at once: M2 = sum M2_p + count_p (mean_p - mean)^2 (Chan, Golub and LeVeque 1979); in float64, of
+    # which there is little to do: a rounding error here would be every value's of the channel
+    pid = tl.program_id(0).to(tl.int64)
+    channels = channel_units * CHANNEL_UNIT
+    c = pid * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_ok = c < channels
+    acc = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float64)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        ok = (part < parts)[:, None] & c_ok[None, :]
+        at = partials_ptr + (part * 3 * channels)[:, None] + c[None, :]
+        n = tl.load(at, mask=ok, other=0.0).to(tl.float64)
+        acc += n * tl.load(at + channels, mask=ok, other=0.0)
+    mean = tl.sum(acc, 0) / count
+    acc = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float64)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        ok = (part < parts)[:, None] & c_ok[None, :]
+        at = partials_ptr + (part * 3 * channels)[:, None] + c[None, :]
+        n = tl.load(at, mask=ok, other=0.0)
+        away = tl.where(ok, tl.load(at + channels, mask=ok, other=0.0) - mean[None, :], 0.0)
+        acc += tl.load(at + 2 * channels, mask=ok, other=0.0) + n * away * away
+    var = (tl.sum(acc, 0) / count).to(tl.float32)
+    mean = mean.to(tl.float32)
+    tl.store(mean_ptr + c, mean, mask=c_ok)
+    tl.store(var_ptr + c, var, mask=c_ok)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
+        new = _lerp(old, mean, momentum)
+        tl.store(running_mean_ptr + c, narrow(new, running_mean_ptr.dtype.element_ty), mask=c_ok)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
+        new = _lerp(old, var * unbias, momentum)
+        tl.store(running_var_ptr + c, narrow(new, running_var_ptr.dtype.element_ty), mask=c_ok)
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the parts of sums: float64 where the result is float32 (common.total)."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+    residual: Tensor | None,  # (N, C, H, W)
+) -> Tensor:  # (N, C, H, W)
+    """norm(act(a)) (+ residual), in one launch."""
+    y, layout = torch.empty_like(a), layout_of(a)
+
+    def call(config: tuning.Config) -> None:
+        config = layout.fit(config)
+        grid = (ceil_div(layout.count, config["BLOCK_P"]) * ceil_div(layout.channels, config["BLOCK_C"]),)
+        normalize_kernel[grid](
+            a,
+            *norm[:4],
+            residual,
+            y,
+            *layout.sizes,
+            norm.eps,
+            **layout.units,
+            ACT=ACTIVATIONS.index(activation),
+            **config,
+        )
+
+    tuning.run("normalize" + layout.suffix, (a.dtype, *layout.key, activation), layout.device, call)
+    return y
+
+
+def norm_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy * hhat over N, H, W, (C,) float32 each, in two launches."""
+    layout = layout_of(dy)
+
+    def call(config: tuning.Config) -> Tensor:
+        config = layout.fit(config)
+        groups = ceil_div(layout.channels, config["BLOCK_C"])
+        parts, per_part = tuning.split(groups, ceil_div(layout.count, config["BLOCK_P"]), layout.device)
+        partials = dy.new_empty((parts, 2, layout.channels), dtype=partial_dtype(dy.dtype))
+        norm_backward_kernel[(groups * parts,)](
+            dy,
+            a,
+            norm.mean,
+            norm.var,
+            partials,
+            *layout.sizes,
+            per_part,
+            parts,
+            norm.eps,
+            **layout.units,
+            ACT=ACTIVATIONS.index(activation),
+            **config,
+        )
+        return partials
+
+    partials = tuning.run("norm_backward" + layout.suffix, (dy.dtype, *layout.key, activation), layout.device, call)
+    sums = sum_parts(partials, dy.new_empty((2, layout.channels), dtype=torch.float32), None)
+    return sums[0], sums[1]
+
+
+def grad_prologue(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor | None,  # (N, C, H, W)
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    want_da: bool,
+    want_sums: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None where not wanted. One launch."""
+    layout = layout_of(dy)
+    da = torch.empty_like(dy) if want_da else None
+    # identity without a norm: da is dy, and a may not be there
+    a = None if norm is None and activation == "identity" else a
+    mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+
+    def call(config: tuning.Config) -> Tensor | None:
+        config = layout.fit(config)
+        groups = ceil_div(layout.channels, config["BLOCK_C"])
+        parts, per_part = tuning.split(groups, ceil_div(layout.count, config["BLOCK_P"]), layout.device)
+        dtype = partial_dtype(dy.dtype)
+        partials = dy.new_empty((parts, layout.channels), dtype=dtype) if want_sums else None
+        grad_prologue_kernel[(groups * parts,)](
+            dy,
+            a,
+            mean,
+            var,
+            gamma,
+            *(sums or (None, None)),
+            da,
+            partials,
+            *layout.sizes,
+            per_part,
+            parts,
+            float(layout.count),
+            eps,
+            **layout.units,
+            ACT=ACTIVATIONS.index(activation),
+            **config,
+        )
+        return partials
+
+    key = (dy.dtype, *layout.key, activation, norm is not None, want_da, want_sums)
+    return da, tuning.run("grad_prologue" + layout.suffix, key, layout.device, call)
+
+
+def sum_parts(partials: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
+    """The sum of partials (parts, ...) over its parts into `first` and then `second`, in their dtypes; gives `first`."""
+    parts, size = partials.shape[0], partials[0].numel()
+    block_parts = min(32, power_of_2(parts))
+    block = min(1024 // block_parts, power_of_2(size))
+    sum_parts_kernel[(ceil_div(size, block),)](
+        partials, first, second, parts, size, first.numel(), BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4
+    )
+    return first
+
+
+def merge(
+    partials: Tensor,  # (parts, 3, C)
+    count: int,
+    running_mean: Tensor | None,  # (C,) updated in place
+    running_var: Tensor | None,  # (C,) updated in place
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """mean and biased variance, (C,) float32, in one launch."""
+    parts, _, channels = partials.shape
+    mean, var = partials.new_empty(channels), partials.new_empty(channels)
+    block_c = min(16, power_of_2(channels))
+    merge_kernel[(ceil_div(channels, block_c),)](
+        partials,
+        mean,
+        var,
+        running_mean,
+        running_var,
+        channels // unit(channels),
+        parts,
+        float(count),
+        count / max(count - 1, 1),
+        momentum,
+        CHANNEL_UNIT=unit(channels),
+        BLOCK_PARTS=min(64, power_of_2(parts)),
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return mean, var

@@ -55,6 +55,17 @@ DEPTHWISE_CASES = [
     *(_depthwise((2, 3, h, w), 7, memory_format=f) for h, w in ((16, 16), (13, 9)) for f in FORMATS),
     # kernels: odd, even, non-square, 1x1, the largest
     *(_depthwise((2, 8, 12, 13), k, dtype=torch.bfloat16) for k in (1, 2, 5, 8, 15, 25, (3, 10))),
+    # asynchronous copies of the weight gradient: several images a unit, several units a block, tiles of rows and columns
+    *(
+        _depthwise(shape, k, dtype=torch.bfloat16)
+        for shape, k in (
+            ((5, 3, 16, 16), 15),
+            ((3, 32, 70, 8), 11),
+            ((2, 2, 40, 24), 31),
+            ((1, 2, 9, 136), (4, 13)),
+            ((2, 3, 20, 16), (12, 7)),
+        )
+    ),
     *(_depthwise((1, 8, 12, 13), k, dtype=torch.float16, memory_format="channels_last") for k in (3, 4, 11, (6, 3))),
     *(_depthwise((2, 4, 12, 13), k) for k in (1, 4, 11, (3, 10))),
     _depthwise((1, 1, 20, 33), 31, dtype=torch.bfloat16),

@@ -58,8 +58,11 @@ def kernels(module, architecture) -> list[sass.Kernel]:
     return list(sass.kernels(module, architecture, wanted))
 
 
-def test_no_kernel_spills_or_uses_local_memory(resources):
-    assert sass.in_local_memory(resources) == []
+def test_no_kernel_spills_or_uses_local_memory(resources, architecture):
+    # 20 kernels spill 8 or 16 bytes on sm_86, 89, 100 or 120, which no header speaks of
+    found = [r for r in resources if r.architecture == architecture]
+    assert len(found) > 50
+    assert sass.in_local_memory(found) == []
 
 
 def test_tensor_core_kernels_hold_what_they_are_for(kernels):

@@ -75,7 +75,7 @@ int64_t parts_for(const Plan& p, int64_t wanted, int64_t steps) {
   return std::min<int64_t>({p.units, 65535, std::max(wanted, ceil_div(p.units * steps, kLongestChain))});
 }
 
-// together: the most neighbouring channels that an aligned access can take.
+// together: the most neighbouring channels that an aligned access can take; 0: asynchronous copies.
 void plan_block_kernel(Plan& p, int together) {
   p.kernel = Kernel::kBlock;
   p.channels = 1;
@@ -87,15 +87,23 @@ void plan_block_kernel(Plan& p, int together) {
   p.channels_together = octets ? kMaxChannels : std::min(together, 2);
   choose_columns(p, p.channels_last ? 64 : 128);
   // octets: a lies beside dy until da is made; two blocks on a multiprocessor with 164 KB
-  choose_rows(p, octets ? 56 << 10 : 40 << 10, [&](int images, int rows, int x_rows) {
-    const int d_tiles = octets ? 2 : 1;
-    return 2 * p.channels * (images * x_rows * p.x_pitch + d_tiles * round_up(images * rows, 16) * p.d_pitch);
-  });
+  // asynchronous: two stages of that
+  const bool async = together == 0;
+  choose_rows(p,
+              async    ? 76 << 10
+              : octets ? 56 << 10
+                       : 40 << 10,
+              [&](int images, int rows, int x_rows) {
+                const int d_tiles = octets || async ? 2 : 1, stages = async ? 2 : 1;
+                return 2 * stages * p.channels *
+                       (images * x_rows * p.x_pitch + d_tiles * round_up(images * rows, 16) * p.d_pitch);
+              });
   // an odd number of 16 bytes, so that the channels that a warp writes together lie in different banks
   p.x_plane = odd_pitch(p.x_rows * p.x_pitch);
   p.d_plane = odd_pitch(p.d_rows * p.d_pitch);
   p.x_pairs = FastDiv(p.x_pitch / 2);
   p.d_pairs = FastDiv(p.d_pitch / 2);
+  p.x_quads = FastDiv(p.x_pitch / 4);
   p.x_octets = FastDiv(p.x_pitch / 8);
   p.d_octets = FastDiv(p.d_pitch / 8);
   const int items = p.d_rows / 16 * div_up(div_up(p.tile_cols, 8), kColumnTiles);
@@ -145,8 +153,9 @@ int shared_bytes(const Plan& p) {
   const int taps = p.kh * p.kw;
   if (p.kernel == Kernel::kBlock) {
     const int warps = p.groups * p.channels * p.slices;
-    const int d_tiles = p.channels_together == kMaxChannels ? 2 : 1;
-    const int loop = 2 * (p.x_pitch + p.channels * (p.x_plane + d_tiles * p.d_plane) + 16);
+    const bool async = p.channels_together == 0;
+    const int d_tiles = p.channels_together == kMaxChannels || async ? 2 : 1, stages = async ? 2 : 1;
+    const int loop = 2 * (p.x_pitch + stages * p.channels * (p.x_plane + d_tiles * p.d_plane) + 16);
     return std::max(loop, 4 * (warps * p.blocks * 128 + p.slices * p.channels * taps));
   }
   const int loop = 2 * (p.x_pitch + kWarpKernelWarps * p.warp_elements + 16);
@@ -179,7 +188,8 @@ Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
     if (shared_bytes(warps) <= kMostShared) return warps;
   }
   const bool octets = p.c % kMaxChannels == 0 && alignment >= 16, pairs = p.c % 2 == 0 && alignment >= 4;
-  plan_block_kernel(p, !p.channels_last ? 1 : octets ? kMaxChannels : pairs ? 2 : 1);
+  const bool async = p.w % 8 == 0 && alignment >= 16;
+  plan_block_kernel(p, p.channels_last ? (octets ? kMaxChannels : pairs ? 2 : 1) : (async ? 0 : 1));
   return p;
 }
 
@@ -246,6 +256,7 @@ int launch(const DepthwiseWeightGrad& arguments, cudaStream_t stream) {
                     : p.channels_together == kMaxChannels
                         ? launch_kernel(block_kernel<T, 1, kMaxChannels>, p, g, stream)
                     : p.channels_together == 2 ? launch_block_kernel<2>(p, g, stream)
+                    : p.channels_together == 0 ? launch_block_kernel<0>(p, g, stream)
                                                : launch_block_kernel<1>(p, g, stream);
   if (error != 0) return error;
   const int taps = p.kh * p.kw;

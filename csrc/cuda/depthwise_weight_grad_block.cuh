@@ -159,13 +159,13 @@ __device__ __forceinline__ void load_d_octets(const Plan& p, const Unit& u, cons
   }
 }
 
-// da of one channel in dy's place, 8 columns at a time; 8 neighbouring threads have the 8 channels.
+// da of one channel in dy's place, 8 columns at a time, by the threads `first`, first + step, ...
 template <class T>
 __device__ __forceinline__ void finish_da(const Plan& p, const Unit& u, const GradInput& g, GradCoefficients k,
-                                          T* d_tile, const T* a_tile, float& db) {
+                                          int first, int step, T* d_tile, const T* a_tile, float& db) {
   const int chunks = p.d_pitch / 8, rows = u.images * u.rows, count = round_up(rows, 16) * chunks;
 #pragma unroll 1
-  for (int i = threadIdx.x / 8; i < count; i += blockDim.x / 8) {
+  for (int i = first; i < count; i += step) {
     const int row = int(p.d_octets.div(i)), chunk = i - row * chunks, at = d_offset(p, row, chunk);
     const int columns = row < rows ? u.cols - 8 * chunk : 0;
     Vec16<T> d;
@@ -184,6 +184,34 @@ __device__ __forceinline__ void finish_da(const Plan& p, const Unit& u, const Gr
   }
 }
 
+// ---- asynchronous copies: contiguous tensors with W % 8 == 0, one channel a block -----------------------------------
+
+// x, dy and a of a unit on their way to their places; zeros beside the image and in the padding rows.
+template <class T>
+__device__ __forceinline__ void copy_async(const Plan& p, const Unit& u, const T* x, const T* dy, const T* a, T* x_tile,
+                                           T* d_tile, T* a_tile) {
+  const int quads = p.x_pitch / 4, x_count = u.images * u.x_rows * quads;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < x_count; i += blockDim.x) {
+    const int row = int(p.x_quads.div(i)), quad = i - row * quads, image = image_of(p, row);
+    const int y = u.x0 + row - image * u.x_rows, column = u.c0 - p.shift + 4 * quad;
+    const bool inside = unsigned(column) < unsigned(p.w);
+    const T* from = x + (u.image + image) * p.strides.image + y * p.strides.row;
+    cp_async<8>(x_tile + row * p.x_pitch + 4 * quad, inside ? from + column : from, inside ? 8 : 0);
+  }
+  const int chunks = p.d_pitch / 8, rows = u.images * u.rows, d_count = round_up(rows, 16) * chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < d_count; i += blockDim.x) {
+    const int row = int(p.d_octets.div(i)), chunk = i - row * chunks, image = image_of(p, row);
+    const int y = u.y0 + row - image * u.rows, to = d_offset(p, row, chunk);
+    const bool inside = row < rows && 8 * chunk < u.cols;
+    const int64_t at =
+        inside ? (u.image + image) * p.strides.image + y * p.strides.row + (u.c0 + 8 * chunk) : int64_t(0);
+    cp_async<16>(d_tile + to, dy + at, inside ? 16 : 0);
+    if (a != nullptr) cp_async<16>(a_tile + to, a + at, inside ? 16 : 0);
+  }
+}
+
 // A warp's share of the arithmetic.
 struct alignas(16) Role {
   int first_row, kernel_rows, channel, slice;
@@ -194,7 +222,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
     block_kernel(const Plan p, const Arguments<T> g) {
   constexpr int ROWS = warp_kernel_rows(BLOCKS);
   // channels of which a thread makes da
-  constexpr int OWN = CHANNELS == kMaxChannels ? 1 : CHANNELS;
+  constexpr int OWN = CHANNELS == kMaxChannels || CHANNELS == 0 ? 1 : CHANNELS;
   DYN_SHARED(T, shared);
   SHARED_ARRAY(GradCoefficients, coefficients, kMaxChannels);
   SHARED_ARRAY(float, db_parts, max_warps(BLOCKS) * kMaxChannels);
@@ -222,18 +250,39 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
 
   float acc[ROWS][BLOCKS][4] = {};
   float db[OWN] = {};
+  // asynchronous copies: the unit after the one at work is on its way to the other stage
+  int stage = 0;
+  const int64_t plane = int64_t(blockIdx.x) * p.strides.channel;
+  const auto copy = [&](int index, int to) {
+    if (index < p.units) {
+      T* x_tile = zeros + p.x_pitch + to * (p.x_plane + 2 * p.d_plane);
+      copy_async(p, unit_at(p, index), g.x + plane, g.dy + plane, g.grad.has_a ? g.a + plane : nullptr, x_tile,
+                 x_tile + p.x_plane, x_tile + p.x_plane + p.d_plane);
+    }
+    cp_async_commit();
+  };
+  if constexpr (CHANNELS == 0) copy(blockIdx.y, 0);
 #pragma unroll 1
   for (int index = blockIdx.y; index < p.units; index += gridDim.y) {
     const Unit u = unit_at(p, index);
     __syncthreads();
-    if constexpr (CHANNELS == kMaxChannels) {
+    if constexpr (CHANNELS == 0) {
+      copy(index + gridDim.y, stage ^ 1);
+      x_tiles = zeros + p.x_pitch + stage * (p.x_plane + 2 * p.d_plane);
+      d_tiles = x_tiles + p.x_plane;
+      stage ^= 1;
+      cp_async_wait<1>();
+      // each thread turns into da what it copied itself
+      finish_da(p, u, g.grad, coefficients[0], threadIdx.x, blockDim.x, d_tiles, d_tiles + p.d_plane, db[0]);
+    } else if constexpr (CHANNELS == kMaxChannels) {
       const int64_t start = int64_t(blockIdx.x) * kMaxChannels;
       T* a_tiles = d_tiles + kMaxChannels * p.d_plane;
       load_x_octets(p, u, g.x + start, x_tiles);
       load_d_octets(p, u, g.dy + start, d_tiles);
       if (g.grad.has_a) load_d_octets(p, u, g.a + start, a_tiles);
       __syncthreads();
-      finish_da(p, u, g.grad, coefficients[own], d_tiles + own * p.d_plane, a_tiles + own * p.d_plane, db[0]);
+      finish_da(p, u, g.grad, coefficients[own], threadIdx.x / 8, blockDim.x / 8, d_tiles + own * p.d_plane,
+                a_tiles + own * p.d_plane, db[0]);
     } else {
       const int64_t start = (int64_t(blockIdx.x) * p.channels + own) * p.strides.channel;
       load_x<CHANNELS>(p, u, g.x + start, first, step, x_tiles + own * p.x_plane);
@@ -258,6 +307,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
     }
   }
 
+  cp_async_wait<0>();
   __syncthreads();
   const int taps = p.kh * p.kw, warps = blockDim.x >> 5;
   float* scratch = reinterpret_cast<float*>(shared) + warp * BLOCKS * 128;

@@ -45,13 +45,13 @@ struct Plan {
   FastDiv row_tiles, col_tiles;
   int units;              // packs * row_tiles * col_tiles
   int channels;           // of one block
-  int channels_together;  // block kernel: that a thread loads, 1, 2 or 8
+  int channels_together;  // block kernel: that a thread loads, 1, 2 or 8; 0: asynchronous copies
   int groups;             // kernel-row groups, one warp each
   int slices;  // block kernel: warps that share a unit's K steps; warp kernel: warps that share a channel's units
   int x_rows, x_pitch, d_rows, d_pitch;  // a channel's tiles in shared memory, in elements
   int x_plane, d_plane;                  // block kernel: from one channel's tile to the next
   FastDiv x_pairs, d_pairs;              // by x_pitch / 2, d_pitch / 2
-  FastDiv x_octets, d_octets;            // by x_pitch / 8, d_pitch / 8
+  FastDiv x_quads, x_octets, d_octets;   // by x_pitch / 4, x_pitch / 8, d_pitch / 8
   int d_swizzle_shift, d_swizzle_mask;
   int parts;  // blocks that share a channel's units
   // warp kernel: chunks of a row and lanes for them, see copy_rows; pitches of an image's span; a warp's shared memory

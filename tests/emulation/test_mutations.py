@@ -181,6 +181,19 @@ MUTATIONS = [
         "weight gradient, octets: da beside the image", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
         "weight_grad_bfloat16_channels_last", "j < columns ? k.offset : 0.f", "k.offset",
     ),
+    Mutation(
+        "weight gradient, large kernels: copies not awaited", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "      cp_async_wait<1>();\n", "",
+    ),
+    Mutation(
+        "weight gradient, large kernels: stages not exchanged", "depthwise_weight_grad_block.cuh",
+        "depthwise_weight_grad", "weight_grad_bfloat16", "      stage ^= 1;\n", "",
+    ),
+    Mutation(
+        "weight gradient, large kernels: barrier before the next copies", "depthwise_weight_grad_block.cuh",
+        "depthwise_weight_grad", "weight_grad_bfloat16", "    __syncthreads();\n    if constexpr (CHANNELS == 0) {",
+        "    if constexpr (CHANNELS == 0) {",
+    ),
     # depthwise on FMA units
     Mutation(
         "fma: copies not awaited", "depthwise_fma.cu", "depthwise_fma", "forward_float32",

@@ -399,6 +399,57 @@ def test_the_table_chooses():
             assert 2 * c / rate.ours == pytest.approx(2 * c / rate.torch + 2 * size / rate.memory)
 
 
+class _OnGpu:
+    """What use_fused asks of a tensor."""
+
+    is_cuda = True
+
+    def __init__(self, shape, dtype=torch.bfloat16, memory_format="contiguous") -> None:
+        self.shape, self.dtype, self.memory_format = shape, dtype, memory_format
+
+    def is_contiguous(self) -> bool:
+        return self.memory_format == "contiguous"
+
+    def get_device(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    "x, passes, expected",
+    [
+        (_OnGpu((64, 256, 32, 32)), 2, True),
+        (_OnGpu((64, 1536, 32, 32)), 2, False),
+        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 2, True),
+        # torch's GEMM adds the bias of rows: one pass less to save
+        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 1, False),
+        (_OnGpu((64, 256, 32, 32)), 0, False),
+        # operands that are not 16-byte aligned
+        (_OnGpu((64, 256, 7, 7)), 2, False),
+        (_OnGpu((64, 256, 7, 7), memory_format="channels_last"), 2, True),
+        (_OnGpu((64, 250, 8, 8)), 2, False),
+        (_OnGpu((64, 128, 7, 7), torch.float32), 2, True),
+        (_OnGpu((64, 256, 32, 32), torch.float32), 2, False),
+    ],
+)
+def test_what_the_table_chooses_on_an_h100(x, passes, expected, monkeypatch):
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
+    monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
+    assert pointwise_gemm.use_fused(x, passes) is expected
+
+
+def test_where_tf32_is_allowed_torch_takes_it(monkeypatch):
+    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
+    monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
+    x = _OnGpu((64, 64, 8, 8), torch.float32)
+    assert pointwise_gemm.use_fused(x, 2)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert not pointwise_gemm.use_fused(x, 2)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_the_choice_can_be_forced(monkeypatch):
     pointwise_gemm.forced_gemm.cache_clear()
     try:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""What ptxas made of the pointwise block's GEMM kernels: the main loops that their headers describe. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from convmixer_kernels import _build
+
+sass = pytest.importorskip("benchmarks.sass", reason="benchmarks/sass.py, which reads the module, is not there")
+static_cuda = pytest.importorskip("benchmarks.static_cuda", reason="benchmarks/static_cuda.py is not there")
+
+#: mma_kernel<T, MT, NT, LAST, ALIGNED> with 128 x 128 tiles
+LARGE = r"mma_kernelI\w*Li4ELi8ELb[01]ELb1E"
+THREADS_AND_SHARED = {"mma_kernel": (128, 49152), "fma_kernel": (256, 33792), "wgmma_kernel": (384, 217152)}
+
+
+@pytest.fixture(scope="module")
+def module():
+    """The built _cuda module."""
+    found = static_cuda.find_module()
+    if found is None:
+        pytest.skip("the CUDA module is not built: no nvcc")
+    if (reason := sass.missing_tool()) is not None:
+        pytest.skip(reason)
+    built = found.with_name("_built.py")
+    if not built.exists() or _build.source_digest() not in built.read_text():
+        pytest.skip("the installed CUDA module was built from other sources")
+    return found
+
+
+@pytest.fixture(scope="module")
+def resources(module):
+    return [r for r in sass.resources(module) if "9pointwise" in r.function]
+
+
+@pytest.fixture(scope="module", params=("sm_80", "sm_90a"))
+def kernels(request, module, resources):
+    if request.param not in {r.architecture for r in resources}:
+        pytest.skip(f"the CUDA module holds no code for {request.param}")
+    return list(sass.kernels(module, request.param, lambda name: "9pointwise" in name))
+
+
+def _loop_of(kernel, instruction: str):
+    """What the innermost loop with this instruction holds."""
+    found = []
+    for loop in kernel.all_loops():
+        counts = sum((kernel.blocks[i].counts for i in loop.blocks), type(kernel.counts)())
+        if counts[instruction]:
+            found.append(counts)
+    assert found, f"{kernel.function}: no loop with {instruction}"
+    return min(found, key=lambda counts: counts["all"])
+
+
+def test_tensor_cores_take_most_of_the_main_loop(kernels):
+    found = [kernel for kernel in kernels if re.search(LARGE, kernel.function)]
+    assert len(found) == 4
+    for kernel in found:
+        loop = _loop_of(kernel, "HMMA")
+        assert (loop["HMMA"], loop["LDSM"], loop["LDGSTS.128"]) == (64, 16, 8), kernel.function
+        assert loop["all"] <= 160, kernel.function
+        assert kernel.counts["STG.128"] > 0
+
+
+def test_small_and_unaligned_tiles_use_tensor_cores_too(kernels):
+    found = [kernel for kernel in kernels if re.search(r"mma_kernelI\w*Li2ELi4E", kernel.function)]
+    assert len(found) == 8
+    for kernel in found:
+        loop = _loop_of(kernel, "HMMA")
+        assert (loop["HMMA"], loop["LDSM"]) == (16, 8), kernel.function
+        # without alignment the values come one by one
+        aligned = kernel.function.split("Li4ELb")[1][4] == "1"
+        assert (loop["LDGSTS.128"] == 4) == aligned, kernel.function
+
+
+def test_float32_is_bound_by_its_products(kernels):
+    found = [kernel for kernel in kernels if "fma_kernel" in kernel.function]
+    assert len(found) == 2
+    for kernel in found:
+        loop = _loop_of(kernel, "FFMA")
+        assert (loop["FFMA"], loop["LDS.128"], loop["LDGSTS"]) == (512, 32, 8), kernel.function
+        assert loop["all"] <= 640, kernel.function
+
+
+def test_wgmma_is_not_serialized(kernels):
+    found = [kernel for kernel in kernels if "wgmma_kernel" in kernel.function]
+    assert len(found) == 4
+    for kernel in found:
+        if kernel.architecture != "sm_90a":
+            assert kernel.counts["all"] < 32, kernel.function
+            continue
+        loop = _loop_of(kernel, "HGMMA")
+        # one arrival and one wait a stage: the compiler has put none between the products
+        assert (loop["HGMMA"], loop["WARPGROUP"]) == (8, 2), kernel.function
+        assert loop["all"] <= 80, kernel.function
+        assert kernel.counts["UTMALDG"] >= 2
+        assert kernel.counts["USETMAXREG"] == 2
+
+
+def test_occupancy(resources, kernels):
+    """Two blocks a multiprocessor, three and four of the smaller tiles, one of wgmma."""
+    for kernel in kernels:
+        (mine,) = (r for r in resources if (r.architecture, r.function) == (kernel.architecture, kernel.function))
+        name = next(n for n in ("wgmma_kernel", "fma_kernel", "mma_kernel") if n in kernel.function)
+        if name == "wgmma_kernel" and kernel.architecture != "sm_90a":
+            continue
+        threads, shared = THREADS_AND_SHARED[name]
+        small = "Li2ELi4E" in kernel.function
+        wanted = 1 if name == "wgmma_kernel" else 3 if small else 2
+        blocks = sass.blocks_per_multiprocessor(
+            mine.registers, threads, shared // 2 if small else shared, kernel.architecture
+        )
+        assert blocks >= wanted, kernel.function
+        assert mine.stack == mine.local == 0

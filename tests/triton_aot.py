@@ -31,6 +31,8 @@ from convmixer_kernels.triton_kernels import config, tuning
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "small": 120}
 #: Bytes of shared memory that a block may have.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "small": 99 << 10}
+#: Lists of kernels that are products on tensor cores.
+PRODUCTS = ("pointwise", "depthwise_toeplitz")
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")
 _TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
@@ -144,6 +146,7 @@ def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
         ("pointwise bfloat16 contiguous", _pointwise(bf16)),
         ("pointwise bfloat16 channels_last", _pointwise(bf16, True)),
         ("pointwise float16 channels_last fused", _pointwise(fp16, True, 128)),
+        ("pointwise bfloat16 contiguous fused", list(_pointwise(bf16, False, 128))[2:]),
         ("batch norm bfloat16 contiguous", _batch_norm(bf16)),
         ("batch norm bfloat16 channels_last", _batch_norm(bf16, True)),
         ("depthwise float16 contiguous", _depthwise(fp16, 31, size=56)),
@@ -167,8 +170,8 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def compile_one(item: Launch, capability: int) -> dict[str, object]:
-    """Compile for the target and read the machine code."""
+def compile_one(item: Launch, capability: int, wants_code: bool) -> dict[str, object]:
+    """Compile for the target and read the resources, and with `wants_code` count instructions, else 0."""
     start = time.monotonic()
     compiled = triton.compile(item.source(), target=GPUTarget("cuda", capability, 32), options=item.options)
     seconds = time.monotonic() - start
@@ -176,14 +179,12 @@ def compile_one(item: Launch, capability: int) -> dict[str, object]:
         file.write(compiled.asm["cubin"])
         file.flush()
         environment = os.environ | {"PATH": f"{Path(_tool('cuobjdump')).parent}:{os.environ['PATH']}"}
-        usage, code = (
-            subprocess.run(
-                [_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, env=environment
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.M)
+        # a listing of the code takes longer than the compilation of a small kernel
+        flags = ["-res-usage", "-sass"] if wants_code else ["-res-usage"]
+        command = [_tool("cuobjdump"), *flags, file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing, re.M)
     counted = {name: instructions.count(name) for name in (*TENSOR_CORES, "LDL", "STL", "LDGSTS", "LDG", "FFMA")}
     return {
         "case": item.case,
@@ -212,7 +213,8 @@ def main() -> int:
     generation = sys.argv[1]
     report = []
     for item in launches(generation):
-        report.append(compile_one(item, TARGETS[generation]))
+        wants_code = "-v" in sys.argv or item.list_name.startswith(PRODUCTS)
+        report.append(compile_one(item, TARGETS[generation], wants_code))
         if "-v" in sys.argv:
             print(_line(report[-1]), file=sys.stderr, flush=True)
     json.dump(report, sys.stdout)

@@ -76,7 +76,8 @@ _LISTS: dict[str, dict[str, list[Config]]] = {
     "depthwise_toeplitz_large": {
         "sm_80": [_toeplitz(128, 8, 2), _SMALL_TOEPLITZ],
         "sm_90": [_toeplitz(128, 8, 2), _SMALL_TOEPLITZ],
-        "sm_100": [_toeplitz(128, 8, 2), _SMALL_TOEPLITZ],
+        # with two stages k = 31 spills
+        "sm_100": [_toeplitz(128, 8, 1), _SMALL_TOEPLITZ],
         "small": [_SMALL_TOEPLITZ],
     },
     "depthwise_toeplitz_weight_grad": {
@@ -93,7 +94,13 @@ _LISTS: dict[str, dict[str, list[Config]]] = {
         "small": [_gemm(64, 64, 32, 4, 2)],
     },
     # da in the prologue takes registers; one tile still holds 128 columns (fuse_prologue)
-    "pointwise_fused": _everywhere(_gemm(64, 128, 32, 8, 2)),
+    "pointwise_fused": {
+        "sm_80": [_gemm(64, 128, 32, 8, 2)],
+        "sm_90": [_gemm(64, 128, 32, 8, 2)],
+        # 8 warps leave a thread 80 registers here
+        "sm_100": [_gemm(64, 128, 32, 4, 2)],
+        "small": [_gemm(64, 128, 32, 8, 2)],
+    },
     "pointwise_weight_grad": {
         "sm_80": [_product(32, 128, 128, 8, 3), _product(32, 64, 64, 4, 2)],
         "sm_90": [_product(64, 128, 128, 8, 3), _product(32, 64, 64, 4, 2)],

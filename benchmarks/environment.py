@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,10 +34,16 @@ def describe(device: torch.device, backend: str | None) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "convmixer_kernels": info["version"],
         "backend": automatic if backend is None else backend,
-        "backends": info["backends"],
+        "backends": {name: _without_paths(backend) for name, backend in info["backends"].items()},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _without_paths(backend: dict[str, object]) -> dict[str, object]:
+    """An import error names files of this machine: only what lies inside the package is of interest."""
+    inside = re.compile(r"/[^\s()]*/(?=convmixer_kernels/)")
+    return {key: inside.sub("", value) if isinstance(value, str) else value for key, value in backend.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -170,7 +170,9 @@ def mixer_forward(
     """y, both a and both statistics, as block_forward of the one and then the other."""
     if hasattr(backend, "mixer_eval") and not options.batch_statistics and not options.save:
         lower, upper = ((b.weight, b.bias, _norm(b, s, options)) for b, s in zip(blocks, running, strict=True))
-        return backend.mixer_eval(x, lower, upper, options.activation, options.residual), (None, None), running
+        y = backend.mixer_eval(x, lower, upper, options.activation, options.residual)
+        if y is not None:
+            return y, (None, None), running
     z, a_depthwise, depthwise = block_forward(backend, x, "depthwise", blocks[0], running[0], options)
     y, a_pointwise, pointwise = block_forward(backend, z, "pointwise", blocks[1], running[1], options)
     return y, (a_depthwise, a_pointwise), (depthwise, pointwise)

@@ -3,16 +3,19 @@
 
 By name (the `backend` argument, `use_backend`, the CONVMIXER_BACKEND environment variable, in this order) the choice is
 binding: a backend that cannot run raises its reason. Automatically, the first of the device's list that can run is taken, and the
-reasons of those before it are logged at DEBUG level to the logger "convmixer_kernels".
+reasons of those before it are logged at DEBUG level to the logger "convmixer_kernels". Where nothing but torch operations was
+installed for a device, one RuntimeWarning says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -92,9 +95,25 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
         module = load(name)
         reason = _reason(module, primitive, x, weights)
         if reason is None:
+            if name == "reference":
+                _warn_if_nothing_faster(x.device.type)
             return module
         logger.debug("%s: backend %r not used: %s", op, name, reason)
     raise NotImplementedError(f"{op}: no backend can run this on {x.device}")
+
+
+@functools.cache
+def _warn_if_nothing_faster(device_type: str) -> None:
+    """Once: pip shows nothing of a build that left the native modules out, and a slow result looks like any other."""
+    details = {name: load(name).build_info() for name in automatic_order(device_type) if name != "reference"}
+    if details and not any(detail["available"] for detail in details.values()):
+        reasons = "; ".join(f"{name}: {detail['detail']}" for name, detail in details.items())
+        warnings.warn(
+            f"convmixer_kernels computes with torch operations for {device_type} tensors, right but not faster ({reasons}). "
+            "python -m convmixer_kernels says what was built",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> str | None:

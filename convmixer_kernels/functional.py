@@ -24,10 +24,9 @@ from .autograd import (
     convolution_forward,
     mixer_forward,
 )
-from .backends.reference import update_running_statistics
+from .backends.reference import activate, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def depthwise_block(
@@ -296,11 +295,9 @@ def _transformed() -> bool:
 def _torch_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
     """The equivalent of the docstrings."""
     weight, bias, _, _ = _of_dtype(block, x.dtype)
-    h = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1] if kind == "depthwise" else 1)
-    if options.activation != "identity":
-        h = F.relu(h) if options.activation == "relu" else F.gelu(h, approximate=_APPROXIMATE[options.activation])
+    a = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1] if kind == "depthwise" else 1)
     norm = (*running, block.norm_weight, block.norm_bias)
-    y = F.batch_norm(h, *norm, options.batch_statistics, options.momentum, options.eps)
+    y = F.batch_norm(activate(a, options.activation), *norm, options.batch_statistics, options.momentum, options.eps)
     return y + x if options.residual else y
 
 

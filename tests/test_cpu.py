@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import Case, make_inputs, ours
 
+from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
 from convmixer_kernels.backends.base import ACTIVATIONS, Norm
 
@@ -93,8 +94,8 @@ def test_unknown_instruction_set():
     )
 
 
-# of the shapes: fused, with partial blocks of channels, tiled in rows, several blocks together; and not fused: more
-# threads than images, one channel, one position, an image beyond the cache
+# of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position; and, not in
+# one call, more threads than images and an image beyond the cache
 MIXER_SHAPES = [
     ((4, 20, 7, 5), 33, (9, 9)),
     ((3, 17, 17, 17), 17, (4, 7)),
@@ -115,24 +116,27 @@ def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
         (torch.float32, torch.bfloat16, torch.float16), (torch.contiguous_format, torch.channels_last), (True, False)
     )
     for (dtype, memory_format, residual), activation in zip(modes, itertools.cycle(ACTIVATIONS), strict=False):
-
-        def norm(c):
-            return Norm(torch.randn(c), torch.rand(c) + 0.1, torch.randn(c), None, 1e-5)
-
         x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
-        depthwise = torch.randn(channels, 1, *kernel), torch.randn(channels).to(dtype), norm(channels)
-        pointwise = torch.randn(channels_out, channels, 1, 1).to(dtype), None, norm(channels_out)
-        z = cpu.depthwise_eval(x, *depthwise[:2], activation, depthwise[2], residual)
-        expected = cpu.pointwise_eval(z, *pointwise[:2], activation, pointwise[2])
+        blocks = (
+            autograd.Block(
+                torch.randn(channels, 1, *kernel), torch.randn(channels).to(dtype), torch.randn(channels), None
+            ),
+            autograd.Block(torch.randn(channels_out, channels, 1, 1).to(dtype), None, torch.randn(channels_out), None),
+        )
+        running = [autograd.Statistics(torch.randn(c), torch.rand(c) + 0.1) for c in (channels, channels_out)]
+        norms = [Norm(*r, b.norm_weight, None, 1e-5) for r, b in zip(running, blocks, strict=True)]
+        z = cpu.depthwise_eval(x, *blocks[0][:2], activation, norms[0], residual)
+        expected = cpu.pointwise_eval(z, *blocks[1][:2], activation, norms[1])
+        options = autograd.Options(False, 0.1, 1e-5, activation, residual, False)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            y = cpu.mixer_eval(x, depthwise, pointwise, activation, residual)
+            y, _, _ = autograd.mixer_forward(cpu, x, blocks, tuple(running), options)
             assert torch.equal(y, expected)
             assert y.stride() == expected.stride()
 
 
 def test_mixer_layer_evaluates_in_one_call(monkeypatch):
-    """Small images through the public function: one native call, and no tensor of z's size is allocated."""
+    """Small images through the public function."""
     case = Case("mixer_layer", (4, 16, 8, 8), (5, 5), 16, training=False)
     x, tensors, _ = make_inputs(case)
     calls = []

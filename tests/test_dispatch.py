@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -174,3 +175,22 @@ def test_bits_do_not_depend_on_threads(operator):
         results.append((y, *torch.autograd.grad(y, (leaf, tensors[0]), dy)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
+    """pip hides the build's own message."""
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 1, 3, 3)
+    dispatch._warn_if_nothing_faster.cache_clear()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # float64 runs on torch operations by right
+            ck.depthwise_conv2d(x.double(), weight.double())
+            ck.depthwise_conv2d(x, weight)
+        dispatch._warn_if_nothing_faster.cache_clear()
+        monkeypatch.setattr(cpu, "native", None)
+        with pytest.warns(RuntimeWarning, match="torch operations for cpu tensors.*module is not built") as seen:
+            [ck.depthwise_conv2d(x, weight) for _ in range(3)]
+        assert len(seen) == 1
+    finally:
+        dispatch._warn_if_nothing_faster.cache_clear()

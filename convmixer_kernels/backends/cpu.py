@@ -215,14 +215,12 @@ def mixer_eval(
     pointwise: tuple[Tensor, Tensor | None, Norm],  # weight (C_out, C, 1, 1), bias (C_out,), norm
     activation: str,
     residual: bool,
-) -> Tensor:  # (N, C_out, H, W)
-    """pointwise_eval of depthwise_eval, in one native call where one image's channels fit in a core's cache."""
+) -> Tensor | None:  # (N, C_out, H, W)
+    """pointwise_eval of depthwise_eval in one native call; None where the image's channels do not fit in a core's cache."""
     threads = torch.get_num_threads()
     shape = _shape(x)
-    # a tensor of one channel or one position is of both formats: then the two calls decide
-    if not native.mixer_fits(*shape, threads) or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1:
-        z = depthwise_eval(x, *depthwise[:2], activation, depthwise[2], residual)
-        return pointwise_eval(z, *pointwise[:2], activation, pointwise[2])
+    if not native.mixer_fits(*shape, threads):
+        return None
     weight = depthwise[0]
     y = _pointwise_output(x, pointwise[0])
     blocks = [(*_param(w), *_param(bias), *_norm(norm)) for w, bias, norm in (depthwise, pointwise)]

@@ -38,7 +38,8 @@ def _per_channel(t: Tensor) -> Tensor:
     return _wide(t).view(1, -1, 1, 1)
 
 
-def _activation(a: Tensor, activation: str) -> Tensor:
+def activate(a: Tensor, activation: str) -> Tensor:
+    """act(a), elementwise, in a's dtype."""
     if activation == "identity":
         return a
     if activation == "relu":
@@ -85,7 +86,7 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
         if sums is not None:
             count = dy.numel() // dy.shape[1]
             # the activation as the forward rounded it: its mean is what the statistics hold
-            hhat = (_activation(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
+            hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
     return da if activation == "identity" else da * _activation_grad(h, activation)
@@ -111,7 +112,7 @@ def depthwise_eval(
     residual: bool,
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one pass."""
-    h = _activation(_wide(_convolution(x, weight, bias, x.shape[1])), activation)
+    h = activate(_wide(_convolution(x, weight, bias, x.shape[1])), activation)
     return _apply_norm(h, norm, x if residual else None, x.dtype)
 
 
@@ -137,7 +138,7 @@ def pointwise_eval(
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)), in one pass."""
-    return _apply_norm(_activation(_wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)
+    return _apply_norm(activate(_wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)
 
 
 def pointwise_train(
@@ -156,7 +157,7 @@ def pointwise_train(
 
 def _statistics(a, activation, running_mean, running_var, momentum):
     count = a.numel() // a.shape[1]
-    var, mean = torch.var_mean(_activation(_wide(a), activation), dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(activate(_wide(a), activation), dim=(0, 2, 3), correction=0)
     update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return mean, var
 
@@ -179,7 +180,7 @@ def normalize(
     residual: Tensor | None,  # (N, C, H, W)
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
-    return _apply_norm(_activation(_wide(a), activation), norm, residual, a.dtype)
+    return _apply_norm(activate(_wide(a), activation), norm, residual, a.dtype)
 
 
 def norm_backward(
@@ -190,7 +191,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) each, here in float64."""
     rstd = torch.rsqrt(norm.var.double() + norm.eps)
-    hhat = (_activation(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
+    hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
     dy = dy.double()
     return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
 

@@ -25,8 +25,8 @@ int mixer_forward(const MixerForward& p) {
   const PointwiseTables upper(pointwise, memory);
   const int64_t plane_floats = plan.plane_floats();
   const int64_t together = blocks_together(plan, depthwise.shape, plane_floats * 4, 1);
-  const int64_t item_floats =
-      ceil_div(larger(together * (plane_floats + plan.strip_floats(s.w)), panel_floats(items, s.c)), 16) * 16;
+  const int64_t planes_floats = ceil_div(together * (plane_floats + plan.strip_floats(s.w)), 16) * 16;
+  const int64_t panels_floats = ceil_div(panel_floats(items, s.c), 16) * 16;
   const int64_t element = s.dtype == kFloat32 ? 4 : 2, image_bytes = s.c * s.h * s.w * element;
   const int64_t output_bytes = pointwise.shape.c * s.h * s.w * element;
   const int threads = useful_threads(s, lower.taps + pointwise.shape.c, p.depthwise.threads);
@@ -34,8 +34,10 @@ int mixer_forward(const MixerForward& p) {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* mine = static_cast<char*>(scratch(1, static_cast<size_t>(item_floats * 4 + image_bytes)));
-    float* planes = reinterpret_cast<float*>(mine);
+    float* planes =
+        static_cast<float*>(scratch(1, static_cast<size_t>((planes_floats + panels_floats) * 4 + image_bytes)));
+    if (planes != nullptr) zero(planes, together * plane_floats);
+    float* panels = planes + planes_floats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) lower.fill(depthwise, b);
 #pragma omp for schedule(static)
@@ -44,7 +46,7 @@ int mixer_forward(const MixerForward& p) {
     for (int64_t i = 0; i < upper.panels; i++) upper.fill_panel(pointwise, i);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < s.n; n++) {
-      if (mine == nullptr) {
+      if (planes == nullptr) {
 #pragma omp atomic write
         failed = 1;
         continue;
@@ -52,17 +54,15 @@ int mixer_forward(const MixerForward& p) {
       DepthwiseForward below = depthwise;
       PointwiseForward above = pointwise;
       below.x = static_cast<const char*>(p.depthwise.x) + n * image_bytes;
-      below.y = mine + item_floats * 4;
+      below.y = panels + panels_floats;
       above.x = below.y;
       above.y = static_cast<char*>(p.pointwise.y) + n * output_bytes;
-      // The panels of the previous image lay over the planes' zeros.
-      zero(planes, together * plane_floats);
       with_dtype(s.dtype, [&](auto tag) {
         using T = decltype(tag);
         for (int64_t i = 0; i < plan.row_tiles * ceil_div(plan.blocks, together); i++) {
           depthwise_item<T>(below, plan, lower, Item(plan, below.shape, i, together), together, planes, nullptr);
         }
-        for (int64_t i = 0; i < items.count(); i++) pointwise_item<T>(above, items, i, upper, planes, nullptr);
+        for (int64_t i = 0; i < items.count(); i++) pointwise_item<T>(above, items, i, upper, panels, nullptr);
       });
     }
   }

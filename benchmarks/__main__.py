@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,14 +18,20 @@ from torch import Tensor, nn
 import convmixer_kernels
 from benchmarks import accuracy, environment, models, photo, report, roofline, timing
 from benchmarks.optional import MissingPackage, require
+from benchmarks.progress import progress as progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 REPEATS, QUICK_REPEATS = 11, 5
+#: What `python -m benchmarks NAME` runs instead of the models.
+COMMANDS = {"ops": "benchmarks.suite", "compare": "benchmarks.compare", "report": "benchmarks.report"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all right, 1 a result is wrong, 2 it could not run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     _validate(parser, options)
@@ -59,7 +66,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     }
     cases = [models.CASES[name] for name in options.models]
     work = sum(_work(case, options) for case in cases) * len(options.dtype)
-    with backend, _progress(work) as progress:
+    with backend, progress_bar(work) as progress:
         for dtype in (DTYPES[name] for name in options.dtype):
             peaks = roofline.measure_peaks(device, dtype)
             for case in cases:
@@ -216,28 +223,6 @@ def _work(case: models.Case, options: argparse.Namespace) -> float:
     return calls * sum(_cost(case, _batch(case, options), mode) for mode in modes)
 
 
-@contextlib.contextmanager
-def _progress(work: float) -> Iterator[Callable[[str, float], None]]:
-    """A function to tell what is going on and how much is done: a bar on a terminal, else lines on stderr."""
-    console = require("rich.console").Console(stderr=True)
-    if not console.is_terminal:
-        last = None
-
-        def line(what: str, done: float) -> None:
-            nonlocal last
-            if what != last:
-                print(what, file=sys.stderr, flush=True)
-            last = what
-
-        yield line
-        return
-    bars = require("rich.progress")
-    columns = (bars.TextColumn("{task.description:<40}"), bars.BarColumn(None), bars.TaskProgressColumn())
-    with bars.Progress(*columns, bars.TimeElapsedColumn(), console=console, transient=True) as display:
-        task = display.add_task("starting", total=work)
-        yield lambda what, done: display.update(task, description=what, advance=done)
-
-
 def _print_table(document: Mapping[str, object]) -> None:
     console = require("rich.console").Console()
     if not console.is_terminal:
@@ -259,7 +244,11 @@ def _print_table(document: Mapping[str, object]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__.partition(": ")[2],
+        epilog=f"Other commands, each with its own --help: {', '.join(COMMANDS)}.",
+    )
     known = ", ".join(models.CASES)
     parser.add_argument(
         "--quick",

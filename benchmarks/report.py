@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.report: the README's table and its picture from a JSON that python -m benchmarks wrote."""
+"""python -m benchmarks report: the README's tables, the pictures and the page, from JSON files and nothing else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks import plots, report_ops
 from benchmarks.optional import MissingPackage, require
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+OPERATORS_BEGIN, OPERATORS_END = "<!-- operators:begin -->", "<!-- operators:end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 HEADINGS = ("model", "mode", "dtype", "error ours", "error eager", "reference ms", "ours ms", "speed-up")
 WRONG, ABSENT = "WRONG", "-"
@@ -228,21 +230,62 @@ def _name(row: Mapping[str, object], with_dtype: bool) -> str:
     return f"{model}\n{second}" + (f"\n{row['dtype']}" if with_dtype else "")
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def _kind(document: Mapping[str, object]) -> str:
+    return "gpu" if "gpu" in document else document.get("kind", "models")
+
+
+def _publish(document: Mapping[str, object], readme: Path, picture: Path) -> list[Path]:
+    """The README's table and the pictures of one document; returns the pictures."""
+    kind = _kind(document)
+    if kind == "gpu":
+        write_readme(readme, gpu_markdown(document), GPU_BEGIN, GPU_END)
+        return []
+    if kind == "models":
+        draw(document, picture)
+        write_readme(readme, markdown(document))
+        return [picture]
+    drawn = []
+    for name, function in plots.PICTURES.items():
+        drawn.append(picture.with_name(name))
+        function(document, drawn[-1], machine(document))
+    write_readme(readme, f"{machine(document)}:\n\n{report_ops.markdown(document)}", OPERATORS_BEGIN, OPERATORS_END)
+    return drawn
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.partition(": ")[2])
-    parser.add_argument("results", type=Path, help="JSON of python -m benchmarks --json, or of benchmarks.gpu")
+    """Exit status: 0, or 2 where a file could not be read, drawn or written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.partition(": ")[2])
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="*",
+        help="JSON files of python -m benchmarks, of its ops and of benchmarks.gpu (the newest of each kind in "
+        "benchmarks/results, and the page)",
+    )
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="file with the markers (README.md)")
     parser.add_argument(
-        "--picture", type=Path, default=Path("docs/speedup.png"), help="PNG to write (docs/speedup.png)"
+        "--picture",
+        type=Path,
+        default=Path("docs/speedup.png"),
+        help="PNG of the models; those of the operators lie beside it (docs/speedup.png)",
     )
+    parser.add_argument("--page", type=Path, help="one HTML page with everything (without files: docs/benchmarks.html)")
     options = parser.parse_args(arguments)
     try:
-        document = json.loads(options.results.read_text())
-        if "gpu" in document:
-            write_readme(options.readme, gpu_markdown(document), GPU_BEGIN, GPU_END)
-        else:
-            draw(document, options.picture)
-            write_readme(options.readme, markdown(document))
+        documents = [json.loads(path.read_text()) for path in options.results]
+        if not options.results:
+            found = (json.loads(path.read_text()) for path in Path("benchmarks/results").glob("*.json"))
+            newest = {_kind(each): each for each in sorted(found, key=lambda each: each["environment"]["date"])}
+            documents = [newest[kind] for kind in ("models", "operators", "gpu") if kind in newest]
+            options.page = options.page or Path("docs/benchmarks.html")
+        pictures = {i: _publish(each, options.readme, options.picture) for i, each in enumerate(documents)}
+        if options.page is not None:
+            from benchmarks import page
+
+            page.write(options.page, documents, pictures)
     except (MissingPackage, OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ FLOPs are nominal: 2 per multiply-add, padding taps included. A floor adds, on a
 exact GELU (what a vector erf costs). A training step does every convolution three times (forward, input gradient,
 weight gradient), except that the images need no gradient, and GELU and its derivative once each. Bytes are the
 activation passes that no fusion within one block saves: eval reads and writes once a block; training has 9 passes
-forward, 16 backward and 1 to rebuild what the second block read.
+forward, 16 backward and 1 to rebuild what the second block read. An operator's passes stand in ops.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.machine import MachinePeaks
 from benchmarks.models import Case
+from benchmarks.ops import OPERATORS
+from benchmarks.shapes import DTYPES, ModelCase, OpCase
 
 _GELU_MULTIPLY_ADDS = 18
 _EVAL_PASSES = 4
@@ -58,6 +61,65 @@ def floor_seconds(
     if case.activation == "gelu" and device.type == "cpu":
         slots += _GELU_MULTIPLY_ADDS * activations(case, batch) * (2 if training else 1)
     return max(2 * slots / peaks.flops, activation_bytes(case, batch, training, dtype.itemsize) / peaks.bandwidth)
+
+
+class Floor(NamedTuple):
+    """What a case cannot avoid, and the time of that."""
+
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str  # "bytes" or "arithmetic", whichever takes longer
+
+
+def operator_bytes(case: OpCase) -> int:
+    """Of the activations that the operator must read and write; parameters left out."""
+    n, c, h, w = case.shape
+    narrow, wide = OPERATORS[case.op].passes
+    return n * h * w * (narrow * c + wide * case.out) * DTYPES[case.dtype].itemsize
+
+
+def operator_flops(case: OpCase) -> tuple[int, int]:
+    """Of the depthwise and of the pointwise convolutions."""
+    n, c, h, w = case.shape
+    pixels, convolutions = n * h * w, OPERATORS[case.op].convolutions
+    depthwise = 2 * convolutions * pixels * c * case.kernel**2 if case.has_depthwise else 0
+    return depthwise, 2 * convolutions * pixels * c * case.out if case.has_pointwise else 0
+
+
+def operator_floor(case: OpCase, device: torch.device, peaks: MachinePeaks) -> Floor:
+    """Depthwise FLOPs and erfs at the FMA peak, pointwise ones at the matrix product's, or the bytes at the copy's.
+
+    On a CPU a matrix product can be faster than the one that was measured, up to the FMA peak: that is its floor, or the
+    measured one of a 16-bit dtype where that is faster. On a GPU erfs run beside the rest, and 16-bit depthwise
+    convolutions on tensor cores: neither is counted there.
+    """
+    n, c, h, w = case.shape
+    on_cpu, sixteen = device.type == "cpu", case.dtype != "float32"
+    depthwise, pointwise = operator_flops(case)
+    arithmetic = pointwise / _matrix_peak(case.dtype, device, peaks)
+    if on_cpu:
+        channels = (c if case.has_depthwise else 0) + (case.out if case.has_pointwise else 0) or c
+        arithmetic += 2 * _GELU_MULTIPLY_ADDS * OPERATORS[case.op].activations * n * h * w * channels / peaks.fma
+    if on_cpu or not sixteen:
+        arithmetic += depthwise / peaks.fma
+    size = operator_bytes(case)
+    bound = "bytes" if size / peaks.copy >= arithmetic else "arithmetic"
+    return Floor(size, depthwise + pointwise, max(size / peaks.copy, arithmetic), bound)
+
+
+def _matrix_peak(dtype: str, device: torch.device, peaks: MachinePeaks) -> float:
+    return max(peaks.gemm[dtype], peaks.fma) if device.type == "cpu" else peaks.gemm[dtype]
+
+
+def model_floor(case: ModelCase, device: torch.device, peaks: MachinePeaks) -> Floor:
+    """A model's FLOPs at the best matrix product, or its bytes at the copy's pace."""
+    training, dtype = case.op == "model_step", DTYPES[case.dtype]
+    found = Peaks(_matrix_peak(case.dtype, device, peaks), peaks.copy)
+    seconds = floor_seconds(case.preset, case.batch, training, dtype, device, found)
+    size = activation_bytes(case.preset, case.batch, training, dtype.itemsize)
+    bound = "bytes" if seconds <= size / peaks.copy else "arithmetic"
+    return Floor(size, 2 * multiply_adds(case.preset, case.batch, training), seconds, bound)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:

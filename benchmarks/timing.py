@@ -29,6 +29,21 @@ def summarise(seconds: list[float]) -> Timing:
     return Timing(statistics.median(seconds), low, high, len(seconds))
 
 
+def elapsed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a CUDA device between two events around it."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return 1e-3 * start.elapsed_time(stop)
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]],
     *,
@@ -36,6 +51,7 @@ def interleaved(
     warmup: int,
     device: torch.device,
     on_call: Callable[[str], None] | None = None,
+    before_call: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:
     """Time `functions` in rounds: each round calls every one once, and every other round in reverse order.
 
@@ -43,10 +59,10 @@ def interleaved(
         functions: name and what to time.
         repeats: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
-        device: a CUDA device is synchronised before and after each call.
+        device: where they run; a CUDA device is synchronised before and after each call.
         on_call: told the name after each call, outside the timed part.
+        before_call: told it before, outside too.
     """
-    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     # A collection in the middle of a call would be billed to whoever happens to run.
@@ -56,13 +72,11 @@ def interleaved(
     try:
         for round_number in range(warmup + repeats):
             for name in names if round_number % 2 == 0 else reversed(names):
-                synchronise()
-                start = time.perf_counter()
-                functions[name]()
-                synchronise()
-                elapsed = time.perf_counter() - start
+                if before_call is not None:
+                    before_call(name)
+                taken = elapsed(functions[name], device)
                 if round_number >= warmup:
-                    seconds[name].append(elapsed)
+                    seconds[name].append(taken)
                 if on_call is not None:
                     on_call(name)
     finally:

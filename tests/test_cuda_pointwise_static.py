@@ -7,10 +7,8 @@ import re
 
 import pytest
 
+from benchmarks import sass, static_cuda
 from convmixer_kernels import _build
-
-sass = pytest.importorskip("benchmarks.sass", reason="benchmarks/sass.py, which reads the module, is not there")
-static_cuda = pytest.importorskip("benchmarks.static_cuda", reason="benchmarks/static_cuda.py is not there")
 
 #: mma_kernel<T, MT, NT, LAST, ALIGNED> with 128 x 128 tiles
 LARGE = r"mma_kernelI\w*Li4ELi8ELb[01]ELb1E"

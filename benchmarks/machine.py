@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""What the machine can do at best, measured in the run that is held against it, and settings that make a run repeatable."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import timing
+
+# Enough chains of dependent multiply-adds to hide their latency (4 cycles, 2 a cycle), and few enough to stay in registers.
+_FMA_SOURCE = """
+#include <omp.h>
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+typedef float vector __attribute__((vector_size(WIDTH * 4)));
+double fma_flops(int threads, long rounds, float* sink) {
+  double start = omp_get_wtime();
+#pragma omp parallel num_threads(threads)
+  {
+    // equal chains would be one to the compiler
+    vector sums[12];
+    for (int j = 0; j < 12; ++j) sums[j] = (vector){0} + (float)j;
+    vector factor = {0}, step = {0};
+    factor += 0.999f, step += 0.001f + omp_get_thread_num();
+    for (long i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+      for (int j = 0; j < 12; ++j) sums[j] = sums[j] * factor + step;
+    }
+    for (int j = 1; j < 12; ++j) sums[0] += sums[j];
+    sink[omp_get_thread_num()] = sums[0][0];
+  }
+  return 2.0 * 12 * WIDTH * rounds * threads / (omp_get_wtime() - start);
+}
+"""
+
+
+class MachinePeaks(NamedTuple):
+    """The best of several tries each, per second."""
+
+    copy: float  # bytes read and written
+    fma: float  # float32 FLOPs of independent multiply-adds
+    gemm: dict[str, float]  # FLOPs of a matrix product, or on a CPU of a 1x1 convolution, by dtype
+    fma_source: str  # how `fma` was found
+
+
+def measure_peaks(device: torch.device, dtypes: set[str], small: bool = False) -> MachinePeaks:
+    """Copy bandwidth, FMA and matrix products.
+
+    Args:
+        dtypes: names of torch dtypes.
+        small: sizes that take no time, for tests; their figures mean nothing.
+    """
+    on_cpu = device.type == "cpu"
+    size, elements = (1024, 1 << 25) if on_cpu else (8192, 1 << 28)
+    size, elements = (64, 1 << 12) if small else (size, elements)
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
+    gemm = {}
+    for name in sorted(dtypes | {"float32"}):
+        matrix = torch.randn(size, size, device=device).to(getattr(torch, name))
+        product = torch.empty_like(matrix)
+        taken = _best(lambda m=matrix, p=product: torch.mm(m, m, out=p), device)
+        if on_cpu:
+            # on CPUs another library runs this one, and either may be the faster
+            image, weight = matrix.view(1, size, size // 8, 8), matrix.view(size, size, 1, 1)
+            taken = min(taken, _best(lambda x=image, w=weight: torch.nn.functional.conv2d(x, w), device))
+        gemm[name] = 2 * size**3 / taken
+    # without tf32 a GPU's matrix product runs on the multiply-add units
+    fma, found_by = (None, "float32 matrix product") if not on_cpu else _native_fma(1000 if small else 4_000_000)
+    return MachinePeaks(copy, max(fma or 0.0, gemm["float32"]), gemm, found_by)
+
+
+def _best(call, device: torch.device, seconds: float = 0.3) -> float:
+    call()
+    tries = max(5, min(200, int(seconds / timing.elapsed(call, device))))
+    return min(timing.elapsed(call, device) for _ in range(tries))
+
+
+def _native_fma(rounds: int) -> tuple[float | None, str]:
+    """By a loop that the machine's C compiler makes for this CPU."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None, "float32 matrix product: there is no C compiler for a loop of multiply-adds"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fma.so"
+        command = [compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-x", "c", "-", "-o", str(library)]
+        made = subprocess.run(command, input=_FMA_SOURCE, text=True, capture_output=True)
+        if made.returncode:
+            return None, f"float32 matrix product: the loop did not compile: {made.stderr.strip().splitlines()[-1]}"
+        function = ctypes.CDLL(str(library)).fma_flops
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long, ctypes.c_void_p]
+        threads = torch.get_num_threads()
+        sink = (ctypes.c_float * threads)()
+        return max(function(threads, rounds, ctypes.addressof(sink)) for _ in range(5)), "a loop of multiply-adds"
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the cache that buffers must exceed (32 MiB where nothing says)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
+        if unit is not None:
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes, default=32 << 20)
+
+
+def confine(threads: int) -> list[int] | None:
+    """Keep this process on as many cores as it has threads; returns them, None where the system cannot.
+
+    Single threads are not bound: a pool that another library starts from a bound thread would inherit its one core.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    os.sched_setaffinity(0, cores)
+    return cores

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: MIT
+"""The operator suite: every case runs and is checked, its counters equal counts by hand, no finished row is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import (
+    check,
+    compare,
+    environment,
+    machine,
+    memory,
+    ops,
+    peers,
+    report,
+    report_ops,
+    roofline,
+    shapes,
+    suite,
+)
+from benchmarks.optional import require
+
+pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+TINY_CASES = {case.tiny().name: case.tiny() for case in shapes.cases("cpu") + shapes.cases("cuda")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny planes are slower with several; and the suite's confinement to cores must not outlive a test."""
+    torch.set_num_threads(1)
+
+
+def run(path: Path, *arguments: str) -> tuple[int, dict]:
+    status = command.main(["ops", "--tiny", "--repeats", "1", "--threads", "1", "--json", str(path), *arguments])
+    return status, json.loads(path.read_text())
+
+
+# ---- every case ----
+
+
+@pytest.mark.parametrize("op", [*shapes.OPERATORS, *shapes.MODEL_MODES])
+def test_every_case_runs_and_is_right(op):
+    """One repeat of every implementation but the compiled ones, which take a compiler 10 s each."""
+    peaks = machine.MachinePeaks(1e10, 1e11, dict.fromkeys(shapes.DTYPES, 1e11), "invented")
+    options = suite.options_of(["--tiny", "--repeats", "1"])
+    found = [case for case in TINY_CASES.values() if case.op == op]
+    assert found
+    for case in found:
+        row = suite.measure(case, CPU, options, peaks)
+        assert row["passed"], row["wrong"]
+        json.dumps(row, allow_nan=False)
+        expected = {"ours cpu", "eager NCHW", "eager channels_last"} - set(row["absent"])
+        assert expected <= set(row["implementations"])
+        assert set(row["implementations"]) | set(row["absent"]) == set(peers.names("cpu"))
+        for name, each in row["implementations"].items():
+            assert each["median_ms"] > 0
+            # eager is the measure of the rest, and so never beyond twice itself
+            assert each.get("passed", True) or name != peers.EAGER[case.layout]
+
+
+def test_compiled_operators_are_right():
+    """The smallest case of a forward and of a step, under torch.compile."""
+    options = suite.options_of(["--compile-all", "--implementations", "compile", "ours cpu"])
+    for op in ("depthwise_eval", "depthwise_step"):
+        inputs = suite.make_inputs(shapes.OpCase(op, "sweep", (2, 32, 6, 7), 3), CPU, rotate=False)
+        ready, absent = suite.prepare(inputs, options)
+        if "compile" in absent:
+            pytest.skip(absent["compile"])
+        assert all(each.error < 1e-5 for each in suite.verify(inputs, ready)["compile"])
+
+
+def test_the_table_has_what_it_promises():
+    for device in ("cpu", "cuda"):
+        found = shapes.cases(device)
+        assert len({case.name for case in found}) == len(found)
+        for op in shapes.DEPTHWISE:
+            assert {case.kernel for case in found if case.op == op} >= set(shapes.KERNELS)
+        for op in shapes.OPERATORS:
+            mine = [case for case in found if case.op == op]
+            assert {(case.dtype, case.layout) for case in mine} == {
+                (d, f) for d in shapes.DTYPES for f in shapes.LAYOUTS
+            }
+            assert any(case.quick for case in mine)
+        assert {case.model for case in found if case.op == "model_step"} == set(shapes.PRESETS)
+        families = {case.family.split("-")[0] for case in found if case.op == "depthwise_eval"}
+        assert families == {"sweep", "ConvMixer", "ConvNeXt", "RepLKNet"}
+    quick = shapes.select(shapes.cases(), True, [])
+    assert {case.kernel for case in quick if case.op == "depthwise_weight_grad"} >= set(shapes.KERNELS)
+
+
+def test_filters_take_patterns_of_words():
+    found = shapes.select(shapes.cases(), False, ["depthwise_eval k9 bfloat16", "RepLKNet* *_step"])
+    assert {(case.op, case.kernel) for case in found} == {
+        ("depthwise_eval", 9),
+        *(("depthwise_step", k) for k in (31, 29, 27, 13)),
+    }
+    assert not shapes.select(shapes.cases(), False, ["depthwise_eval k8"])
+
+
+# ---- wrong results ----
+
+
+@pytest.mark.parametrize("case", [shapes.OpCase("depthwise_step", "sweep", (2, 32, 6, 7), 3)], ids=str)
+def test_a_wrong_result_gets_no_time(monkeypatch, tmp_path, capsys, case):
+    honest = ops.Operator.ours
+
+    def wrong(self, some, backend):
+        call = honest(self, some, backend)
+
+        def off() -> ops.Results:
+            y, dx, dw, *rest = call()
+            dw[3, 0, 1, 1] += dw.abs().max() / 1000
+            return y, dx, dw, *rest
+
+        return off
+
+    monkeypatch.setattr(ops.Operator, "ours", wrong)
+    status, document = run(
+        tmp_path / "ops.json", "--filter", "depthwise_step k3 float32", "--implementations", "ours cpu"
+    )
+    assert status == 1
+    (row,) = document["results"]
+    assert not row["passed"]
+    assert [each["tensor"] for each in row["wrong"]] == ["dw"]
+    assert set(row["implementations"]) == {"eager NCHW"}
+    printed = capsys.readouterr()
+    assert "WRONG" in printed.out
+    assert "ours cpu: dw: relative error" in printed.err
+
+
+def test_a_peer_that_fails_is_a_dash_with_its_reason(monkeypatch):
+    inputs = suite.make_inputs(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"], CPU, rotate=False)
+    honest = peers.prepare
+
+    def prepare(name, *rest):
+        if name in broken:
+            raise RuntimeError("no memory\nfor this")
+        return honest(name, *rest)
+
+    monkeypatch.setattr(peers, "prepare", prepare)
+    broken = {"eager channels_last"}
+    ready, absent = suite.prepare(inputs, suite.options_of([]))
+    assert absent["eager channels_last"] == "failed: no memory"
+    assert "ours cpu" in ready
+    for name in ("ours cpu", "eager NCHW"):
+        broken = {name}
+        with pytest.raises(RuntimeError, match="no memory"):
+            suite.prepare(inputs, suite.options_of([]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--filter", "none such"], ["--implementations", "cudnn auto"]]
+)
+def test_bad_options_are_told_without_a_traceback(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["ops", *arguments])
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_sampled_channels_are_the_whole_s(monkeypatch):
+    """A check of some channels sees the same numbers as one of all."""
+    case = shapes.OpCase("depthwise_step", "sweep", (2, 256, 5, 6), 3, layout="channels_last")
+    inputs = suite.make_inputs(case, CPU, rotate=False)
+    whole = check.exact(inputs)
+    monkeypatch.setattr(check, "_LARGEST_EXACT", 1000)
+    sampled = check.exact(inputs)
+    assert whole.kept is None
+    assert len(sampled.kept) == 128
+    for name, tensor in sampled.results[0].items():
+        everything = whole.results[0][name]
+        expected = everything[:, sampled.kept] if name in ("y", "dx") else everything[sampled.kept]
+        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
+    prepared = peers.prepare("ours cpu", inputs, False)
+    for name, tensor in check.results(inputs, prepared, sampled)[0].items():
+        assert tensor.shape == sampled.results[0][name].shape
+
+
+# ---- counters ----
+
+
+@pytest.mark.parametrize("op", shapes.OPERATORS)
+def test_flops_are_those_that_torch_counts(op):
+    """torch's counter sees every convolution of eager PyTorch's way, forward and backward."""
+    case = shapes.OpCase(op, "sweep", (2, 6, 5, 7), 3, channels_out=10 if op.startswith("pointwise") else None)
+    (some,) = ops.make_sets(case, CPU, 1)
+    with FlopCounterMode(display=False) as counter:
+        ops.OPERATORS[op].call(some)()
+    depthwise, pointwise = roofline.operator_flops(case)
+    if op in ("depthwise_weight_grad", "depthwise_step", "layer_step"):
+        # torch (2.13) counts a grouped convolution's weight gradient as if it had one group: 6 times for 6 channels
+        depthwise += 5 * depthwise // ops.OPERATORS[op].convolutions
+    assert depthwise + pointwise == counter.get_total_flops()
+
+
+def test_bytes_by_hand():
+    pixels = 2 * 5 * 7
+
+    def counted(op: str, **more) -> int:
+        return roofline.operator_bytes(shapes.OpCase(op, "sweep", (2, 6, 5, 7), 3, **more))
+
+    # x, y; x, a, a, x, y; dy, a, dy, a, dx; x, dy, a
+    assert counted("depthwise_eval") == 2 * 6 * pixels * 4
+    assert counted("depthwise_train", dtype="bfloat16") == 5 * 6 * pixels * 2
+    assert counted("depthwise_input_grad") == 5 * 6 * pixels * 4
+    assert counted("depthwise_weight_grad") == 3 * 6 * pixels * 4
+    # 5 forward, then dy, a; dy, a, dx; x, dy, a
+    assert counted("depthwise_step") == 13 * 6 * pixels * 4
+    # x has 6 channels, a, dy and y have 10
+    assert counted("pointwise_eval", channels_out=10) == (6 + 10) * pixels * 4
+    assert counted("pointwise_train", channels_out=10) == (6 + 3 * 10) * pixels * 4
+    assert counted("pointwise_step", channels_out=10) == (3 * 6 + 9 * 10) * pixels * 4
+    assert counted("normalize") == 3 * 6 * pixels * 4
+    assert counted("norm_backward") == 2 * 6 * pixels * 4
+    # as roofline counts a model's layer: 26 passes
+    assert counted("layer_step") == 26 * 6 * pixels * 4
+
+
+def test_floors_by_hand():
+    peaks = machine.MachinePeaks(copy=1e9, fma=2e9, gemm={"float32": 1e9, "bfloat16": 1e9}, fma_source="")
+    case = shapes.OpCase("layer_eval", "sweep", (1, 10, 10, 10), 9)
+    arithmetic = 2 * 1000 * 81 / 2e9 + 2 * 1000 * 10 / 2e9 + 36 * 1000 * 2 / 2e9
+    floor = roofline.operator_floor(case, CPU, peaks)
+    assert (floor.bytes, floor.flops, floor.bound) == (8000, 182_000, "arithmetic")
+    assert floor.seconds == pytest.approx(arithmetic)
+    fast = peaks._replace(fma=1e15, gemm=dict.fromkeys(peaks.gemm, 1e15))
+    floor = roofline.operator_floor(case, CPU, fast)
+    assert (floor.bound, floor.seconds) == ("bytes", pytest.approx(8e-6))
+    # tensor cores carry a GPU's 16-bit convolutions, and its erfs run beside the rest
+    half = shapes.OpCase("depthwise_eval", "sweep", (1, 10, 10, 10), 9, dtype="bfloat16")
+    assert roofline.operator_floor(half, torch.device("cuda"), peaks).seconds == pytest.approx(4e-6)
+
+
+def test_peaks_are_sane():
+    """More than a microcontroller, less than a rack: a typed exponent would show."""
+    peaks = machine.measure_peaks(CPU, {"bfloat16"}, small=True)
+    assert 1e7 < peaks.copy < 1e13
+    assert 1e7 < peaks.fma < 1e13
+    assert set(peaks.gemm) == {"float32", "bfloat16"}
+    assert peaks.fma >= peaks.gemm["float32"]
+    if shutil.which("cc"):
+        assert peaks.fma_source == "a loop of multiply-adds"
+    assert 1 << 16 < machine.last_level_cache(CPU) < 1 << 32
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def call() -> torch.Tensor:
+        first = torch.empty(1 << 20)
+        second = torch.empty(1 << 20)
+        del first, second
+        return torch.empty(1 << 18)
+
+    assert memory.peak_bytes(call, CPU) == 2 * 4 << 20
+
+
+# ---- the file ----
+
+
+def test_resumes_without_repeating(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    some = ("--implementations", "ours cpu", "--filter", "norm_backward float32 contiguous")
+    status, first = run(path, *some)
+    assert (status, len(first["results"])) == (0, 1)
+    assert command.main(["ops", "--tiny", "--json", str(path)]) == 2
+    assert "--resume goes on" in capsys.readouterr().err
+    wider = ("--implementations", "ours cpu", "--filter", "norm_backward float32", "--resume")
+    status, second = run(path, *wider)
+    assert status == 0
+    assert second["results"][0] == first["results"][0]
+    assert [row["layout"] for row in second["results"]] == ["contiguous", "channels_last"]
+    assert [row["session"] for row in second["results"]] == [0, 1]
+    status, third = run(path, *wider)
+    assert third == second
+    second["environment"]["torch"] = "1.0"
+    path.write_text(json.dumps(second))
+    assert command.main(["ops", "--tiny", "--threads", "1", "--json", str(path), "--resume"]) == 2
+    assert "torch was 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_finished_rows_survive(tmp_path, number):
+    path = tmp_path / "ops.json"
+    arguments = [
+        "ops",
+        "--tiny",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--implementations",
+        "ours cpu",
+        "--json",
+        str(path),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(json.loads(path.read_text())["results"]) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    left = json.loads(path.read_text())
+    if number == signal.SIGINT:
+        assert process.returncode == suite.INTERRUPTED
+        assert "--resume goes on" in printed
+    names = [row["case"] for row in left["results"]]
+    assert 3 <= len(names) < len(TINY_CASES)
+    status, document = run(
+        path, "--implementations", "ours cpu", "--resume", "--filter", "depthwise_eval k3", names[-1]
+    )
+    assert status == 0
+    assert document["results"][: len(names)] == left["results"]
+
+
+# ---- compare ----
+
+
+def test_compare_tells_change_from_noise(tmp_path, capsys):
+    def document(**times: tuple[float, float, float]) -> dict:
+        rows = [
+            {
+                "case": name,
+                "op": "depthwise_eval",
+                "implementations": {"ours cpu": dict(zip(("median_ms", "q20_ms", "q80_ms"), each, strict=True))},
+            }
+            for name, each in times.items()
+        ]
+        return {"environment": {"device": "x"}, "results": rows}
+
+    before = document(a=(1.0, 0.9, 1.1), b=(1.0, 0.9, 1.1), c=(1.0, 0.9, 1.1), gone=(1.0, 1.0, 1.0))
+    after = document(a=(0.5, 0.4, 0.6), b=(1.2, 1.05, 1.3), c=(2.0, 1.8, 2.2))
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, each in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(each))
+    arguments = ["compare", *map(str, paths)]
+    assert command.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "faster: 1"
+    assert lines[1].split() == ["2.00x", "1.00", "->", "0.500", "ms", "ours", "cpu", "a"]
+    assert lines[2] == "slower: 1"
+    assert lines[3].split()[0] == "0.50x"
+    assert lines[4] == "within noise: 1; in one file only: 1"
+    assert command.main([*arguments, "--fail"]) == 1
+    paths[0].write_text("{}")
+    assert command.main(arguments) == 2
+
+
+def test_files_name_no_folder_of_the_machine():
+    assert str(ROOT) not in json.dumps(environment.describe(CPU, None))
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert "/convmixer_kernels/" not in path.read_text()
+
+
+def test_compare_reads_every_committed_file():
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        document = json.loads(path.read_text())
+        assert len(compare.ranges(document)) >= len(document["results"]) // 2
+        assert all(not change.beyond_noise for change in compare.changes(document, document))
+
+
+# ---- the report ----
+
+
+@pytest.fixture
+def committed() -> Path:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install '.[bench]'")
+    return ROOT / "benchmarks" / "results" / "cpu-ops.json"
+
+
+def test_report_writes_table_pictures_and_a_page_that_loads_nothing(tmp_path, committed):
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.html"
+    readme.write_text(f"before\n{report.OPERATORS_BEGIN}\nold\n{report.OPERATORS_END}\nafter\n")
+    arguments = ["report", str(committed), "--readme", str(readme), "--picture", str(tmp_path / "docs" / "speedup.png")]
+    assert command.main([*arguments, "--page", str(page)]) == 0
+    document, text = json.loads(committed.read_text()), readme.read_text()
+    assert "old" not in text
+    assert text.endswith("after\n")
+    row = next(row for row in document["results"] if row["op"] == "depthwise_eval")
+    median = report_ops.milliseconds(row["implementations"]["ours cpu"]["median_ms"])
+    assert f"| {report_ops.title(row)} | float32 | contiguous | {median} |" in text
+    for name in ("operators.png", "kernel-size.png", "roofline.png"):
+        with require("PIL.Image").open(tmp_path / "docs" / name) as image:
+            assert image.width > 800
+    written = page.read_text()
+    assert written.count("<img ") == 3
+    assert written.count("<tr>") == len(document["results"]) + 1
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", written)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", written)
+
+
+def test_the_readme_is_what_the_committed_files_say(tmp_path, committed, monkeypatch):
+    """Nobody edits a figure by hand, and no file is newer than its table."""
+    whole = (ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(whole)
+    monkeypatch.chdir(ROOT)
+    arguments = ["report", "--readme", str(tmp_path / "README.md"), "--picture", str(tmp_path / "docs" / "speedup.png")]
+    assert command.main([*arguments, "--page", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "README.md").read_text() == whole
+
+
+def test_tables_mark_what_is_wrong_missing_or_inexact():
+    def row(**more) -> dict:
+        fields = {"op": "depthwise_eval", "shape": [1, 2, 3, 4], "channels_out": 2, "kernel": 3, "dtype": "float32"}
+        timed = {"median_ms": 2.0, "percent_of_floor": 50.0, "peak_bytes": 1 << 21}
+        found = {"ours cpu": timed, "eager NCHW": {**timed, "median_ms": 1.0}, "clone": {**timed, "median_ms": 0.1}}
+        base = {
+            "layout": "contiguous",
+            "implementations": found,
+            "absent": {"openvino": "why"},
+            "wrong": [],
+            "passed": True,
+        }
+        return {**fields, **base, **more}
+
+    names = ["ours cpu", "eager NCHW", "openvino"]
+    good = row()
+    assert report_ops.cells(good, names)[3:] == ["2.00", "1.00", "-", "2.0 / 2.0", "50 %", "0.50x"]
+    good["implementations"]["eager NCHW"]["passed"] = False
+    assert report_ops.cells(good, names)[4] == "1.00*"
+    wrong = row(wrong=[{"implementation": "ours cpu"}], passed=False)
+    del wrong["implementations"]["ours cpu"]
+    assert report_ops.cells(wrong, names)[3:] == ["WRONG", "1.00", "-", "- / 2.0", "-", "-"]
+    assert [report_ops.milliseconds(value) for value in (0.01234, 0.1234, 1.234, 12.34, 123.4)] == [
+        "0.0123",
+        "0.123",
+        "1.23",
+        "12.3",
+        "123",
+    ]

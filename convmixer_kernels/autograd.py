@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends.base import Norm
+from .backends.base import MixerEval, Norm
 
 Sums = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
@@ -170,7 +170,7 @@ def mixer_forward(
     """y, both a and both statistics, as block_forward of the one and then the other."""
     if hasattr(backend, "mixer_eval") and not options.batch_statistics and not options.save:
         lower, upper = ((b.weight, b.bias, _norm(b, s, options)) for b, s in zip(blocks, running, strict=True))
-        y = backend.mixer_eval(x, lower, upper, options.activation, options.residual)
+        y = backend.mixer_eval(x, (MixerEval(options.activation, lower, upper),), options.residual)
         if y is not None:
             return y, (None, None), running
     z, a_depthwise, depthwise = block_forward(backend, x, "depthwise", blocks[0], running[0], options)

@@ -19,8 +19,8 @@ Conventions that hold for every primitive of every backend:
   M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd:
   ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
   In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
-* A backend may offer ``mixer_eval(x, depthwise, pointwise, activation, residual)``, each block a (weight, bias, norm):
-  pointwise_eval of depthwise_eval, to the bit, without a tensor between them; None where the two calls are faster.
+* A backend may offer ``mixer_eval(x, layers, residual)``, layers a non-empty sequence of :class:`MixerEval`: for each layer
+  pointwise_eval of depthwise_eval, to the bit, without tensors between them; None where separate calls are faster.
 """
 
 from __future__ import annotations
@@ -41,3 +41,11 @@ class Norm(NamedTuple):
     weight: Tensor | None  # (C,) gamma; None is 1
     bias: Tensor | None  # (C,) beta; None is 0
     eps: float
+
+
+class MixerEval(NamedTuple):
+    """A mixer layer in evaluation; each block is its weight, bias and norm."""
+
+    activation: str
+    depthwise: tuple[Tensor, Tensor | None, Norm]  # weight (C, 1, kH, kW), bias (C,)
+    pointwise: tuple[Tensor, Tensor | None, Norm]  # weight (C_out, C, 1, 1), bias (C_out,)

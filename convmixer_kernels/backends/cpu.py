@@ -6,10 +6,12 @@ The native module takes addresses; every tensor whose address is passed stays re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .base import ACTIVATIONS, Norm
+from .base import ACTIVATIONS, MixerEval, Norm
 
 try:
     from convmixer_kernels import _cpu as native
@@ -211,28 +213,29 @@ def pointwise_train(
 
 def mixer_eval(
     x: Tensor,  # (N, C, H, W)
-    depthwise: tuple[Tensor, Tensor | None, Norm],  # weight (C, 1, kH, kW), bias (C,), norm
-    pointwise: tuple[Tensor, Tensor | None, Norm],  # weight (C_out, C, 1, 1), bias (C_out,), norm
-    activation: str,
+    layers: Sequence[MixerEval],
     residual: bool,
-) -> Tensor | None:  # (N, C_out, H, W)
-    """pointwise_eval of depthwise_eval in one native call; None where the image's channels do not fit in a core's cache."""
+) -> Tensor | None:  # (N, C_out of the last layer, H, W)
+    """All layers in one native call, image by image; None where an image's channels do not fit in a core's cache."""
     threads = torch.get_num_threads()
-    shape = _shape(x)
-    if not native.mixer_fits(*shape, threads):
+    n, _, height, width, *layout = shape = _shape(x)
+    widest = max(x.shape[1], *(layer.pointwise[0].shape[0] for layer in layers))
+    if not native.mixer_fits(n, widest, height, width, *layout, threads):
         return None
-    weight = depthwise[0]
-    y = _pointwise_output(x, pointwise[0])
-    blocks = [(*_param(w), *_param(bias), *_norm(norm)) for w, bias, norm in (depthwise, pointwise)]
+    y = _pointwise_output(x, layers[-1].pointwise[0])
     native.mixer_forward(
         x.data_ptr(),
         y.data_ptr(),
         *shape,
-        y.shape[1],
-        weight.shape[2],
-        weight.shape[3],
-        *blocks,
-        _ACTIVATION_CODES[activation],
+        [
+            (
+                _ACTIVATION_CODES[layer.activation],
+                layer.pointwise[0].shape[0],
+                *layer.depthwise[0].shape[2:],
+                *((*_param(w), *_param(bias), *_norm(norm)) for w, bias, norm in (layer.depthwise, layer.pointwise)),
+            )
+            for layer in layers
+        ],
         residual,
         threads,
     )

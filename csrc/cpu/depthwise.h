@@ -207,6 +207,20 @@ inline void for_rows_of_blocks(const Shape& s, int64_t y0, int64_t y1, int block
   }
 }
 
+// Output row r; `from` is the plane's row that the first row of taps meets. Taps above and below the image are left out
+// (16x16, k = 9: a seventh of all). A tile that overruns the row is overwritten by the next row: rows go in order.
+inline void convolve_row(const Plan& plan, const Shape& s, const float* from, int64_t r, const float* weights, Vec bias,
+                         float* to) {
+  const int64_t row = plan.columns * V, above = larger(0, plan.top - r);
+  const int64_t below = larger(0, r - plan.top + plan.kh - s.h);
+  from += above * row;
+  weights += above * plan.kw * V;
+  const int kh = static_cast<int>(plan.kh - above - below);
+  for (int t = 0; t < plan.column_tiles; t++, from += plan.tile * V, to += plan.tile * V) {
+    plan.kernel(from, row, weights, kh, plan.chunks, plan.rest, bias, to);
+  }
+}
+
 // Runs the micro-kernels over the item's output rows; each block's strip goes through finish(block, p0, p1, strip),
 // then all blocks' strips through emit(block, p0, p1, strip); p are positions in the image.
 template <typename Finish, typename Emit>
@@ -222,15 +236,8 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
       const Vec bias = biases == nullptr ? splat(0.f) : load(biases + c0);
       float* strip = strips + g * plan.strip_floats(s.w);
       for (int64_t r = r0; r < r1; r++) {
-        const float* from = plane + (r - item.y0) * plan.columns * V;
-        float* to = strip + (r - r0) * s.w * V;
-        // A tile that overruns its row is overwritten by the next row, which is why rows go in order.
-        for (int t = 0; t < plan.column_tiles; t++) {
-          plan.kernel(from, plan.columns * V, weights + c0 * plan.kh * plan.kw, plan.kh, plan.chunks, plan.rest, bias,
-                      to);
-          from += plan.tile * V;
-          to += plan.tile * V;
-        }
+        convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r, weights + c0 * plan.kh * plan.kw, bias,
+                     strip + (r - r0) * s.w * V);
       }
       finish(g, r0 * s.w, r1 * s.w, strip);
     }

@@ -58,6 +58,51 @@ inline void multiply_panels(const float* a, int rows, const float* b, int vector
   }
 }
 
+// The same with A as it lies in planes of V channels, A(r, k) at a[k / V * stride + r * V + k % V], and vector v of row r
+// of C at c[v * stride + r * V]: a product from planes to planes, which packs and copies nothing.
+template <int R, int NV>
+void multiply_planes(const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool add) {
+  Vec acc[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) acc[r][v] = splat(0.f);
+  }
+  for (; depth > 0; depth -= V, a += stride) {
+    const int lanes = static_cast<int>(smaller(V, depth));
+    for (int k = 0; k < lanes; k++, b += NV * V) {
+      Vec right[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) right[v] = *reinterpret_cast<const Vec*>(b + v * V);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const Vec left = splat(a[r * V + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) acc[r][v] = fma(left, right[v], acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) {
+      Vec* to = reinterpret_cast<Vec*>(c + v * stride + r * V);
+      *to = add ? *to + acc[r][v] : acc[r][v];
+    }
+  }
+}
+using MultiplyPlanes = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
+
+template <int R = kGemmRows>
+inline MultiplyPlanes multiply_planes_for(int rows, int vectors) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    if (rows == R) return vectors == 1 ? multiply_planes<R, 1> : multiply_planes<R, 2>;
+    return multiply_planes_for<R - 1>(rows, vectors);
+  }
+}
+
 // M rows in panels of nearly equal height: panel i is rows [start(i), start(i + 1)).
 struct RowPanels {
   int64_t m, panels;

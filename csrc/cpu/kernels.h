@@ -150,8 +150,8 @@ struct PointwiseBackward {
   int threads;
 };
 
-// Both blocks of a mixer layer in evaluation; the shapes differ in their channels only. depthwise.y and pointwise.x are
-// the z between them, which has no memory of its own.
+// Both blocks of a mixer layer in evaluation; the shapes differ in their channels only. The z between them, depthwise.y
+// and pointwise.x, has no memory of its own.
 struct MixerForward {
   DepthwiseForward depthwise;
   PointwiseForward pointwise;
@@ -167,8 +167,8 @@ struct Kernels {
   int (*norm_backward)(const NormBackward&);
   int (*pointwise_forward)(const PointwiseForward&);
   int (*pointwise_backward)(const PointwiseBackward&);
-  int (*mixer_forward)(const MixerForward&);
-  bool (*mixer_fits)(const Shape& x, int threads);  // whether mixer_forward beats the two calls
+  int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, each on the one before
+  bool (*mixer_fits)(const Shape& widest, int threads);             // whether mixer_forward beats calls for each block
   void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);
 };
 

@@ -1,68 +1,172 @@
 // SPDX-License-Identifier: MIT
-// A whole mixer layer in evaluation, image by image: z = depthwise block of one image, into the thread's own scratch,
-// and y = pointwise block of z while z is in L2. z is never written to memory, which two calls would write, read and
-// allocate; the bits are those of the two calls. Worth it where z fits in L2 and each thread has images of its own.
+// A run of mixer layers in evaluation, image by image through all layers:
+//   z = norm(act(depthwise(x))) + x,  x = norm(act(W z)),  and so on.
+// An image's activations stay in a core's L2, as planes [block of channels][position][V]: they are converted from the
+// tensor's layout once and back once a run, the depthwise convolution and the product both read and write planes, and
+// threads meet once a run. Bound by FMAs. The bits are those of one call for each block.
 
-// Bytes of z that stay in L2 beside the item's packed panels.
+// Bytes of an image's planes; there are two sets of them in L2, beside the weights that stream through.
 constexpr int64_t kMixerBytes = 512 * 1024;
 
-bool mixer_fits(const Shape& s, int threads) {
-  return s.n >= threads && s.c * s.h * s.w * (s.dtype == kFloat32 ? 4 : 2) <= kMixerBytes;
+// c: the most channels that an image has between layers.
+bool mixer_fits(const Shape& s, int threads) { return s.n >= threads && s.c * s.h * s.w * 4 <= kMixerBytes; }
+
+// One layer's tables, which begin at `memory`; both blocks as of one image.
+struct MixerStage {
+  DepthwiseForward depthwise;
+  PointwiseForward pointwise;
+  Plan plan;
+  DepthwiseTables lower;
+  PointwiseTables upper;
+
+  static DepthwiseForward of_one_image(DepthwiseForward p) {
+    p.shape.n = 1;
+    return p;
+  }
+  // Planes have channels in their lanes, as channels_last has.
+  static PointwiseForward of_planes(PointwiseForward p) {
+    p.shape.n = 1;
+    p.shape.channels_last = true;
+    return p;
+  }
+  static int64_t bytes(const MixerForward& p) {
+    return DepthwiseTables::bytes(p.depthwise) + PointwiseTables::bytes(of_planes(p.pointwise));
+  }
+  MixerStage(const MixerForward& p, char*& memory)
+      : depthwise(of_one_image(p.depthwise)),
+        pointwise(of_planes(p.pointwise)),
+        plan(depthwise.shape, depthwise.kh, depthwise.kw, false),
+        lower(depthwise, memory),
+        upper(pointwise, memory) {}
+};
+
+// z of all blocks from x; `plane` is one padded plane whose margins are 0. A block's planes are `stride` floats apart.
+template <typename T>
+inline void mixer_depthwise(const MixerStage& stage, const float* x, int64_t stride, float* plane, float* z) {
+  const Plan& plan = stage.plan;
+  const DepthwiseForward& p = stage.depthwise;
+  const Shape& s = p.shape;
+  const int64_t row = s.w * V;
+  with_activation(p.activation, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    for (int64_t i = 0; i < plan.blocks * plan.row_tiles; i++) {
+      const Item item(plan, s, i % plan.row_tiles * plan.blocks + i / plan.row_tiles, 1);
+      const float* from = x + item.c0 / V * stride;
+      float* to = z + item.c0 / V * stride;
+      const Window window = open_window(plan, s, plane, item.y0, item.y1);
+      for (int64_t y = window.first; y < window.last; y++) {
+        __builtin_memcpy(window.row(plan, s, plane, item.y0, y).p, from + y * row, static_cast<size_t>(row) * 4);
+      }
+      const Affine affine = affine_at(stage.lower.table, stage.lower.stride, item.c0);
+      const Vec bias = load(stage.lower.biases + item.c0);
+      for (int64_t r0 = item.y0; r0 < item.y1; r0 += plan.strip_rows) {
+        const int64_t r1 = smaller(r0 + plan.strip_rows, item.y1);
+        for (int64_t r = r0; r < r1; r++) {
+          convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r,
+                       stage.lower.weights + item.c0 * stage.lower.taps, bias, to + r * row);
+        }
+        const Vec* residual = reinterpret_cast<const Vec*>(from + r0 * row);
+        Vec* v = reinterpret_cast<Vec*>(to + r0 * row);
+        for (int64_t j = 0; j < (r1 - r0) * s.w; j++) {
+          const Vec h = normalized<A>(v[j], affine, p.norm.present);
+          v[j] = rounded(p.residual ? h + residual[j] : h, T{});
+        }
+      }
+    }
+  });
 }
 
-// p.depthwise.y and p.pointwise.x are ignored.
-int mixer_forward(const MixerForward& p) {
-  const Shape& s = p.depthwise.shape;
-  DepthwiseForward depthwise = p.depthwise;  // of one image
-  PointwiseForward pointwise = p.pointwise;
-  depthwise.shape.n = pointwise.shape.n = 1;
-  const Plan plan(depthwise.shape, depthwise.kh, depthwise.kw, false);
-  const Items items(pointwise.shape, pointwise.c_in);
-  char* memory = static_cast<char*>(
-      scratch(0, static_cast<size_t>(DepthwiseTables::bytes(depthwise) + PointwiseTables::bytes(pointwise))));
-  if (memory == nullptr) return 1;
-  const DepthwiseTables lower(depthwise, memory);
-  const PointwiseTables upper(pointwise, memory);
-  const int64_t plane_floats = plan.plane_floats();
-  const int64_t together = blocks_together(plan, depthwise.shape, plane_floats * 4, 1);
-  const int64_t planes_floats = ceil_div(together * (plane_floats + plan.strip_floats(s.w)), 16) * 16;
-  const int64_t panels_floats = ceil_div(panel_floats(items, s.c), 16) * 16;
-  const int64_t element = s.dtype == kFloat32 ? 4 : 2, image_bytes = s.c * s.h * s.w * element;
-  const int64_t output_bytes = pointwise.shape.c * s.h * s.w * element;
-  const int threads = useful_threads(s, lower.taps + pointwise.shape.c, p.depthwise.threads);
+template <typename T>
+inline void mixer_pointwise(const MixerStage& stage, const float* z, int64_t stride, float* y) {
+  const PointwiseForward& p = stage.pointwise;
+  const PointwiseTables& tables = stage.upper;
+  const RowPanels rows(p.shape.h * p.shape.w);
+  with_activation(p.activation, [&](auto act) {
+    constexpr int A = decltype(act)::value;
+    for (int64_t n = 0; n < p.shape.c; n += kGemmColumns) {
+      const int vectors = vectors_of(p.shape.c - n);
+      for (int64_t i = 0; i < rows.panels; i++) {
+        const MultiplyPlanes kernel = multiply_planes_for(rows.height(i), vectors);
+        float* to = y + n / V * stride + rows.start(i) * V;
+        for (int64_t k = 0; k < tables.depth; k += kGemmDepth) {
+          kernel(z + k / V * stride + rows.start(i) * V, stride, tables.packed + n * tables.depth + k * vectors * V,
+                 smaller(kGemmDepth, tables.depth - k), to, k > 0);
+        }
+        for (int v = 0; v < vectors; v++, to += stride) {
+          const Affine affine = affine_at(tables.table, tables.stride, n + v * V);
+          const Vec bias = load(tables.biases + n + v * V);
+          Vec* h = reinterpret_cast<Vec*>(to);
+          for (int r = 0; r < rows.height(i); r++) {
+            h[r] = rounded(normalized<A>(h[r] + bias, affine, p.norm.present), T{});
+          }
+        }
+      }
+    }
+  });
+}
+
+// Layer i's output is layer i + 1's input: of their addresses only the first x and the last y are used.
+int mixer_forward(const MixerForward* layers, int64_t count) {
+  const Shape& s = layers[0].depthwise.shape;
+  Shape out = layers[count - 1].pointwise.shape;
+  const int64_t hw = s.h * s.w, blocks = blocks_of(s.c), out_blocks = blocks_of(out.c);
+  int64_t bytes = 0, most_blocks = blocks, plane_floats = 0, work = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const DepthwiseForward p = MixerStage::of_one_image(layers[i].depthwise);
+    bytes += MixerStage::bytes(layers[i]);
+    most_blocks = larger(most_blocks, blocks_of(layers[i].pointwise.shape.c));
+    plane_floats = larger(plane_floats, Plan(p.shape, p.kh, p.kw, false).plane_floats());
+    work += p.kh * p.kw + layers[i].pointwise.shape.c;
+  }
+  // A tile may overrun a block's end; and blocks that lay a multiple of 4 KB apart would share L1's sets.
+  const int64_t stride = (hw + kMaxTile) * V;
+  char* const tables = static_cast<char*>(scratch(0, static_cast<size_t>(bytes)));
+  if (tables == nullptr) return 1;
+  const int threads = useful_threads(s, static_cast<int>(work), layers[0].depthwise.threads);
   int failed = 0;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* planes =
-        static_cast<float*>(scratch(1, static_cast<size_t>((planes_floats + panels_floats) * 4 + image_bytes)));
-    if (planes != nullptr) zero(planes, together * plane_floats);
-    float* panels = planes + planes_floats;
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < plan.blocks; b++) lower.fill(depthwise, b);
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < upper.stride; c++) upper.fill_channel(pointwise, c);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < upper.panels; i++) upper.fill_panel(pointwise, i);
+    float* plane = static_cast<float*>(scratch(1, static_cast<size_t>(plane_floats + 2 * most_blocks * stride) * 4));
+    float* x = plane + plane_floats;
+    float* z = x + most_blocks * stride;
+    char* memory = tables;
+    for (int64_t i = 0; i < count; i++) {
+      const MixerStage stage(layers[i], memory);
+#pragma omp for schedule(static) nowait
+      for (int64_t b = 0; b < stage.plan.blocks; b++) stage.lower.fill(stage.depthwise, b);
+#pragma omp for schedule(static) nowait
+      for (int64_t c = 0; c < stage.upper.stride; c++) stage.upper.fill_channel(stage.pointwise, c);
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < stage.upper.panels; j++) stage.upper.fill_panel(stage.pointwise, j);
+    }
+    int kh = 0, kw = 0;  // of the layer that the plane's margins were cleared for
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < s.n; n++) {
-      if (planes == nullptr) {
+      if (plane == nullptr) {
 #pragma omp atomic write
         failed = 1;
         continue;
       }
-      DepthwiseForward below = depthwise;
-      PointwiseForward above = pointwise;
-      below.x = static_cast<const char*>(p.depthwise.x) + n * image_bytes;
-      below.y = panels + panels_floats;
-      above.x = below.y;
-      above.y = static_cast<char*>(p.pointwise.y) + n * output_bytes;
       with_dtype(s.dtype, [&](auto tag) {
         using T = decltype(tag);
-        for (int64_t i = 0; i < plan.row_tiles * ceil_div(plan.blocks, together); i++) {
-          depthwise_item<T>(below, plan, lower, Item(plan, below.shape, i, together), together, planes, nullptr);
+        for (int64_t b = 0; b < blocks; b++) {
+          gather(s, static_cast<const T*>(layers[0].depthwise.x), n, b * V, channels_of(s, b * V), 0, hw,
+                 dense(x + b * stride));
         }
-        for (int64_t i = 0; i < items.count(); i++) pointwise_item<T>(above, items, i, upper, panels, nullptr);
+        char* at = tables;
+        for (int64_t i = 0; i < count; i++) {
+          const MixerStage stage(layers[i], at);
+          if (kh != stage.plan.kh || kw != stage.plan.kw) zero(plane, plane_floats);
+          kh = stage.plan.kh, kw = stage.plan.kw;
+          mixer_depthwise<T>(stage, x, stride, plane, z);
+          mixer_pointwise<T>(stage, z, stride, x);
+        }
+        for (int64_t b = 0; b < out_blocks; b++) {
+          scatter(out, x + b * stride, static_cast<const T*>(nullptr), static_cast<T*>(layers[count - 1].pointwise.y),
+                  n, b * V, channels_of(out, b * V), 0, hw);
+        }
       });
     }
   }

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -193,33 +194,42 @@ EvalBlock eval_block(const py::tuple& t) {
   return {param(0), param(2), {param(5), param(7), param(9), param(11), t[13].cast<double>(), t[4].cast<bool>()}};
 }
 
+// Each layer: activation, C_out, kH, kW, its depthwise and its pointwise block.
 void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                   int64_t c_out, int kh, int kw, const py::tuple& lower, const py::tuple& upper, int activation,
-                   bool residual, int threads) {
-  const EvalBlock depthwise = eval_block(lower), pointwise = eval_block(upper);
+                   const py::list& layers, bool residual, int threads) {
+  std::vector<MixerForward> runs;
+  for (const py::handle& item : layers) {
+    const py::tuple layer = py::reinterpret_borrow<py::tuple>(item);
+    const int activation = layer[0].cast<int>();
+    const int64_t c_out = layer[1].cast<int64_t>();
+    const EvalBlock depthwise = eval_block(layer[4].cast<py::tuple>()), pointwise = eval_block(layer[5].cast<py::tuple>());
+    runs.push_back({{{n, c, h, w, dtype, channels_last},
+                     layer[2].cast<int>(),
+                     layer[3].cast<int>(),
+                     at(x),
+                     depthwise.weight,
+                     depthwise.bias,
+                     activation,
+                     depthwise.norm,
+                     residual,
+                     {},
+                     nullptr,
+                     threads},
+                    {{n, c_out, h, w, dtype, channels_last},
+                     c,
+                     nullptr,
+                     pointwise.weight,
+                     pointwise.bias,
+                     activation,
+                     pointwise.norm,
+                     {},
+                     nullptr,
+                     threads}});
+    c = c_out;
+  }
   const py::gil_scoped_release release;
-  check(kernels().mixer_forward({{{n, c, h, w, dtype, channels_last},
-                                  kh,
-                                  kw,
-                                  at(x),
-                                  depthwise.weight,
-                                  depthwise.bias,
-                                  activation,
-                                  depthwise.norm,
-                                  residual,
-                                  {},
-                                  nullptr,
-                                  threads},
-                                 {{n, c_out, h, w, dtype, channels_last},
-                                  c,
-                                  nullptr,
-                                  pointwise.weight,
-                                  pointwise.bias,
-                                  activation,
-                                  pointwise.norm,
-                                  {},
-                                  output(y, n * c_out * h * w, dtype),
-                                  threads}}));
+  runs.back().pointwise.y = output(y, n * c * h * w, dtype);
+  check(kernels().mixer_forward(runs.data(), static_cast<int64_t>(runs.size())));
 }
 
 void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,

@@ -5,6 +5,6 @@ from __future__ import annotations
 
 from . import reference
 from .accelerate import Report, accelerate
-from .model import ConvMixer, MixerLayer
+from .model import ConvMixer, MixerLayer, MixerSequential
 
-__all__ = ["ConvMixer", "MixerLayer", "Report", "accelerate", "reference"]
+__all__ = ["ConvMixer", "MixerLayer", "MixerSequential", "Report", "accelerate", "reference"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .model import MixerLayer, recognize
+from .model import MixerLayer, MixerSequential, recognize
 
 
 @dataclass
@@ -33,6 +33,10 @@ def accelerate(model: nn.Module) -> Report:
     Equivalent to, for each nn.Sequential in the model that is a mixer layer of the reference or of timm's ConvMixer:
 
         layer.__class__ = MixerLayer
+
+    and, for each nn.Sequential that contains such layers, so that it evaluates them together:
+
+        sequence.__class__ = MixerSequential
 
     Args:
         model: any module that contains such layers, or is one. Calling again is harmless.
@@ -62,6 +66,9 @@ def accelerate(model: nn.Module) -> Report:
         if type(module) is nn.Sequential:
             module.__class__ = MixerLayer
         report.accelerated += 1
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(type(child) is MixerLayer for child in module):
+            module.__class__ = MixerSequential
     return report
 
 

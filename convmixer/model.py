@@ -48,6 +48,22 @@ class MixerLayer(nn.Sequential):
         return input
 
 
+class MixerSequential(nn.Sequential):
+    """An nn.Sequential that evaluates consecutive mixer layers together, where nobody can tell.
+
+    In evaluation without gradients a run of MixerLayers is one call, whose activations need not leave a core's cache
+    between layers; the bits are those of calling the layers. A layer that would not run by its operator, or with a hook of
+    its own, is called like every other child.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return _run_children(tuple(self._modules.values()), input)
+        for module in self:
+            input = module(input)
+        return input
+
+
 def ConvMixer(
     dim: int,
     depth: int,
@@ -78,7 +94,7 @@ def ConvMixer(
         device, dtype: of the parameters, as for every torch module.
 
     Returns:
-        A plain nn.Sequential that takes (N, in_chans, H, W) and returns (N, n_classes).
+        An nn.Sequential that takes (N, in_chans, H, W) and returns (N, n_classes).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or outside its range; the message names it.
@@ -88,6 +104,7 @@ def ConvMixer(
     for layer in model:
         if type(layer) is nn.Sequential:
             layer.__class__ = MixerLayer
+    model.__class__ = MixerSequential
     return model
 
 
@@ -359,3 +376,57 @@ def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCa
     return functional.pointwise_block(
         z, weight, bias, *second.tensors, training=training, momentum=momentum, eps=eps, activation=pointwise.activation
     )
+
+
+# ---- running several layers together ----------------------------------------------------------------------------
+
+
+def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    together = (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) in _PLAIN_TENSORS
+        and functional.runs_mixer_layers(x)
+    )
+    if not together:
+        for module in children:
+            x = module(x)
+        return x
+    at = 0
+    while at < len(children):
+        layers = _evaluated_together(children[at:], x)
+        y = functional.evaluate_mixer_layers(x, layers) if len(layers) > 1 else None
+        taken = max(len(layers), 1)
+        if y is None:
+            y = x
+            for module in children[at : at + taken]:
+                y = module(y)
+        x = y
+        at += taken
+    return x
+
+
+def _evaluated_together(children: tuple[nn.Module, ...], x: object) -> list[functional.MixerArguments]:
+    """What the first children are called with, as far as they are layers that their operator would evaluate."""
+    layers: list[functional.MixerArguments] = []
+    for layer in children:
+        if type(layer) is not MixerLayer or _is_altered(layer):
+            break
+        blocks = recognize(layer)
+        if isinstance(blocks, str) or not _takes(x, blocks):
+            break
+        if any(b.norm.training or b.norm._buffers["running_mean"] is None for b in blocks):
+            break
+        first, second = (_norm_call(b.norm) for b in blocks)
+        if first.settings != second.settings or blocks[0].activation != blocks[1].activation:
+            break
+        tensors = []
+        for block, norm in zip(blocks, (first, second), strict=True):
+            weight, bias, mean, var = norm.tensors
+            convolution = block.conv._parameters
+            tensors += [
+                functional.Block(convolution["weight"], convolution["bias"], weight, bias),
+                functional.Statistics(mean, var),
+            ]
+        layers.append(functional.MixerArguments(*tensors, first.settings[2], blocks[0].activation))
+    return layers

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from .autograd import (
     convolution_forward,
     mixer_forward,
 )
+from .backends.base import MixerEval, Norm
 from .backends.reference import activate, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -215,6 +218,63 @@ def mixer_layer(
         _update(running[0], batch[0], batch[1], y, momentum)
         _update(running[1], batch[2], batch[3], y, momentum)
     return y
+
+
+class MixerArguments(NamedTuple):
+    """What mixer_layer is called with in evaluation, beside x."""
+
+    depthwise: Block
+    depthwise_running: Statistics
+    pointwise: Block
+    pointwise_running: Statistics
+    eps: float
+    activation: str
+
+
+def runs_mixer_layers(x: Tensor) -> bool:
+    """Whether evaluate_mixer_layers may do more for x than calling mixer_layer again and again."""
+    name = dispatch.requested_backend("mixer_layer", None) or dispatch.automatic_order(x.device.type)[0]
+    return hasattr(dispatch.load(name), "mixer_eval")
+
+
+def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor | None:
+    """mixer_layer after mixer_layer in evaluation and without gradients, to the bit, in one call of the backend.
+
+    Args:
+        x: (N, C, H, W).
+        layers: at least one; all of them map C channels to C.
+
+    Returns:
+        (N, C, H, W), or None where the layers are to be called one by one: the backend finds that faster, or something
+        (another number of channels, autocast, a subclass, a transform) needs more care than this function takes.
+
+    Raises:
+        As :func:`mixer_layer`.
+    """
+    op = "mixer_layer"
+    checks.check_input(op, x)
+    if torch.compiler.is_compiling() or _transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
+        return None
+    evaluated, backend = [], None
+    x = _dense(x)[0]
+    for layer in layers:
+        blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
+        checks.check_options(op, layer.activation, False, 0.0, layer.eps)
+        checks.check_depthwise_convolution(op, "depthwise_", x, *blocks[0][:2])
+        checks.check_norm(op, "depthwise_", x, x.shape[1], *blocks[0][2:], *running[0], False)
+        checks.check_pointwise_convolution(op, "pointwise_", x, *blocks[1][:2])
+        checks.check_norm(op, "pointwise_", x, blocks[1].weight.shape[0], *blocks[1][2:], *running[1], False)
+        chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
+        if blocks[1].weight.shape[0] != x.shape[1] or chosen is not (backend or chosen) or not hasattr(chosen, "mixer_eval"):
+            return None
+        backend = chosen
+        blocks = _dense(x, *blocks)[1:]
+        running = tuple(Statistics(*map(_contiguous, r)) for r in running)
+        if not _direct(x, *blocks[0], *blocks[1], *running[0], *running[1]):
+            return None
+        norms = (Norm(*r, b.norm_weight, b.norm_bias, layer.eps) for b, r in zip(blocks, running, strict=True))
+        evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
+    return backend.mixer_eval(x, evaluated, True)
 
 
 def depthwise_conv2d(

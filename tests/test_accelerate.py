@@ -14,7 +14,7 @@ import torch
 from helpers import assert_twice_eager
 from torch import nn
 
-from convmixer import MixerLayer, accelerate, reference
+from convmixer import MixerLayer, MixerSequential, accelerate, reference
 from convmixer_kernels import functional
 
 # wide enough for an error norm over one vector not to be a matter of luck
@@ -121,7 +121,7 @@ def test_nothing_is_set_on_an_instance():
     accelerate(model)
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
     assert all(type(m) is MixerLayer for m in model.blocks)
-    assert type(model.blocks) is nn.Sequential
+    assert type(model.blocks) is MixerSequential
 
 
 def test_again_is_harmless():

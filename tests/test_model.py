@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from model_helpers import SMALL, assert_matches, count_operators, features, image, make_pair, step
 from torch import nn
 
-from convmixer import ConvMixer, MixerLayer, reference
+from convmixer import ConvMixer, MixerLayer, MixerSequential, reference
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_tree_and_initial_numbers_are_the_references(changes):
         torch.manual_seed(5)
         models.append(build(**{**SMALL, **changes}))
     ours, ref = models
-    assert type(ours) is nn.Sequential
+    assert type(ours) is MixerSequential
     assert [n for n, _ in ours.named_modules()] == [n for n, _ in ref.named_modules()]
     state, expected = ours.state_dict(), ref.state_dict()
     assert list(state) == list(expected)
@@ -185,7 +185,7 @@ def test_slices(calls):
     for part in (slice(1, None), slice(None, 1), slice(1, 3), slice(0, 0)):
         assert torch.equal(ours[3][part](x), ref[3][part](x))
     assert calls == []
-    assert type(ours[:4]) is nn.Sequential
+    assert type(ours[:4]) is MixerSequential
     assert len(ours[:4]) == 4
     ours[3:5](x)
     ours[3][:](x)

@@ -16,6 +16,7 @@ from benchmarks import models, onnx_graph
 from benchmarks.ops import OPERATORS, Set, backend_module
 from benchmarks.optional import MissingPackage, require
 from benchmarks.shapes import LAYOUTS, Case, ModelCase
+from convmixer_kernels import dispatch
 
 Results = tuple[Tensor, ...]
 Calls = list[Callable[[], Results]]
@@ -33,7 +34,10 @@ CLONE = "clone"
 
 def names(device_type: str) -> list[str]:
     """Every implementation, in the order of the tables: ours by backend first."""
-    ours = [f"ours {name}" for name in convmixer_kernels.available_backends() if name != "reference"]
+    available = convmixer_kernels.available_backends()
+    # of this device: emulated kernels and interpreted ones run on a CPU too, for tests
+    order = dispatch.automatic_order(device_type)
+    ours = [f"ours {name}" for name in order if name in available and name != "reference"]
     others = ["onnxruntime", "openvino"] if device_type == "cpu" else list(CUDNN)
     return [*ours, *EAGER.values(), *COMPILE, *others, CLONE]
 

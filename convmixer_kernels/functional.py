@@ -265,7 +265,11 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
         checks.check_pointwise_convolution(op, "pointwise_", x, *blocks[1][:2])
         checks.check_norm(op, "pointwise_", x, blocks[1].weight.shape[0], *blocks[1][2:], *running[1], False)
         chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
-        if blocks[1].weight.shape[0] != x.shape[1] or chosen is not (backend or chosen) or not hasattr(chosen, "mixer_eval"):
+        if (
+            blocks[1].weight.shape[0] != x.shape[1]
+            or chosen is not (backend or chosen)
+            or not hasattr(chosen, "mixer_eval")
+        ):
             return None
         backend = chosen
         blocks = _dense(x, *blocks)[1:]

@@ -12,10 +12,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import SMALL, assert_matches, count_operators, features, image, make_pair, step
+from model_helpers import DIM, SMALL, assert_matches, count_operators, features, image, make_pair, step
 from torch import nn
 
+import convmixer_kernels
 from convmixer import ConvMixer, MixerLayer, MixerSequential, reference
+from convmixer_kernels.backends import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +250,141 @@ def test_checkpointing_and_saved_tensor_hooks():
         counters.append([b for n, b in model.named_buffers() if n.endswith("tracked")])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert counters[0] == counters[1]
+
+
+# ---- layers evaluated together -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[int]:
+    """The number of layers in each call of the CPU backend's mixer_eval."""
+    if cpu.native is None:
+        pytest.skip("the native module _cpu is not built")
+    seen, original = [], cpu.mixer_eval
+    monkeypatch.setattr(
+        cpu, "mixer_eval", lambda x, layers, *rest: seen.append(len(layers)) or original(x, layers, *rest)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layers_are_evaluated_together_with_the_bits_of_each_alone(runs, dtype, channels_last):
+    model = make_pair(depth=3)[0].eval().to(dtype)
+    x = image(dtype=dtype, channels_last=channels_last)
+    with torch.no_grad():
+        y = model(x)
+        assert runs == [3]
+        features_together = model[:6](x)
+        one_by_one = nn.Sequential(*model[:6])(x)
+        assert runs == [3, 3, 1, 1, 1]
+        assert torch.equal(features_together, one_by_one)
+        assert features_together.stride() == one_by_one.stride()
+        assert torch.equal(y, nn.Sequential(*model)(x))
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
+    del runs[:]
+    assert model(x).requires_grad
+    assert runs == []
+
+
+def _hook_on_a_layer(model):
+    model[4].register_forward_hook(lambda m, args, y: y * 2)
+
+
+def _module_between(model):
+    model.insert(4, nn.ReLU())
+
+
+def _training_layer(model):
+    model[4].train()
+
+
+def _batch_statistics(model):
+    model[4][3].running_mean = model[4][3].running_var = None
+
+
+def _two_epsilons(model):
+    model[4][3].eps = 0.5
+
+
+def _double_parameters(model):
+    model[4][1].weight = nn.Parameter(model[4][1].weight.to(torch.float16))
+
+
+def _wider(model):
+    model[4][1], model[4][3] = nn.Conv2d(DIM, 2 * DIM, 1), nn.BatchNorm2d(2 * DIM).eval()
+    model[5] = make_pair(dim=2 * DIM)[0][4].eval()
+    model[6] = nn.Identity()
+    del model[7:]
+
+
+def _own_forward(model):
+    model[4].forward = lambda x: x + 1
+
+
+def _another_kernel_and_activation(model):
+    model[4] = make_pair(kernel_size=(3, 8), activation="relu")[0][4].eval()
+
+
+@pytest.mark.parametrize(
+    ("alter", "expected"),
+    [
+        (_hook_on_a_layer, [1, 1, 1]),
+        (_module_between, [1, 2]),
+        (_training_layer, [1, 1]),
+        (_batch_statistics, [1, 1]),
+        (_two_epsilons, [1, 1]),
+        (_wider, [1, 1, 1]),
+        (_own_forward, [1, 1]),
+        (_another_kernel_and_activation, [3]),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_runs_of_layers_end_where_a_layer_is_another(runs, alter, expected):
+    model = make_pair(depth=3)[0].eval()
+    alter(model)
+    counterpart = copy.deepcopy(model)
+    with torch.no_grad():
+        y = model(image())
+        assert runs == expected
+        assert torch.equal(y, nn.Sequential(*counterpart)(image()))
+
+
+def test_layers_together_refuse_what_a_layer_refuses():
+    model, ref = (m.eval() for m in make_pair())
+    for one in (model, ref):
+        one[4][1] = nn.Conv2d(DIM + 1, DIM, 1)
+    with torch.no_grad():
+        for one in (model, ref):
+            with pytest.raises((RuntimeError, ValueError), match="channels|C_in"):
+                one(image())
+
+
+def test_layers_together_run_on_the_backend_that_is_asked_for(runs):
+    model = make_pair()[0].eval()
+    with torch.no_grad(), convmixer_kernels.use_backend("reference"):
+        assert torch.equal(model(image()), nn.Sequential(*model)(image()))
+    assert runs == []
+
+
+def test_layers_together_see_every_change_and_other_modes(runs):
+    model, ref = (m.eval() for m in make_pair())
+    with torch.no_grad():
+        before = model(image())
+        model[3][1].weight.mul_(2)
+        ref[3][1].weight.mul_(2)
+        assert not torch.equal(model(image()), before)
+        torch.testing.assert_close(model(image()), ref(image()), rtol=1e-4, atol=1e-4)
+        del runs[:]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(image()), nn.Sequential(*model)(image()))
+        assert model(image()[:0]).shape == (0, 7)
+        assert 2 not in runs
+        traced = torch.jit.trace(model, image())
+        assert torch.equal(traced(image()), ref(image()))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(image()), ref(image()), rtol=1e-4, atol=1e-4)
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from helpers import Case, make_inputs, ours
 
 from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
-from convmixer_kernels.backends.base import ACTIVATIONS, Norm
+from convmixer_kernels.backends.base import ACTIVATIONS, MixerEval, Norm
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
 
@@ -71,7 +71,7 @@ def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", OTHER_SETS)
 def test_other_instruction_sets(isa):
     """A cross-section of the operators, and this file, under the narrower sets: the pick happens once a process."""
-    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_isa"
+    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_layers or test_deep or test_isa"
     result = _run(
         isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operators.py", __file__, "-k", selection
     )
@@ -151,3 +151,29 @@ def test_mixer_layer_evaluates_in_one_call(monkeypatch):
     with torch.no_grad():
         ours(case, x, tensors, "cpu")
     assert calls == ["mixer_forward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_of_different_shapes_in_one_call(dtype):
+    """Kernels, widths and activations that change from layer to layer: margins are cleared anew, planes are enough."""
+    kernels, channels = [(9, 9), (3, 3), (3, 3), (4, 7), (31, 1), (1, 1)], [20, 33, 33, 7, 40, 2, 16]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(5, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
+        layers = []
+        for kernel, (c, c_out), activation in zip(
+            kernels, itertools.pairwise(channels), itertools.cycle(ACTIVATIONS), strict=False
+        ):
+            norms = [Norm(torch.randn(n), torch.rand(n) + 0.1, torch.randn(n), None, 1e-5) for n in (c, c_out)]
+            weights = torch.randn(c, 1, *kernel), torch.randn(c_out, c, 1, 1) / c**0.5
+            layers.append(MixerEval(activation, (weights[0], torch.randn(c), norms[0]), (weights[1], None, norms[1])))
+        expected = x
+        for layer in layers:
+            lower, upper = layer.depthwise, layer.pointwise
+            z = cpu.depthwise_eval(expected, *lower[:2], layer.activation, lower[2], True)
+            expected = cpu.pointwise_eval(z, *upper[:2], layer.activation, upper[2])
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = cpu.mixer_eval(x, layers, True)
+            assert torch.isfinite(y).all()
+            assert torch.equal(y, expected)
+            assert y.stride() == expected.stride()

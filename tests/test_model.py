@@ -357,7 +357,7 @@ def test_layers_together_refuse_what_a_layer_refuses():
         one[4][1] = nn.Conv2d(DIM + 1, DIM, 1)
     with torch.no_grad():
         for one in (model, ref):
-            with pytest.raises((RuntimeError, ValueError), match="channels|C_in"):
+            with pytest.raises((RuntimeError, ValueError), match=r"channels|C_in"):
                 one(image())
 
 

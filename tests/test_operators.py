@@ -8,6 +8,7 @@ smaller than the kernel, odd and even and non-square kernels, with dtype, memory
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ def test_random_shapes(op, shape, kernel, channels_out, dtype, memory_format, tr
 @pytest.mark.parametrize("kernel", [(9, 9), (4, 3)])
 def test_large_image(backend, kernel):
     check_case(Case("depthwise_block", (1, 3, 230, 225), kernel), backend)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "channels_out"), [(513, 40), (1100, 530), (512, 513)])
+def test_deep_products(channels, channels_out, memory_format):
+    """Sums over more channels than a packed panel holds at once, forward and backward; the last chunk is partial."""
+    case = Case("pointwise_block", (3, channels, 9, 7), (1, 1), channels_out, memory_format=memory_format)
+    for training in (True, False):
+        check_case(replace(case, training=training), "cpu")
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -58,8 +58,8 @@ inline void multiply_panels(const float* a, int rows, const float* b, int vector
   }
 }
 
-// The same with A as it lies in planes of V channels, A(r, k) at a[k / V * stride + r * V + k % V], and vector v of row r
-// of C at c[v * stride + r * V]: a product from planes to planes, which packs and copies nothing.
+// The same with A as it lies in planes of V channels, A(r, k) at a[k / V * stride + r * V + k % V], and vector v of row
+// r of C at c[v * stride + r * V]: a product from planes to planes, which packs and copies nothing.
 template <int R, int NV>
 void multiply_planes(const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool add) {
   Vec acc[R][NV];

@@ -6,7 +6,7 @@
 // threads meet once a run. Bound by FMAs. The bits are those of one call for each block.
 
 // Bytes of an image's planes; there are two sets of them in L2, beside the weights that stream through.
-constexpr int64_t kMixerBytes = 512 * 1024;
+constexpr int64_t kMixerBytes = 1024 * 1024;
 
 // c: the most channels that an image has between layers.
 bool mixer_fits(const Shape& s, int threads) { return s.n >= threads && s.c * s.h * s.w * 4 <= kMixerBytes; }

@@ -202,7 +202,8 @@ void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_
     const py::tuple layer = py::reinterpret_borrow<py::tuple>(item);
     const int activation = layer[0].cast<int>();
     const int64_t c_out = layer[1].cast<int64_t>();
-    const EvalBlock depthwise = eval_block(layer[4].cast<py::tuple>()), pointwise = eval_block(layer[5].cast<py::tuple>());
+    const EvalBlock depthwise = eval_block(layer[4].cast<py::tuple>()),
+                    pointwise = eval_block(layer[5].cast<py::tuple>());
     runs.push_back({{{n, c, h, w, dtype, channels_last},
                      layer[2].cast<int>(),
                      layer[3].cast<int>(),

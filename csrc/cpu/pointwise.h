@@ -3,10 +3,14 @@
 //   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a);  backward: dx = W^T da, dw = da x^T
 // Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image, channels are a tile's rows. channels_last: Y[NHW][C_out] =
 // X[NHW][C_in] W^T, channels are its columns. The weights are packed once a call; a work item is a group of positions
-// whose input panels stay in L2. Bound by FMAs: C_in an output, against GELU's 20 operations.
+// whose input panels, up to kDepthChunk deep at a time, stay in L2 while the weights stream past. Bound by FMAs: C_in
+// an output, against GELU's 20 operations.
 
-// Bytes of an item's packed input.
-constexpr int64_t kItemBytes = 192 * 1024;
+// Of an item's packed input: its depth, and its bytes. Deeper products keep their sums in memory between chunks;
+// without chunks, positions would be so few that the weights' traffic, not FMAs, were the bound.
+constexpr int64_t kDepthChunk = 512, kItemBytes = 256 * 1024;
+static_assert(kDepthChunk % kGemmDepth == 0, "chunks must not change the order of sums");
+constexpr int64_t kTileFloats = kGemmRows * kGemmColumns;
 
 // How positions are cut into items; depends on the shape only.
 struct Items {
@@ -18,7 +22,7 @@ struct Items {
     images = channels_last ? 1 : s.n;
     positions = channels_last ? s.n * s.h * s.w : s.h * s.w;
     const int64_t unit = channels_last ? kGemmRows : kGemmColumns;
-    const int64_t fit = smaller(larger(1, kItemBytes / (4 * depth * unit)), 16);
+    const int64_t fit = smaller(larger(1, kItemBytes / (4 * smaller(depth, kDepthChunk) * unit)), 16);
     // Equal items, and enough of them to share among threads.
     const int64_t wanted = ceil_div(positions, fit * unit);
     size = ceil_div(ceil_div(positions, wanted), unit) * unit;
@@ -26,6 +30,19 @@ struct Items {
   }
   int64_t count() const { return images * per_image; }
 };
+
+// The packed input of an item, and with its tiles' sums all its memory.
+inline int64_t panel_floats(const Items& items, int64_t depth) {
+  const int64_t floats = items.channels_last ? rows_floats(items.size, depth) : columns_floats(items.size, depth);
+  return ceil_div(floats, 16) * 16;
+}
+inline int64_t item_floats(const Items& items, int64_t channels, int64_t depth) {
+  const int64_t chunk = smaller(depth, kDepthChunk);
+  const int64_t rows = items.channels_last ? items.size : channels,
+                columns = items.channels_last ? channels : items.size;
+  const int64_t tiles = chunk < depth ? RowPanels(rows).panels * column_panels(columns) : 1;
+  return panel_floats(items, chunk) + tiles * kTileFloats;
+}
 
 // y[position][channel m] = sum over k of weight(m, k) * x(position, k) for all positions, handed tile by tile to
 //   begin(item, c0, count); tile(item, image, c0, count, p0, positions, floats, ld); end(item, c0, count)
@@ -35,42 +52,50 @@ inline void product_item(const Items& items, int64_t item, int64_t channels, int
                          const float* packed, float* panels, Begin begin, Tile tile, End end) {
   const int64_t image = item / items.per_image, p0 = item % items.per_image * items.size;
   const int64_t p1 = smaller(p0 + items.size, items.positions);
-  alignas(64) float c[kGemmRows * kGemmColumns];
-  if (items.channels_last) {
-    pack_rows(Operand<T>{x, depth, true}, p0, p1, 0, depth, panels);
-    const RowPanels rows(p1 - p0);
-    for (int64_t n = 0; n < channels; n += kGemmColumns) {
-      const int count = static_cast<int>(smaller(kGemmColumns, channels - n));
-      begin(item, n, count);
-      for (int64_t i = 0; i < rows.panels; i++) {
-        multiply_panels(panels + rows.start(i) * depth, rows.height(i), packed + n * depth, vectors_of(count), depth, c,
-                        kGemmColumns, false);
-        tile(item, image, n, count, p0 + rows.start(i), rows.height(i), c);
+  const int64_t chunk = smaller(depth, kDepthChunk);
+  float* const sums = panels + panel_floats(items, chunk);  // of a tile after the other, if there are several chunks
+  for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
+    const int64_t k1 = smaller(k0 + chunk, depth);
+    const bool done = k1 == depth;
+    const auto multiply = [&](int64_t i, const float* left, int rows, const float* right, int vectors) {
+      float* c = sums + (chunk < depth ? i * kTileFloats : 0);
+      multiply_panels(left, rows, right, vectors, k1 - k0, c, kGemmColumns, k0 > 0);
+      return c;
+    };
+    if (items.channels_last) {
+      pack_rows(Operand<T>{x, depth, true}, p0, p1, k0, k1, panels);
+      const RowPanels rows(p1 - p0);
+      for (int64_t n = 0; n < channels; n += kGemmColumns) {
+        const int count = static_cast<int>(smaller(kGemmColumns, channels - n)), vectors = vectors_of(count);
+        if (done) begin(item, n, count);
+        for (int64_t i = 0; i < rows.panels; i++) {
+          const float* c = multiply(n / kGemmColumns * rows.panels + i, panels + rows.start(i) * (k1 - k0),
+                                    rows.height(i), packed + n * depth + k0 * vectors * V, vectors);
+          if (done) tile(item, image, n, count, p0 + rows.start(i), rows.height(i), c);
+        }
+        if (done) end(item, n, count);
       }
-      end(item, n, count);
+      continue;
     }
-    return;
-  }
-  pack_columns(Operand<T>{x + image * depth * items.positions, items.positions, false}, p0, p1, 0, depth, panels);
-  const RowPanels rows(channels);
-  for (int64_t i = 0; i < rows.panels; i++) {
-    const int64_t m = rows.start(i);
-    begin(item, m, rows.height(i));
-    for (int64_t p = p0; p < p1; p += kGemmColumns) {
-      const int count = static_cast<int>(smaller(kGemmColumns, p1 - p));
-      multiply_panels(packed + m * depth, rows.height(i), panels + (p - p0) * depth, vectors_of(count), depth, c,
-                      kGemmColumns, false);
-      tile(item, image, m, rows.height(i), p, count, c);
+    pack_columns(Operand<T>{x + image * depth * items.positions, items.positions, false}, p0, p1, k0, k1, panels);
+    const RowPanels rows(channels);
+    for (int64_t i = 0; i < rows.panels; i++) {
+      const int64_t m = rows.start(i);
+      if (done) begin(item, m, rows.height(i));
+      for (int64_t p = p0; p < p1; p += kGemmColumns) {
+        const int count = static_cast<int>(smaller(kGemmColumns, p1 - p));
+        const float* c =
+            multiply(i * column_panels(p1 - p0) + (p - p0) / kGemmColumns, packed + m * depth + k0 * rows.height(i),
+                     rows.height(i), panels + (p - p0) * (k1 - k0), vectors_of(count));
+        if (done) tile(item, image, m, rows.height(i), p, count, c);
+      }
+      if (done) end(item, m, rows.height(i));
     }
-    end(item, m, rows.height(i));
   }
 }
 
 inline int64_t packed_floats(bool channels_last, int64_t channels, int64_t depth) {
   return channels_last ? columns_floats(channels, depth) : rows_floats(channels, depth) + V;
-}
-inline int64_t panel_floats(const Items& items, int64_t depth) {
-  return items.channels_last ? rows_floats(items.size, depth) : columns_floats(items.size, depth);
 }
 // Panel `i` of the weights; weight(m, k) with either k or m contiguous. There are weight_panels of them.
 inline int64_t weight_panels(bool channels_last, int64_t channels) {
@@ -231,7 +256,7 @@ int pointwise_forward(const PointwiseForward& p) {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, p.c_in)) * 4));
+    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(item_floats(items, s.c, p.c_in)) * 4));
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < tables.stride; c++) tables.fill_channel(p, c);
 #pragma omp for schedule(static)
@@ -270,7 +295,7 @@ inline int pointwise_input_grad(const PointwiseBackward& p) {
   int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(panel_floats(items, depth)) * 4));
+    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(item_floats(items, channels, depth)) * 4));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < weight_count; i++) {
       pack_weight_panel(p.weight, channels, false, last, channels, depth, i, packed);

@@ -188,10 +188,7 @@ def mixer_layer(
     )
     x_given, (x, *blocks) = x, _autocast(x, *given)
     checks.check_options(op, activation, training, momentum, eps)
-    checks.check_depthwise_convolution(op, "depthwise_", x, blocks[0].weight, blocks[0].bias)
-    checks.check_norm(op, "depthwise_", x, x.shape[1], *blocks[0][2:], *running[0], training)
-    checks.check_pointwise_convolution(op, "pointwise_", x, blocks[1].weight, blocks[1].bias)
-    checks.check_norm(op, "pointwise_", x, pointwise_weight.shape[0], *blocks[1][2:], *running[1], training)
+    _check_layer(op, x, blocks, running, training)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
         # autocast meets a wide x only outside a model: the blocks know what eager does with its residual
@@ -260,10 +257,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
     for layer in layers:
         blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
         checks.check_options(op, layer.activation, False, 0.0, layer.eps)
-        checks.check_depthwise_convolution(op, "depthwise_", x, *blocks[0][:2])
-        checks.check_norm(op, "depthwise_", x, x.shape[1], *blocks[0][2:], *running[0], False)
-        checks.check_pointwise_convolution(op, "pointwise_", x, *blocks[1][:2])
-        checks.check_norm(op, "pointwise_", x, blocks[1].weight.shape[0], *blocks[1][2:], *running[1], False)
+        _check_layer(op, x, blocks, running, False)
         chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
         if (
             blocks[1].weight.shape[0] != x.shape[1]
@@ -337,6 +331,14 @@ def _run_block(
     if options.batch_statistics:
         _update(running, mean, var, y, options.momentum)
     return y
+
+
+def _check_layer(op: str, x: Tensor, blocks: Sequence[Block], running: Sequence[Statistics], training: bool) -> None:
+    depthwise, pointwise = blocks
+    checks.check_depthwise_convolution(op, "depthwise_", x, depthwise.weight, depthwise.bias)
+    checks.check_norm(op, "depthwise_", x, x.shape[1], *depthwise[2:], *running[0], training)
+    checks.check_pointwise_convolution(op, "pointwise_", x, pointwise.weight, pointwise.bias)
+    checks.check_norm(op, "pointwise_", x, pointwise.weight.shape[0], *pointwise[2:], *running[1], training)
 
 
 def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:

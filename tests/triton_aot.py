@@ -42,7 +42,9 @@ class Launch:
 
     def __init__(self, kernel: JITFunction, positional: tuple, keywords: dict) -> None:
         self.kernel = kernel
-        self.options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        self.options = {
+            name: keywords.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in keywords
+        }
         self.arguments = dict(zip(kernel.arg_names, positional, strict=False)) | keywords
         self.case, self.list_name, self.index = "", "", 0
 
@@ -185,7 +187,9 @@ def compile_one(item: Launch, capability: int, wants_code: bool) -> dict[str, ob
         listing = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing, re.M)
-    counted = {name: instructions.count(name) for name in (*TENSOR_CORES, "LDL", "STL", "LDGSTS", "LDG", "FFMA")}
+    counted = {
+        name: instructions.count(name) for name in (*TENSOR_CORES, "LDL", "STL", "LDGSTS", "LDG", "FFMA", "FMUL")
+    }
     return {
         "case": item.case,
         "kernel": item.kernel.__name__,
@@ -213,7 +217,7 @@ def main() -> int:
     generation = sys.argv[1]
     report = []
     for item in launches(generation):
-        wants_code = "-v" in sys.argv or item.list_name.startswith(PRODUCTS)
+        wants_code = "-v" in sys.argv or item.list_name.startswith(PRODUCTS) or item.list_name == "depthwise_fma"
         report.append(compile_one(item, TARGETS[generation], wants_code))
         if "-v" in sys.argv:
             print(_line(report[-1]), file=sys.stderr, flush=True)

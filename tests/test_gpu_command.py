@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_ops
+from benchmarks import gpu, gpu_ops, report
 from convmixer_kernels.backends import cuda, triton
 
 _MEMCHECK = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: {}\n"
@@ -190,3 +190,15 @@ def test_models_are_measured_with_the_backend_that_there_is(run, monkeypatch):
         ("eager channels_last", True, False),
     }
     assert set(seen) == {"triton", None}
+
+
+def test_the_report_of_triton_alone_shows_its_times(run):
+    shared = {"case": "normalize 2x4x5x6", "dtype": "float32", "layout": "contiguous", "ok": True}
+    run.row({**shared, "implementation": "triton", "median_us": 10.0, "percent_of_floor": 50.0})
+    run.row({**shared, "implementation": "eager contiguous", "median_us": 30.0, "percent_of_floor": 20.0})
+    run.note("absent", {"cuda": "there is no nvcc"})
+    run.note("environment", {"device": "A GPU", "torch": "2.13.0"})
+    text = report.gpu_markdown(_saved(run))
+    assert "cuda was not measured: there is no nvcc." in text
+    assert "| normalize 2x4x5x6 | float32 | contiguous | 10 us | 50 % | 30 us | 3.0x |" in text
+    assert "| case | dtype | layout | triton |" in text

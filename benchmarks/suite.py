@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    known = [*peers.names(device.type), *peers.EXTRA]
+    known = list(dict.fromkeys([*peers.names(device.type), *peers.EXTRA]))
     for name in options.implementations or ():
         if name not in known:
             parser.error(f"--implementations: known here are {', '.join(known)}; got {name!r}")

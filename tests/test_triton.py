@@ -90,7 +90,7 @@ def tiny(monkeypatch):
         return [TINY[stem]]
 
     monkeypatch.setattr(config, "candidates", candidates)
-    monkeypatch.setattr(config, "fuse_prologue", lambda columns: columns <= 16)
+    monkeypatch.setattr(config, "fuse_prologue", lambda dtype, columns: dtype != FP32 and columns <= 16)
 
 
 # ---- blocks, through the public functions ---------------------------------------------------------------------------
@@ -150,7 +150,7 @@ TINY_CASES = [
     *(_depthwise((3, 5, 7, 6), (3, 4), dtype=FP16, training=t, **LAST) for t in (True, False)),
     _depthwise((3, 3, 7, 6), 3),
     *(_pointwise((3, 40, 5, 7), 35, dtype=d, memory_format=f) for d, f in zip((FP32, FP16), FORMATS, strict=True)),
-    *(_pointwise((3, 13, 5, 7), 35, memory_format=f) for f in FORMATS),
+    *(_pointwise((3, 13, 5, 7), 35, dtype=FP16, memory_format=f) for f in FORMATS),
     _pointwise((2, 33, 3, 11), 18, training=False),
 ]
 
@@ -685,5 +685,7 @@ def test_products_run_on_tensor_cores(compiled, generation, instruction):
 
     products = [row for row in compiled[generation] if row["list"].startswith(PRODUCTS) and row["index"] == 0]
     products = [row for row in products if row["kernel"] in ("gemm_kernel", "forward_kernel", "weight_grad_kernel")]
+    # float32 without tf32 has none
+    products = [row for row in products if "float32" not in row["case"]]
     assert len(products) >= 12
     assert [row["case"] for row in products if row[instruction] == 0] == []

@@ -118,6 +118,11 @@ def _depthwise(dtype, k, channels_last=False, size=32):
         f"weight grad k{k}",
         lambda: backend.depthwise_weight_grad(x, x, x, weight, bias, "gelu", norm, sums),
     )
+    yield (
+        k == 9,
+        f"block backward k{k}",
+        lambda: backend.depthwise_block_backward(x, x, x, weight, bias, "gelu", norm, True, True, (True,) * 5),
+    )
 
 
 def _pointwise(dtype, channels_last=False, channels=1536):
@@ -129,6 +134,11 @@ def _pointwise(dtype, channels_last=False, channels=1536):
         channels > 128,
         "backward",
         lambda: backend.pointwise_backward(x, x, x, weight, bias, "gelu", norm, sums, needs),
+    )
+    yield (
+        False,
+        "block backward",
+        lambda: backend.pointwise_block_backward(x, x, x, weight, bias, "gelu", norm, True, False, (True,) * 5),
     )
 
 
@@ -149,6 +159,8 @@ def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
         ("pointwise bfloat16 channels_last", _pointwise(bf16, True)),
         ("pointwise float16 channels_last fused", _pointwise(fp16, True, 128)),
         ("pointwise bfloat16 contiguous fused", list(_pointwise(bf16, False, 128))[2:]),
+        ("pointwise float32 contiguous", _pointwise(fp32)),
+        ("pointwise float32 channels_last", _pointwise(fp32, True)),
         ("batch norm bfloat16 contiguous", _batch_norm(bf16)),
         ("batch norm bfloat16 channels_last", _batch_norm(bf16, True)),
         ("depthwise float16 contiguous", _depthwise(fp16, 31, size=56)),

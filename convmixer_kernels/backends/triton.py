@@ -376,7 +376,7 @@ def pointwise_backward(
     want_bias = needs[2] and bias is not None
     channels_in = weight.shape[1]
     prologue = _has_prologue(activation, norm)
-    fused = prologue and (needs[0] or needs[1]) and _kernels().config.fuse_prologue(channels_in)
+    fused = prologue and (needs[0] or needs[1]) and _kernels().config.fuse_prologue(dy.dtype, channels_in)
     bias_from_products = fused and needs[1] and want_bias
     with _On(dy):
         source, given = (dy, a) if fused else (dy, None)
@@ -438,7 +438,7 @@ def pointwise_block_backward(
     needs: tuple[bool, bool, bool, bool, bool],  # dx, dw, db, dgamma, dbeta
 ) -> tuple[Tensor | None, ...] | None:
     """As depthwise_block_backward; None where the products compute da in their prologues, in five launches too."""
-    if not any(needs[:3]) or _kernels().config.fuse_prologue(weight.shape[1]):
+    if not any(needs[:3]) or _kernels().config.fuse_prologue(dy.dtype, weight.shape[1]):
         return None
     with _On(dy):
         da, bias_parts, dgamma, dbeta = _block_prologue(dy, a, bias, activation, norm, batch_statistics, needs)

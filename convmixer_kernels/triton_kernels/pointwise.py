@@ -415,7 +415,7 @@ def _gemm(x, a, weight, bias, activation, norm, sums, y, statistics, weight_rows
 
     key = (x.dtype, y_layout.channels, *x_layout.key, activation, statistics, a is not None, weight_rows)
     key += (constants["PRECISION"], y_layout.channels_last)
-    name = "pointwise" if a is None else "pointwise_fused"
+    name = "pointwise_fused" if a is not None else "pointwise_float32" if x.dtype == torch.float32 else "pointwise"
     return tuning.run(name + x_layout.suffix, key, x_layout.device, call)
 
 

@@ -69,7 +69,7 @@ def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[C
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or with --fail 1 where one of ours is slower beyond noise; 2 a file could not be read."""
+    """Exit status: 0, or with --fail 1 where one of ours is slower beyond noise; 2 the files cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__.partition(": ")[2])
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
@@ -80,13 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
         before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
         found = changes(before, after)
         missing = ranges(before).keys() ^ ranges(after).keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        differing = {key: [document["environment"].get(key) for document in (before, after)] for key in _SAME}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         print(f"benchmarks compare: not two files of benchmarks: {error!r}", file=sys.stderr)
         return 2
-    for key in _SAME:
-        old, new = (document["environment"].get(key) for document in (before, after))
-        if old != new:
-            print(f"note: {key} differs: {old} and {new}")
+    differing = {key: values for key, values in differing.items() if values[0] != values[1]}
+    for key, (old, new) in differing.items():
+        print(f"note: {key} differs: {old} and {new}")
+    if options.fail and "device" in differing:
+        print("benchmarks compare: --fail: two machines say nothing about a change of the code", file=sys.stderr)
+        return 2
+    if not found:
+        print("benchmarks compare: the files have no case in common", file=sys.stderr)
+        return 2
     shown = [each for each in found if options.all or each.implementation.startswith("ours")]
     moved = [each for each in shown if each.beyond_noise]
     for heading, some in (

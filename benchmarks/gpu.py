@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu: build, test, sanitize and measure the CUDA kernels on this machine's GPU, within 9 minutes.
+"""python -m benchmarks.gpu: build, test, sanitize and measure the kernels on this machine's GPU, within 9 minutes.
 
 Writes benchmarks/results/<gpu>.json after every row, so that a run that is cut off keeps what it has. Needs no network.
+Without nvcc, or on an AMD GPU, the Triton backend alone is tested and measured, and the file says why there is no other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("build", "tests", "sanitizer", "ops", "models")
@@ -64,11 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    if not options.seconds > 0:
+        parser.error(f"--seconds must be positive, got {options.seconds}")
 
     import torch
 
     if not torch.cuda.is_available():
-        print("benchmarks.gpu: torch.cuda.is_available() is False: no NVIDIA GPU to measure", file=sys.stderr)
+        print("benchmarks.gpu: torch.cuda.is_available() is False: no GPU to measure", file=sys.stderr)
         return 2
     if options.sanitizer_workload:
         from benchmarks import gpu_ops
@@ -79,30 +83,56 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.output or ROOT / "benchmarks" / "results" / f"{slug}.json", options.seconds)
     if "build" in sections and not build(run):
         return 1
-    describe(run)
+    backends, absent = measured_backends()
+    for backend, reason in absent.items():
+        print(f"{backend}: - ({reason})", flush=True)
+    run.note("absent", absent)
+    if not backends:
+        print("benchmarks.gpu: no backend for this GPU", file=sys.stderr)
+        return 2
+    describe(run, backends[0])
     if "tests" in sections:
         tests(run)
     if "sanitizer" in sections:
-        sanitizer(run)
+        sanitizer(run, absent.get("cuda"))
     from benchmarks import gpu_ops
 
     gpu_ops.peaks(run)
     if "ops" in sections:
-        gpu_ops.operators(run, run.left() * (1 - _MODELS_SHARE) if "models" in sections else run.left() - 5)
+        seconds = run.left() * (1 - _MODELS_SHARE) if "models" in sections else run.left() - 5
+        gpu_ops.operators(run, seconds, backends)
     if "models" in sections:
-        gpu_ops.models(run)
+        gpu_ops.models(run, backends)
     summary(run)
     failed = [key for key in ("tests", "sanitizer") if not run.document.get(key, {"ok": True})["ok"]]
     return 1 if failed or any(row.get("ok") is False for row in run.document["results"]) else 0
 
 
-def describe(run: Run) -> None:
+def measured_backends(device: str = "cuda") -> tuple[list[str], dict[str, str]]:
+    """The backends that run on this GPU, the one to be measured first at the front, and why the others do not."""
+    import torch
+
+    from convmixer_kernels import dispatch
+
+    found: list[str] = []
+    absent: dict[str, str] = {}
+    x, weight = torch.empty(1, 8, 16, 16, device=device), torch.empty(8, 1, 9, 9, device=device)
+    for name in ("cuda", "triton"):
+        reason = dispatch.load(name).can_run("depthwise", x, weight)
+        if reason is None:
+            found.append(name)
+        else:
+            absent[name] = reason
+    return found, absent
+
+
+def describe(run: Run, backend: str) -> None:
     """Write down the machine and the versions."""
     import torch
 
     from benchmarks import environment
 
-    run.note("environment", environment.describe(torch.device("cuda"), "cuda"))
+    run.note("environment", environment.describe(torch.device("cuda"), backend))
     properties = torch.cuda.get_device_properties(0)
     run.note(
         "gpu",
@@ -113,6 +143,7 @@ def describe(run: Run) -> None:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
             "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
         },
     )
 
@@ -156,11 +187,27 @@ def _built() -> tuple[str | None, bool]:
     return None, False
 
 
+def _cannot_build(recipe: ModuleType) -> str | None:
+    """Why there is no _cuda to be built here; None where there is."""
+    import torch
+
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs"
+    if recipe.find_nvcc() is None:
+        return "there is no nvcc (on PATH, in CUDA_HOME or /usr/local/cuda)"
+    return None
+
+
 def build(run: Run) -> bool:
-    """Install this checkout if the installed package is missing or was built from other sources."""
+    """Install this checkout if the installed package is missing or was built from other sources, where nvcc is."""
     spec = importlib.util.spec_from_file_location("_build", ROOT / "convmixer_kernels" / "_build.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
+    reason = _cannot_build(recipe)
+    if reason is not None:
+        run.note("build", {"ok": True, "done": False, "seconds": 0.0, "skipped": reason})
+        print(f"building: skipped, {reason}", flush=True)
+        return True
     digest, has_cuda = _built()
     if digest == recipe.source_digest() and has_cuda:
         run.note("build", {"ok": True, "done": False, "seconds": 0.0})
@@ -208,8 +255,11 @@ def is_clean(tool: str, status: int | None, output: str) -> bool:
     return status == 0 and summaries != [] and set(summaries) == {wanted}
 
 
-def sanitizer(run: Run) -> None:
-    """compute-sanitizer's tools over every kernel at small sizes."""
+def sanitizer(run: Run, no_cuda: str | None = None) -> None:
+    """compute-sanitizer's tools over every CUDA kernel at small sizes; `no_cuda` says why there are none."""
+    if no_cuda is not None:
+        run.note("sanitizer", {"ok": True, "skipped": f"it checks the CUDA kernels: {no_cuda}"})
+        return
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         run.note("sanitizer", {"ok": True, "skipped": "compute-sanitizer is not installed"})
@@ -250,24 +300,29 @@ def sanitizer(run: Run) -> None:
 
 
 def summary(run: Run) -> None:
-    """A short table: ours beside the best eager implementation of each case."""
+    """A short table: ours, by backend, beside the best eager implementation of each case."""
     cases: dict[tuple[object, ...], dict[str, dict[str, object]]] = {}
     for row in run.document["results"]:
         cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
-    print(f"\n{'case':<44}{'dtype':<9}{'layout':<14}{'ours us':>10}{'floor':>8}{'eager us':>11}{'ratio':>8}")
+    ours = {"ours": "cuda", "triton": "triton"}
+    absent = run.document.get("absent", {})
+    heads = "".join(f"{name + ' us':>11}{'floor':>8}" for name in ours.values())
+    print(f"\n{'case':<44}{'dtype':<9}{'layout':<14}{heads}{'eager us':>11}{'ratio':>8}")
     for (case, dtype, layout), found in cases.items():
-        mine = found.get("ours", {})
-        theirs = [
-            row["median_us"]
-            for name, row in found.items()
-            if name.startswith("eager") and row.get("median_us") is not None
-        ]
-        if mine.get("median_us") is None:
-            print(f"{case:<44}{dtype:<9}{layout:<14}{mine.get('error', 'not measured')}")
-            continue
-        floor = f"{mine['percent_of_floor']:.0f} %" if mine.get("percent_of_floor") else ""
-        best = f"{min(theirs):>11.1f}{min(theirs) / mine['median_us']:>7.1f}x" if theirs else ""
-        print(f"{case:<44}{dtype:<9}{layout:<14}{mine['median_us']:>10.1f}{floor:>8}{best}")
+        times = {name: row["median_us"] for name, row in found.items() if row.get("median_us") is not None}
+        cells = ""
+        for name in ours:
+            percent = found.get(name, {}).get("percent_of_floor")
+            cells += f"{times[name]:>11.1f}" if name in times else f"{'-':>11}"
+            cells += f"{percent:>6.0f} %" if percent is not None else f"{'':>8}"
+        mine = [times[name] for name in ours if name in times]
+        theirs = [time for name, time in times.items() if name.startswith("eager")]
+        if theirs:
+            cells += f"{min(theirs):>11.1f}" + (f"{min(theirs) / min(mine):>7.1f}x" if mine else "")
+        wrong = "; ".join(f"{ours[name]}: {found[name]['error']}" for name in ours if "error" in found.get(name, {}))
+        print(f"{case:<44}{dtype:<9}{layout:<14}{cells}  {wrong}".rstrip())
+    for backend, reason in absent.items():
+        print(f"- {backend}: {reason}")
     print(f"written: {run.path}", flush=True)
 
 

@@ -12,6 +12,7 @@ weight gradient is the convolution's alone: the chain before it has been paid al
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import convmixer_kernels
 from benchmarks import models as model_cases
 from convmixer_kernels.backends import cuda, reference, triton
 from convmixer_kernels.backends.base import Norm
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SECONDS_PER_ROW = 0.35
 _CHECKED_CHANNELS = 8
+BACKENDS = {"cuda": cuda, "triton": triton}
 #: Batches of 1536 channels: the cases in which the Triton backend is measured beside cuda. Each of its kernels is compiled in each
 #: configuration first, for seconds, and the time of a run is limited.
 _TRITON_SHAPES = ((64, 1536, 32, 32), (32, 1536, 32, 32))
@@ -121,24 +124,23 @@ class OpCase:
 class Tensors:
     """A case's inputs: several sets of activations, more than the L2 cache holds, and one set of parameters."""
 
-    def __init__(self, case: OpCase, sets: int | None = None) -> None:
+    def __init__(self, case: OpCase, sets: int | None = None, device: str = "cuda") -> None:
         n, c, h, w = case.shape
         k = case.kernel
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-            return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-        size = n * c * h * w * case.dtype.itemsize
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.sets = [
-            [normal(n, c, h, w).to(memory_format=LAYOUTS[case.layout]) for _ in range(3)]
-            for _ in range(sets or max(2, min(32, -(-2 * cache // (3 * size)))))
-        ]
+        if sets is None:
+            size = n * c * h * w * case.dtype.itemsize
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            sets = max(2, min(32, -(-2 * cache // (3 * size))))
+        self.sets = [[normal(n, c, h, w).to(memory_format=LAYOUTS[case.layout]) for _ in range(3)] for _ in range(sets)]
         self.depthwise, self.pointwise = normal(c, 1, k, k) / k, normal(c, c, 1, 1) / c**0.5
         self.bias = normal(c)
-        self.running = normal(c, dtype=torch.float32), torch.rand(c, device="cuda") + 0.5
-        self.norm = Norm(normal(c, dtype=torch.float32), torch.rand(c, device="cuda") + 0.5, normal(c), normal(c), 1e-5)
+        self.running = normal(c, dtype=torch.float32), torch.rand(c, device=device) + 0.5
+        self.norm = Norm(normal(c, dtype=torch.float32), torch.rand(c, device=device) + 0.5, normal(c), normal(c), 1e-5)
         self.sums = normal(c, dtype=torch.float32), normal(c, dtype=torch.float32)
         # as in a model of this dtype
         self.eager_norm = [t.to(case.dtype) for t in self.norm[:4]]
@@ -304,7 +306,7 @@ def _baseline(op: str, t: Tensors):
 def wrong(case: OpCase, t: Tensors, backend=cuda) -> str | None:
     """What breaks the twice-eager rule in a few channels of the first set, None if nothing does."""
     channels = case.shape[1]
-    kept = torch.linspace(0, channels - 1, min(_CHECKED_CHANNELS, channels), device="cuda").long()
+    kept = torch.linspace(0, channels - 1, min(_CHECKED_CHANNELS, channels), device=t.bias.device).long()
     whole = ours(case.op, backend, t)
     part = t.channels(kept)
     if case.op.startswith("pointwise"):
@@ -339,8 +341,8 @@ def _failures() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
-def _case(run: Run, case: OpCase, found: dict[str, float], backend=cuda) -> None:
-    """The rows of a case: "ours" (cuda) and eager's, or "triton" alone."""
+def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: bool) -> None:
+    """The rows of a case: "ours" (cuda) or "triton", and with `peers` eager PyTorch's and a copy's."""
     failures = _failures()
     shared = {
         "case": case.label,
@@ -361,18 +363,18 @@ def _case(run: Run, case: OpCase, found: dict[str, float], backend=cuda) -> None
         run.row({**shared, "implementation": implementation, **timing, "percent_of_floor": percent, **more})
 
     tensors = Tensors(case)
-    name = "ours" if backend is cuda else backend.name
+    name, module = implementation_name(backend), BACKENDS[backend]
     with torch.no_grad():
         try:
-            problem = wrong(case, tensors, backend)
+            problem = wrong(case, tensors, module)
         except failures as error:
             problem = str(error).splitlines()[0][:300]
         if problem is not None:
             # a speed is never shown for a wrong result
             run.row({**shared, "implementation": name, "ok": False, "error": problem})
         else:
-            row(name, lambda i: ours(case.op, backend, tensors, i), ok=True)
-        if backend is cuda:
+            row(name, lambda i: ours(case.op, module, tensors, i), ok=True)
+        if peers:
             row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
             if case.op == "depthwise_eval":
                 row("clone", lambda i: tensors.set(i)[0].clone())
@@ -404,20 +406,31 @@ def operator_cases() -> list[OpCase]:
     return cases
 
 
-def operators(run: Run, seconds: float) -> None:
+def implementation_name(backend: str) -> str:
+    """Of a row: committed files call the cuda backend "ours"."""
+    return "ours" if backend == "cuda" else backend
+
+
+def operator_runs(backends: list[str]) -> list[tuple[OpCase, str]]:
+    """Each case with the backend that it is measured with: every one with the first, a few with the others after that.
+
+    Last: a kernel that breaks the device must not take the others' rows with it.
+    """
+    cases = operator_cases()
+    runs = [(case, backends[0]) for case in cases]
+    return runs + [(case, other) for other in backends[1:] for case in cases if case.shape in _TRITON_SHAPES]
+
+
+def operators(run: Run, seconds: float, backends: list[str]) -> None:
     """Every case while `seconds` last; the rest is named as left out."""
-    stop, cases = time.monotonic() + seconds, operator_cases()
+    stop, runs = time.monotonic() + seconds, operator_runs(backends)
     found = run.document["peaks"]
-    runs = [(case, cuda) for case in cases]
-    if triton.build_info()["available"]:
-        # last: a kernel that breaks the device must not take the others' rows with it
-        runs += [(case, triton) for case in cases if case.shape in _TRITON_SHAPES]
     for index, (case, backend) in enumerate(runs):
         if time.monotonic() > stop:
-            left = [f"{c.label} {c.dtype} {c.layout} {b.name}" for c, b in runs[index:]]
+            left = [f"{c.label} {c.dtype} {c.layout} {b}" for c, b in runs[index:]]
             run.note("operators_left_out", left)
             return
-        _case(run, case, found, backend)
+        _case(run, case, found, backend, peers=backend == backends[0])
 
 
 # ---- whole models -------------------------------------------------------------------------------------------------
@@ -425,8 +438,8 @@ def operators(run: Run, seconds: float) -> None:
 _MODELS = [("1536/20@224", 32), ("256/8@32", 256), ("768/32@224", 32)]
 
 
-def models(run: Run) -> None:
-    """Forward and training step of the three published models in bfloat16, in both layouts, ours and eager."""
+def models(run: Run, backends: list[str]) -> None:
+    """Forward and training step of the three published models in bfloat16, in both layouts, ours by backend and eager."""
     for name, batch in _MODELS:
         case = model_cases.CASES[name]
         generator = torch.Generator("cuda").manual_seed(0)
@@ -434,23 +447,30 @@ def models(run: Run) -> None:
         images = torch.randn(size, generator=generator, device="cuda")
         reference_model = _reference_model(case, images[:8])
         own = model_cases.ours_like(case, reference_model)
-        problem = _model_wrong(reference_model, own, images[:4])
+        problems = {backend: _model_wrong(reference_model, own, images[:4], backend) for backend in backends}
         for layout, memory_format in LAYOUTS.items():
             for training in (False, True):
-                for implementation, model in (("ours", own), ("eager " + layout, reference_model)):
+                for backend in (*backends, None):
+                    implementation = f"eager {layout}" if backend is None else implementation_name(backend)
                     if run.left() < 12:
                         run.note("models_left_out", f"from {name} {layout} {implementation} on")
                         return
-                    mode = "train" if training else "eval"
+                    mode, problem = "train" if training else "eval", problems.get(backend)
                     row = {"case": f"model {name} {mode} batch {batch}", "dtype": "bfloat16", "layout": layout}
                     row |= {"implementation": implementation, "ok": problem is None}
-                    if implementation == "ours" and problem is not None:
+                    if problem is not None:
                         run.row({**row, "error": problem})
                         continue
+                    model = reference_model if backend is None else own
                     model.to(memory_format=memory_format)
-                    run.row({**row, **_model_row(model, images, memory_format, training)})
+                    with _using(backend):
+                        run.row({**row, **_model_row(model, images, memory_format, training)})
         del reference_model, own
         torch.cuda.empty_cache()
+
+
+def _using(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if backend is None else convmixer_kernels.use_backend(backend)
 
 
 def _reference_model(case: model_cases.Case, images: Tensor) -> torch.nn.Sequential:
@@ -460,10 +480,15 @@ def _reference_model(case: model_cases.Case, images: Tensor) -> torch.nn.Sequent
     return model.to("cuda", torch.bfloat16)
 
 
-def _model_wrong(eager_model: torch.nn.Module, own: torch.nn.Module, images: Tensor) -> str | None:
+def _model_wrong(eager_model: torch.nn.Module, own: torch.nn.Module, images: Tensor, backend: str) -> str | None:
     images = images.bfloat16()
     with torch.no_grad():
-        theirs, mine = eager_model.eval()(images), own.eval()(images)
+        theirs = eager_model.eval()(images)
+        try:
+            with _using(backend):
+                mine = own.eval()(images)
+        except _failures() as error:
+            return str(error).splitlines()[0][:300]
         exact = eager_model.double()(images.double())
         eager_model.bfloat16()
     error, allowed = relative_error(mine, exact), relative_error(theirs, exact)
@@ -487,7 +512,7 @@ def _model_row(model: torch.nn.Module, images: Tensor, memory_format: torch.memo
     try:
         torch.cuda.reset_peak_memory_stats()
         timing = measure(call, 0.6, capture=not training)
-    except RuntimeError as error:
+    except _failures() as error:
         torch.cuda.synchronize()
         return {"error": str(error).splitlines()[0][:200]}
     peak = torch.cuda.max_memory_allocated()

@@ -33,17 +33,15 @@ CLONE = "clone"
 
 
 def names(device_type: str) -> list[str]:
-    """Every implementation, in the order of the tables: ours by backend first."""
-    available = convmixer_kernels.available_backends()
-    # of this device: emulated kernels and interpreted ones run on a CPU too, for tests
-    order = dispatch.automatic_order(device_type)
-    ours = [f"ours {name}" for name in order if name in available and name != "reference"]
+    """Every implementation for a device type, in the order of the tables: ours by backend first, those that cannot run here too."""
+    ours = [f"ours {name}" for name in dispatch.automatic_order(device_type) if name != "reference"]
     others = ["onnxruntime", "openvino"] if device_type == "cpu" else list(CUDNN)
     return [*ours, *EAGER.values(), *COMPILE, *others, CLONE]
 
 
-#: What exists beside names(): the definition that the backends are held against, which is not made to be fast.
-EXTRA = ("ours reference",)
+#: What exists beside names(), for who asks by name: the definition that the backends are held against, which is not made to be
+#: fast, and backends whose emulation or interpreter takes CPU tensors.
+EXTRA = tuple(f"ours {name}" for name in dispatch.BACKENDS)
 
 
 class Absent(RuntimeError):
@@ -104,12 +102,17 @@ def prepare(name: str, inputs: Inputs, compile_all: bool) -> Prepared:
 
 
 def _ours(backend: str, inputs: Inputs) -> Prepared:
+    module = backend_module(backend)
     if isinstance(inputs.case, ModelCase):
-        model = models.ours_like(inputs.case.preset, inputs.reference)
+        preset, images = inputs.case.preset, inputs.images
+        x, weight = images.new_empty(1, preset.dim, 8, 8), images.new_empty(preset.dim, 1, *[preset.kernel_size] * 2)
+        if (reason := module.can_run("depthwise", x, weight)) is not None:
+            raise Absent(reason)
+        model = models.ours_like(preset, inputs.reference)
         model.to(memory_format=LAYOUTS[inputs.case.layout])
         calls = model_calls(inputs, model, inputs.case.layout)
         return Prepared(calls, True, lambda: convmixer_kernels.use_backend(backend))
-    module, some = backend_module(backend), inputs.sets[0]
+    some = inputs.sets[0]
     for block in some.blocks:
         kind = "depthwise" if block.weight.shape[1] == 1 else "pointwise"
         reason = module.can_run(kind, some.x, block.weight)
@@ -141,7 +144,7 @@ def _compiled(inputs: Inputs, options: dict[str, object]) -> Calls:
             calls = [operator.call(s, function) for s in inputs.sets]
         calls[0]()
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, NotImplementedError) as error:
-        raise Absent(f"torch.compile: {str(error).strip().splitlines()[0]}") from error
+        raise Absent(f"torch.compile: {first_line(error)}") from error
     return calls
 
 
@@ -215,8 +218,17 @@ def _onnxruntime(inputs: Inputs) -> Calls:
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     # its pool would otherwise go on spinning on the cores that the next implementation is timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # its refusals (Fail, NotImplemented, InvalidGraph, ...) have no base class but this
+        raise Absent(f"failed: {first_line(error)}") from error
     return [lambda a=a: (torch.from_numpy(session.run(None, a)[0]),) for a in arrays]
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _openvino(inputs: Inputs) -> Calls:

@@ -30,6 +30,8 @@ _REPEATS = (5, 101)
 _MOST_SETS = 64
 #: Rows of one file must be comparable: what may not change between a run and its resumption.
 _SAME = ("device", "cpu", "instruction_set", "threads", "torch", "commit", "convmixer_kernels")
+#: Options that decide what a row holds: as little.
+_ASKED = ("implementations", "compile_all", "tiny")
 
 
 class Refused(RuntimeError):
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    known = [*peers.names(device.type), *peers.EXTRA]
+    known = list(dict.fromkeys([*peers.names(device.type), *peers.EXTRA]))
     for name in options.implementations or ():
         if name not in known:
             parser.error(f"--implementations: known here are {', '.join(known)}; got {name!r}")
@@ -54,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     for name in ("threads", "repeats", "seconds"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
+            parser.error(f"--{name} must be positive and finite, got {getattr(options, name)}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     path = options.json or Path("benchmarks/results") / f"{device.type}-ops.json"
@@ -92,22 +94,48 @@ def _open(path: Path, options: argparse.Namespace, device: torch.device) -> dict
         Refused: there is a file and no word on what to do with it, or it was measured on something else.
     """
     described = environment.describe(device, None)
-    fresh = {"kind": KIND, "environment": described, "quick": options.quick, "sessions": [], "results": []}
+    asked = {name: getattr(options, name) for name in _ASKED}
+    fresh = {"kind": KIND, "environment": described, "quick": options.quick, "options": asked, "sessions": []}
+    fresh["results"] = []
     if not path.parent.is_dir():
         raise Refused(f"--json: {path.parent} is not a folder")
     if not path.exists() or options.overwrite:
         return fresh
     if not options.resume:
         raise Refused(f"{path} exists: --resume goes on with it, --overwrite starts anew")
-    document = json.loads(path.read_text())
-    if document.get("kind") != KIND:
-        raise Refused(f"{path} is not a file of this command")
+    document = _load(path)
     before = document["environment"]
     changed = [
         f"{key} was {before.get(key)}, is {described[key]}" for key in _SAME if before.get(key) != described[key]
     ]
     if changed:
         raise Refused(f"{path} was measured on something else ({'; '.join(changed)}): --overwrite starts anew")
+    # rows that are there would lack what is asked for now, and nothing would say so
+    known = document.get("options", asked)
+    changed = [f"--{name.replace('_', '-')} was {known.get(name)}, is {asked[name]}" for name in asked]
+    changed = [each for each, name in zip(changed, asked, strict=True) if known.get(name) != asked[name]]
+    if changed:
+        raise Refused(
+            f"{path} was measured otherwise ({'; '.join(changed)}): the same options go on, --overwrite starts anew"
+        )
+    return document
+
+
+def _load(path: Path) -> dict[str, object]:
+    """The document of an earlier run.
+
+    Raises:
+        Refused: the file holds something else.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise Refused(f"{path} is not JSON ({error}): --overwrite starts anew") from error
+    parts = {"environment": dict, "sessions": list, "results": list}
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise Refused(f"{path} is not a file of this command: --overwrite starts anew")
+    if wrong := [name for name, kind in parts.items() if not isinstance(document.get(name), kind)]:
+        raise Refused(f"{path} lacks its {' and '.join(wrong)}: --overwrite starts anew")
     return document
 
 
@@ -197,7 +225,7 @@ def measure(
     """One row: everyone checked, and those who are right (or are not ours) timed."""
     inputs = make_inputs(case, device, rotate=not options.tiny)
     ready, absent = prepare(inputs, options)
-    verdicts = verify(inputs, ready)
+    verdicts = verify(inputs, ready, absent)
     timed = {}
     wrong = []
     for name, comparisons in verdicts.items():
@@ -284,19 +312,31 @@ def prepare(inputs: peers.Inputs, options: argparse.Namespace) -> tuple[dict[str
             # a peer that cannot take a case (an engine's refusal, no memory) is a dash; ours and the measure of all are not
             if name.startswith("ours") or name == baseline:
                 raise
-            absent[name] = f"failed: {str(error).strip().splitlines()[0][:200]}"
+            absent[name] = f"failed: {peers.first_line(error)}"
     return ready, absent
 
 
-def verify(inputs: peers.Inputs, ready: dict[str, peers.Prepared]) -> dict[str, list]:
-    """Every implementation's results against float64, beside eager PyTorch's in the case's layout."""
+def verify(
+    inputs: peers.Inputs, ready: dict[str, peers.Prepared], absent: dict[str, str] | None = None
+) -> dict[str, list]:
+    """Every implementation's results against float64, beside eager PyTorch's in the case's layout.
+
+    Args:
+        absent: takes the peers that fail at their first call, and why; without it they raise.
+    """
     truth, baseline = check.exact(inputs), peers.EAGER[inputs.case.layout]
     eager = check.results(inputs, ready[baseline], truth)
     verdicts = {}
     for name, prepared in ready.items():
         if name != peers.CLONE:
-            # a second call would start from running statistics that the first has changed
-            found = eager if name == baseline else check.results(inputs, prepared, truth)
+            try:
+                # a second call would start from running statistics that the first has changed
+                found = eager if name == baseline else check.results(inputs, prepared, truth)
+            except RuntimeError as error:
+                if absent is None or name.startswith("ours"):
+                    raise
+                absent[name] = f"failed: {peers.first_line(error)}"
+                continue
             verdicts[name] = check.compare(inputs, truth, eager, found)
     return verdicts
 

@@ -138,6 +138,12 @@ def block_backward(
     """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
     dy = match_format(dy, a)
     norm = _norm(block, statistics, options)
+    whole = getattr(backend, f"{kind}_block_backward", None)
+    if whole is not None:
+        how = (options.activation, norm, options.batch_statistics, options.residual)
+        grads = whole(dy, a, x, block.weight, block.bias, *how, tuple(needs))
+        if grads is not None:
+            return grads
     sums: Sums | None = None
     if any(needs[3:]) or (options.batch_statistics and any(needs)):
         sums = backend.norm_backward(dy, a, options.activation, norm)

@@ -17,7 +17,14 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, torch.cuda.is_available() is False"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda.is_available() is False"))
+        return
+    from convmixer_kernels.backends import cuda
+
+    native = cuda.build_info()
+    for item in items:
+        if "gpu" in item.keywords and item.path.name.startswith("test_cuda") and not native["available"]:
+            item.add_marker(pytest.mark.skip(reason=f"needs the CUDA kernels: {native['detail']}"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -69,9 +72,57 @@ def test_every_case_runs_and_is_right(op):
         assert expected <= set(row["implementations"])
         assert set(row["implementations"]) | set(row["absent"]) == set(peers.names("cpu"))
         for name, each in row["implementations"].items():
-            assert each["median_ms"] > 0
+            assert 0 < each["q20_ms"] <= each["median_ms"] <= each["q80_ms"]
+            assert each["percent_of_floor"] > 0
+            # engines with an allocator of their own have no peak
+            assert each["peak_bytes"] is None or each["peak_bytes"] >= 0
+            assert (each["peak_bytes"] is None) == (name in ("onnxruntime", "openvino"))
             # eager is the measure of the rest, and so never beyond twice itself
             assert each.get("passed", True) or name != peers.EAGER[case.layout]
+
+
+@pytest.mark.parametrize("op", [*shapes.OPERATORS, *shapes.MODEL_MODES])
+def test_every_gpu_case_can_be_made(op):
+    """The columns of a GPU's table from the inputs of each of its cases: ready, or a dash with its reason."""
+    names = peers.names("cuda")
+    options = suite.options_of(["--tiny", "--implementations", *names])
+    found = {case.tiny().name: case.tiny() for case in shapes.cases("cuda") if case.op == op}
+    for case in found.values():
+        ready, absent = suite.prepare(suite.make_inputs(case, CPU, rotate=False), options)
+        assert set(ready) | set(absent) == set(names)
+        assert all(absent.values())
+        assert (
+            "ours triton" in ready
+            or "GPU" in absent["ours triton"]
+            or "triton is not installed" in absent["ours triton"]
+        )
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="with a GPU: python -m benchmarks ops --device cuda"
+)
+@pytest.mark.parametrize("op", [*shapes.OPERATORS, *shapes.MODEL_MODES])
+def test_the_triton_column_is_right(op):
+    """One case of each operator, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = shapes.OpCase(op, "sweep", (1, 64, 4, 5), 3, dtype="float16")
+    if op in shapes.MODEL_MODES:
+        case = shapes.ModelCase(op, "tiny", 2)
+    options = suite.options_of(["--tiny", "--implementations", "ours triton"])
+    inputs = suite.make_inputs(case, CPU, rotate=False)
+    ready, absent = suite.prepare(inputs, options)
+    assert absent == {}
+    assert [each for each in suite.verify(inputs, ready)["ours triton"] if not each.passed] == []
+
+
+def test_columns_are_those_of_the_device():
+    for device, ours in (("cpu", ["ours cpu"]), ("cuda", ["ours cuda", "ours triton"])):
+        names = peers.names(device)
+        assert names[: len(ours)] == ours
+        assert set(names) >= {"eager NCHW", "eager channels_last", "clone"}
+        assert set(names) >= {"compile", "compile max-autotune", "compile layout opt. off"}
+    assert set(peers.names("cuda")) >= {"cudnn auto", "cudnn cudnn", "cudnn native"}
+    assert set(peers.names("cpu")) >= {"onnxruntime", "openvino"}
 
 
 def test_compiled_operators_are_right():
@@ -164,8 +215,58 @@ def test_a_peer_that_fails_is_a_dash_with_its_reason(monkeypatch):
             suite.prepare(inputs, suite.options_of([]))
 
 
+def test_a_peer_that_fails_at_its_first_call_is_a_dash(monkeypatch):
+    case = TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"]
+    honest = peers.prepare
+
+    def fail():
+        raise RuntimeError("")
+
+    def prepare(name, *rest):
+        prepared = honest(name, *rest)
+        return dataclasses.replace(prepared, calls=[fail] * len(prepared.calls)) if name in broken else prepared
+
+    monkeypatch.setattr(peers, "prepare", prepare)
+    peaks = machine.MachinePeaks(1e10, 1e11, dict.fromkeys(shapes.DTYPES, 1e11), "invented")
+    chosen = ["--tiny", "--repeats", "1", "--implementations", "ours cpu", "eager NCHW", "eager channels_last"]
+    broken = {"eager channels_last"}
+    row = suite.measure(case, CPU, suite.options_of(chosen), peaks)
+    assert row["absent"] == {"eager channels_last": "failed: RuntimeError"}
+    assert set(row["implementations"]) == {"ours cpu", "eager NCHW"}
+    for name in ("ours cpu", "eager NCHW"):
+        broken = {name}
+        with pytest.raises(RuntimeError):
+            suite.measure(case, CPU, suite.options_of(chosen), peaks)
+
+
+def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
+    """ONNX Runtime's errors are no RuntimeError."""
+
+    class Fail(Exception):
+        pass
+
+    def session(*arguments, **options):
+        raise Fail("no kernel for this\nat all")
+
+    runtime = types.SimpleNamespace(
+        SessionOptions=lambda: types.SimpleNamespace(add_session_config_entry=lambda *a: None), InferenceSession=session
+    )
+    monkeypatch.setattr(peers, "_graph", lambda inputs: (b"", []))
+    monkeypatch.setattr(peers, "require", lambda name: runtime)
+    inputs = suite.make_inputs(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"], CPU, rotate=False)
+    _, absent = suite.prepare(inputs, suite.options_of(["--implementations", "onnxruntime"]))
+    assert absent == {"onnxruntime": "failed: no kernel for this"}
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--threads", "0"], ["--filter", "none such"], ["--implementations", "cudnn auto"]]
+    "arguments",
+    [
+        ["--threads", "0"],
+        ["--seconds", "nan"],
+        ["--seconds", "inf"],
+        ["--filter", "none such"],
+        ["--implementations", "cudnn auto"],
+    ],
 )
 def test_bad_options_are_told_without_a_traceback(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -292,6 +393,34 @@ def test_resumes_without_repeating(tmp_path, capsys):
     assert "torch was 1.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"kind": "operators"}', '{"kind": "operators", "environment": {}, "results": {}}']
+)
+def test_resuming_what_is_no_results_is_refused(tmp_path, capsys, content):
+    path = tmp_path / "ops.json"
+    path.write_text(content)
+    assert command.main(["ops", "--tiny", "--threads", "1", "--json", str(path), "--resume"]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (["--implementations", "ours cpu", "clone"], "--implementations was ['ours cpu'], is ['ours cpu', 'clone']"),
+        (["--implementations", "ours cpu", "--compile-all"], "--compile-all was False, is True"),
+    ],
+)
+def test_resuming_with_other_options_is_refused(tmp_path, capsys, changed, told):
+    """The rows that are there would lack what is asked for now."""
+    path = tmp_path / "ops.json"
+    chosen = ("--filter", "norm_backward float32 contiguous")
+    run(path, *chosen, "--implementations", "ours cpu")
+    status, _ = run(path, *chosen, "--resume", *changed)
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_finished_rows_survive(tmp_path, number):
     path = tmp_path / "ops.json"
@@ -359,8 +488,36 @@ def test_compare_tells_change_from_noise(tmp_path, capsys):
     assert lines[3].split()[0] == "0.50x"
     assert lines[4] == "within noise: 1; in one file only: 1"
     assert command.main([*arguments, "--fail"]) == 1
-    paths[0].write_text("{}")
-    assert command.main(arguments) == 2
+    capsys.readouterr()
+    # another machine: told, and no verdict about the code
+    paths[0].write_text(json.dumps(before | {"environment": {"device": "y"}}))
+    assert command.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("note: device differs: y and x")
+    assert command.main([*arguments, "--fail"]) == 2
+    assert "two machines" in capsys.readouterr().err
+    zero = document(a=(0.0, 0.0, 0.0))
+    for unfit in ({}, [], {"results": before["results"]}, document(other=(1.0, 1.0, 1.0)), zero, {"results": [1]}):
+        paths[0].write_text(json.dumps(unfit))
+        assert command.main(arguments) == 2
+        assert "benchmarks compare: " in capsys.readouterr().err
+    for text in ("", "{"):
+        paths[0].write_text(text)
+        assert command.main(arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"kind": "operators", "results": []}', '{"results": [], "environment": {}, "quick": false}'],
+)
+def test_a_report_of_no_results_ends_without_a_traceback(tmp_path, capsys, content):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install '.[bench]'")
+    path, readme = tmp_path / "x.json", tmp_path / "README.md"
+    path.write_text(content)
+    readme.write_text(text := f"{report.BEGIN}\n{report.END}\n{report.OPERATORS_BEGIN}\n{report.OPERATORS_END}\n")
+    arguments = ["report", str(path), "--readme", str(readme), "--picture", str(tmp_path / "docs" / "speedup.png")]
+    assert command.main([*arguments, "--page", str(tmp_path / "page.html")]) == 2
+    assert "benchmarks.report: " in capsys.readouterr().err
+    assert readme.read_text() == text
 
 
 def test_files_name_no_folder_of_the_machine():
@@ -372,6 +529,9 @@ def test_files_name_no_folder_of_the_machine():
 def test_compare_reads_every_committed_file():
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         document = json.loads(path.read_text())
+        if isinstance(document, list):
+            # the static table of the CUDA kernels: nothing was timed
+            continue
         assert len(compare.ranges(document)) >= len(document["results"]) // 2
         assert all(not change.beyond_noise for change in compare.changes(document, document))
 

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from types import SimpleNamespace
 
-from benchmarks import gpu
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_ops, report
+from convmixer_kernels.backends import cuda, triton
 
 _MEMCHECK = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: {}\n"
 _RACECHECK = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {}\n"
@@ -32,3 +37,168 @@ _RACECHECK = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {}\n"
 )
 def test_only_a_clean_summary_is_clean(tool, status, output, clean):
     assert gpu.is_clean(tool, status, output) is clean
+
+
+# ---- without nvcc ----
+
+
+@pytest.fixture
+def run(tmp_path):
+    return gpu.Run(tmp_path / "gpu.json", 100)
+
+
+def _saved(run: gpu.Run) -> dict:
+    return json.loads(run.path.read_text())
+
+
+def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "no GPU to measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--only", "ops,none"], ["--seconds", "0"], ["--seconds", "nan"]])
+def test_bad_options_are_told(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("hip", "reason"), [(None, "there is no nvcc"), ("6.4", "built for AMD GPUs")])
+def test_without_nvcc_nothing_is_built_and_that_is_no_failure(run, monkeypatch, hip, reason):
+    monkeypatch.setattr(gpu, "_command", lambda *a, **k: pytest.fail("a command was run"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    # hides nvcc
+    monkeypatch.setenv("CONVMIXER_BUILD_CUDA", "0")
+    assert gpu.build(run)
+    assert reason in _saved(run)["build"]["skipped"]
+
+
+def test_only_backends_that_run_here_are_measured(monkeypatch):
+    monkeypatch.setattr(cuda, "can_run", lambda *a: "the native module is not built")
+    monkeypatch.setattr(triton, "can_run", lambda *a: None)
+    assert gpu.measured_backends("cpu") == (["triton"], {"cuda": "the native module is not built"})
+
+
+def test_a_sanitizer_without_cuda_kernels_says_so(run):
+    gpu.sanitizer(run, "the native module is not built")
+    assert _saved(run)["sanitizer"] == {
+        "ok": True,
+        "skipped": "it checks the CUDA kernels: the native module is not built",
+    }
+
+
+def test_the_first_backend_is_measured_everywhere():
+    cases = gpu_ops.operator_cases()
+    assert gpu_ops.operator_runs(["triton"]) == [(case, "triton") for case in cases]
+    both = gpu_ops.operator_runs(["cuda", "triton"])
+    assert both[: len(cases)] == [(case, "cuda") for case in cases]
+    assert {case.op for case, backend in both[len(cases) :]} == set(gpu_ops._PASSES)
+    assert {backend for _, backend in both[len(cases) :]} == {"triton"}
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Cases on CPU tensors, and a clock that does not run them."""
+
+    class OnTheCpu(gpu_ops.Tensors):
+        def __init__(self, case):
+            super().__init__(case, sets=1, device="cpu")
+
+    monkeypatch.setattr(gpu_ops, "Tensors", OnTheCpu)
+    timing = {"median_us": 10.0, "q20_us": 9.0, "q80_us": 11.0, "repeats": 5, "calls": 1}
+
+    def measure(call, *options, **more):
+        call(0)
+        return timing
+
+    monkeypatch.setattr(gpu_ops, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+_PEAKS = {"copy_bytes_per_s": 1e12, **{f"{d}_flops_per_s": 1e14 for d in ("float32", "float16", "bfloat16")}}
+
+
+@pytest.mark.skipif(
+    not triton._interpreted(), reason="with a GPU the command itself runs these: python -m benchmarks.gpu"
+)
+@pytest.mark.parametrize("layout", gpu_ops.LAYOUTS)
+@pytest.mark.parametrize("op", gpu_ops._PASSES)
+def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys):
+    """Rows of triton, eager and in eval a copy, from a machine that has no other backend."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = gpu_ops.OpCase(op, (2, 16, 5, 6), 3, torch.float16, layout)
+    gpu_ops._case(run, case, _PEAKS, "triton", peers=True)
+    rows = {row["implementation"]: row for row in _saved(run)["results"]}
+    assert rows["triton"].get("ok"), rows["triton"]
+    expected = {"triton", f"eager {layout}"} | ({"clone"} if op == "depthwise_eval" else set())
+    assert set(rows) == expected
+    run.note("absent", {"cuda": "not built"})
+    gpu.summary(run)
+    printed = capsys.readouterr().out
+    assert "- cuda: not built" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith(case.label) and " - " in line]
+    # on CPU tensors eager PyTorch lacks some operators in float16
+    if "median_us" in rows[f"eager {layout}"]:
+        assert line.split()[-1] == "1.0x"
+
+
+def test_a_wrong_result_has_no_time(run, on_the_cpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_ops, "wrong", lambda *a: "output 0: relative error 1")
+    gpu_ops._case(
+        run, gpu_ops.OpCase("normalize", (2, 4, 5, 6), 3, torch.float32, "contiguous"), _PEAKS, "triton", True
+    )
+    row = next(row for row in _saved(run)["results"] if row["implementation"] == "triton")
+    assert row["ok"] is False
+    assert "median_us" not in row
+    gpu.summary(run)
+    assert "triton: output 0: relative error 1" in capsys.readouterr().out
+
+
+def test_models_are_measured_with_the_backend_that_there_is(run, monkeypatch):
+    """Which backend runs which model, with a clock, images and weights that cost nothing."""
+    seen: list[tuple[str, str | None]] = []
+    active: list[str | None] = [None]
+
+    class Using:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def __enter__(self):
+            active[0] = self.backend
+
+        def __exit__(self, *exception):
+            active[0] = None
+
+    model = SimpleNamespace(to=lambda **k: None)
+    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    monkeypatch.setattr(torch, "randn", lambda size, **k: torch.empty(size, device="meta"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_ops, "_reference_model", lambda *a: model)
+    monkeypatch.setattr(gpu_ops.model_cases, "ours_like", lambda *a: model)
+    monkeypatch.setattr(gpu_ops, "_model_wrong", lambda a, b, images, backend: "wrong" if backend == "cuda" else None)
+    monkeypatch.setattr(gpu_ops, "_using", Using)
+    monkeypatch.setattr(gpu_ops, "_model_row", lambda *a: seen.append(active[0]) or {"median_us": 1.0})
+    gpu_ops.models(run, ["cuda", "triton"])
+    rows = _saved(run)["results"]
+    assert len(rows) == len(gpu_ops._MODELS) * 2 * 2 * 3
+    assert {(row["implementation"], row["ok"], "error" in row) for row in rows} == {
+        ("ours", False, True),
+        ("triton", True, False),
+        ("eager contiguous", True, False),
+        ("eager channels_last", True, False),
+    }
+    assert set(seen) == {"triton", None}
+
+
+def test_the_report_of_triton_alone_shows_its_times(run):
+    shared = {"case": "normalize 2x4x5x6", "dtype": "float32", "layout": "contiguous", "ok": True}
+    run.row({**shared, "implementation": "triton", "median_us": 10.0, "percent_of_floor": 50.0})
+    run.row({**shared, "implementation": "eager contiguous", "median_us": 30.0, "percent_of_floor": 20.0})
+    run.note("absent", {"cuda": "there is no nvcc"})
+    run.note("environment", {"device": "A GPU", "torch": "2.13.0"})
+    text = report.gpu_markdown(_saved(run))
+    assert "cuda was not measured: there is no nvcc." in text
+    assert "| normalize 2x4x5x6 | float32 | contiguous | 10 us | 50 % | 30 us | 3.0x |" in text
+    assert "| case | dtype | layout | triton |" in text

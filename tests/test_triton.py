@@ -10,6 +10,7 @@ round by hand there (common.py), so that what is not tested is the tensor cores'
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Case, check_case, make_inputs, ours
+from helpers import ACTIVATIONS, Case, check_case, make_inputs, ours
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,7 +32,7 @@ from convmixer_kernels.testing import relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from convmixer_kernels.triton_kernels import config, depthwise_toeplitz, launch, tuning
+from convmixer_kernels.triton_kernels import batch_norm, config, depthwise_toeplitz, launch, tuning
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FORMATS = ("contiguous", "channels_last")
@@ -89,7 +90,7 @@ def tiny(monkeypatch):
         return [TINY[stem]]
 
     monkeypatch.setattr(config, "candidates", candidates)
-    monkeypatch.setattr(config, "fuse_prologue", lambda columns: columns <= 16)
+    monkeypatch.setattr(config, "fuse_prologue", lambda dtype, columns: dtype != FP32 and columns <= 16)
 
 
 # ---- blocks, through the public functions ---------------------------------------------------------------------------
@@ -149,7 +150,7 @@ TINY_CASES = [
     *(_depthwise((3, 5, 7, 6), (3, 4), dtype=FP16, training=t, **LAST) for t in (True, False)),
     _depthwise((3, 3, 7, 6), 3),
     *(_pointwise((3, 40, 5, 7), 35, dtype=d, memory_format=f) for d, f in zip((FP32, FP16), FORMATS, strict=True)),
-    *(_pointwise((3, 13, 5, 7), 35, memory_format=f) for f in FORMATS),
+    *(_pointwise((3, 13, 5, 7), 35, dtype=FP16, memory_format=f) for f in FORMATS),
     _pointwise((2, 33, 3, 11), 18, training=False),
 ]
 
@@ -264,6 +265,20 @@ def test_non_finite_values_go_through(activation, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
+def test_gradients_of_a_nan_are_torch_s(activation):
+    """relu lets the gradient of a NaN through: torch's own backward does."""
+    (a, dy), _ = _inputs((1, 4, 3, 5), FP32, "contiguous")
+    a[0, 1, 1, 2:4] = float("nan")
+    leaf = a.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ACTIVATIONS[activation](leaf) * 1.0, leaf, dy)
+    norm = Norm(torch.zeros(4), torch.ones(4), None, None, 0.0)
+    written, _ = batch_norm.grad_prologue(dy, a, activation, norm, None, True, False)
+    for mine in (written, reference._da(dy, a, activation, norm, None).float()):
+        torch.testing.assert_close(mine, expected, equal_nan=True)
+
+
+@interpreted
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_activation_of_every_float16_and_bfloat16(activation):
     """normalize without effect: act(a) rounded once; the polynomial erf is good to one step of the dtype or 4e-6."""
@@ -272,14 +287,41 @@ def test_activation_of_every_float16_and_bfloat16(activation):
         a = a[a.isfinite() & (a.abs() < 1e4)].reshape(1, 1, 1, -1)
         norm = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0)
         mine = backend.normalize(a, activation, norm, None).double()
-        exact = reference._activation(a.double(), activation)
+        exact = reference.activate(a.double(), activation)
         step = torch.finfo(dtype).eps / 2 * exact.abs() + 4e-6
         assert ((mine - exact).abs() <= step).all()
 
 
+_SHORT = ["norm_backward_kernel", "grad_prologue_kernel"]
+_LAUNCHES = {
+    "toeplitz": (
+        _depthwise((2, 6, 9, 8), 9, dtype=FP16),
+        ["forward_kernel"],
+        [*_SHORT, "forward_kernel", "weight_grad_kernel", "finish_kernel"],
+    ),
+    "fma": (
+        _depthwise((2, 6, 9, 8), 3),
+        ["forward_kernel"],
+        [*_SHORT, "forward_kernel", "weight_grad_kernel", "sum_parts_kernel"],
+    ),
+    "pointwise": (
+        _pointwise((2, 136, 3, 4), 8, dtype=FP16),
+        ["gemm_kernel"],
+        [*_SHORT, "gemm_kernel", "weight_grad_kernel", "sum_parts_kernel"],
+    ),
+    "pointwise, da in the prologues": (
+        _pointwise((2, 8, 3, 4), 12, dtype=FP16),
+        ["gemm_kernel"],
+        ["norm_backward_kernel", "sum_parts_kernel", "gemm_kernel", "weight_grad_kernel", "sum_parts_kernel"],
+    ),
+}
+
+
 @interpreted
-def test_launches_and_no_torch_arithmetic(monkeypatch):
-    """Eval 1; training forward 3; backward of the Toeplitz form 6: reduce, finish, da, dx, dw, finish."""
+@pytest.mark.parametrize("batch_statistics", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("kernels", _LAUNCHES)
+def test_launches_and_no_torch_arithmetic(kernels, batch_statistics, monkeypatch):
+    """Eval 1; training forward 3; backward 5, with all gradients, parameters in x's dtype."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
@@ -293,21 +335,24 @@ def test_launches_and_no_torch_arithmetic(monkeypatch):
         inside.clear()
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
-    case = _depthwise((2, 6, 9, 8), 9, dtype=FP16)
+    training, forward, backward = _LAUNCHES[kernels]
+    case, evaluation = (dataclasses.replace(training, training=t) for t in (batch_statistics, False))
     x, tensors, dy = make_inputs(case)
     with torch.no_grad():
-        ours(_depthwise((2, 6, 9, 8), 9, dtype=FP16, training=False), x, tensors, "triton")
-    assert names == ["forward_kernel"]
+        ours(evaluation, x, tensors, "triton")
+    assert names == forward
     names.clear()
-    tensors[0].requires_grad_()
+    for t in tensors[:4]:
+        t.requires_grad_()
     y = ours(case, x.requires_grad_(), tensors, "triton")
-    assert names == ["forward_kernel", "merge_kernel", "normalize_kernel"]
+    assert names == [*forward, *(["merge_kernel"] if batch_statistics else []), "normalize_kernel"]
     names.clear()
+    size = min(x.numel(), dy.numel())
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            big = isinstance(out, Tensor) and out.numel() >= x.numel()
+            big = isinstance(out, Tensor) and out.numel() >= size
             harmless = ("empty", "detach", "view", "fill_")
             # inside a launch the interpreter takes every argument to the host and back
             assert inside or not big or any(name in str(function) for name in harmless), function
@@ -315,8 +360,30 @@ def test_launches_and_no_torch_arithmetic(monkeypatch):
 
     with Watch():
         y.backward(dy)
-    expected = ["norm_backward_kernel", "sum_parts_kernel", "grad_prologue_kernel", "forward_kernel"]
-    assert names == [*expected, "weight_grad_kernel", "finish_kernel"]
+    assert names == backward
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "form, dtype", [("toeplitz", FP16), ("fma", FP16), ("fma", FP32), ("pointwise", FP16), ("pointwise", FP32)]
+)
+@pytest.mark.parametrize("batch_statistics", [True, False], ids=["batch", "running"])
+def test_each_gradient_alone_is_that_of_all(form, dtype, batch_statistics, tiny, monkeypatch):
+    """What is not needed is left out of the launches, and what is left does not change."""
+    monkeypatch.setattr(config, "depthwise_form", lambda *a: form)
+    case = _pointwise((3, 40, 5, 7), 35) if form == "pointwise" else _depthwise((3, 5, 9, 7), 4)
+    case = dataclasses.replace(case, dtype=dtype, training=batch_statistics, memory_format="channels_last")
+    x, tensors, dy = make_inputs(case)
+
+    def gradients(needed: tuple[int, ...]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate((x, *tensors[:4]))]
+        y = ours(case, leaves[0], [*leaves[1:], *(t.clone() for t in tensors[4:])], "triton")
+        return torch.autograd.grad(y, [leaves[i] for i in needed], dy)
+
+    everything = gradients((0, 1, 2, 3, 4))
+    for needed in ((0,), (1,), (2,), (3,), (4,), (0, 3), (1, 2), (0, 2, 4)):
+        for i, mine in zip(needed, gradients(needed), strict=True):
+            assert relative_error(mine, everything[i].double()) <= torch.finfo(dtype).eps, (needed, i)
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------------
@@ -377,6 +444,44 @@ def test_tuning_survives_what_it_finds_on_disk(tuner, content):
 def test_tuning_works_without_a_disk(tuner, monkeypatch):
     monkeypatch.setenv("CONVMIXER_TRITON_CACHE", "/proc/nowhere")
     assert tuner[1]() == "B"
+
+
+def test_tuning_works_for_a_user_without_a_home(tuner, monkeypatch):
+    for name in ("CONVMIXER_TRITON_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuner[1]() == "B"
+
+
+def test_several_writers_lose_no_entry_of_each_other(tuner, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: tuning._write(0, "kernel", (i,), {"BLOCK": "A"}), range(40)))
+    (file,) = tmp_path.glob("*.json")
+    assert len(json.loads(file.read_text())) == 40
+
+
+def test_where_nothing_fits_nothing_is_remembered(tuner, tmp_path):
+    from triton.runtime.errors import OutOfResources
+
+    def huge(candidate):
+        raise OutOfResources(200, 100, "shared memory")
+
+    for _ in range(2):
+        with pytest.raises(OutOfResources):
+            tuning.run("kernel", (5,), 0, huge)
+    assert tuning._chosen == {}
+    assert list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize("value", ["off", "false", "2"])
+def test_a_switch_that_is_neither_on_nor_off_is_told(tuner, monkeypatch, value):
+    monkeypatch.setenv("CONVMIXER_TRITON_AUTOTUNE", value)
+    with pytest.raises(ValueError, match=f"CONVMIXER_TRITON_AUTOTUNE must be 0 or 1, got '{value}'"):
+        tuner[1]()
 
 
 def test_tuning_is_switched_off(tuner, monkeypatch):
@@ -457,6 +562,17 @@ def test_can_run_names_what_it_cannot(monkeypatch):
     assert "for tests only" in backend.build_info()["detail"]
 
 
+@pytest.mark.parametrize(
+    "version, enough", [("3.5.1", False), ("3.6+gitdeadbeef", True), ("3.10.0", True), ("4.0a1", True), ("main", True)]
+)
+def test_versions_of_triton(monkeypatch, version, enough):
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    reason = backend._missing.__wrapped__()
+    assert reason is None if enough else f"3.6 or newer, got {version}" in reason
+
+
 def test_without_triton_only_this_backend_is_missing():
     program = (
         "import sys; sys.modules['triton'] = None; import importlib.util as u; f = u.find_spec\n"
@@ -522,7 +638,7 @@ def test_toeplitz_windows_hold_the_filter(kernel):
 
 def _compile(generation: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "0"}
     command = [sys.executable, str(ROOT / "tests" / "triton_aot.py"), generation]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -549,6 +665,14 @@ def test_every_configuration_compiles_and_fits(compiled, generation):
             assert (kernel, index) in seen, f"{kernel} {index} was not compiled"
 
 
+def test_multiplies_and_adds_are_fused_whatever_the_default(compiled):
+    """Triton 3.10 no longer fuses unless told so; _compile sets that default."""
+    assert [row for row in compiled["sm_90"] if not row["options"].get("enable_fp_fusion")] == []
+    loops = [row for row in compiled["sm_90"] if row["list"] == "depthwise_fma" and row["index"] == 0]
+    assert loops
+    assert all(row["FFMA"] > row["FMUL"] for row in loops)
+
+
 @pytest.mark.parametrize("generation", ["sm_80", "sm_90", "sm_100"])
 def test_chosen_configurations_do_not_spill(compiled, generation):
     spilled = [row for row in compiled[generation] if row["index"] == 0 and (row["stack"] or row["local"])]
@@ -561,5 +685,7 @@ def test_products_run_on_tensor_cores(compiled, generation, instruction):
 
     products = [row for row in compiled[generation] if row["list"].startswith(PRODUCTS) and row["index"] == 0]
     products = [row for row in products if row["kernel"] in ("gemm_kernel", "forward_kernel", "weight_grad_kernel")]
+    # float32 without tf32 has none
+    products = [row for row in products if "float32" not in row["case"]]
     assert len(products) >= 12
     assert [row["case"] for row in products if row[instruction] == 0] == []

@@ -42,7 +42,9 @@ class Launch:
 
     def __init__(self, kernel: JITFunction, positional: tuple, keywords: dict) -> None:
         self.kernel = kernel
-        self.options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        self.options = {
+            name: keywords.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in keywords
+        }
         self.arguments = dict(zip(kernel.arg_names, positional, strict=False)) | keywords
         self.case, self.list_name, self.index = "", "", 0
 
@@ -116,6 +118,11 @@ def _depthwise(dtype, k, channels_last=False, size=32):
         f"weight grad k{k}",
         lambda: backend.depthwise_weight_grad(x, x, x, weight, bias, "gelu", norm, sums),
     )
+    yield (
+        k == 9,
+        f"block backward k{k}",
+        lambda: backend.depthwise_block_backward(x, x, x, weight, bias, "gelu", norm, True, True, (True,) * 5),
+    )
 
 
 def _pointwise(dtype, channels_last=False, channels=1536):
@@ -127,6 +134,11 @@ def _pointwise(dtype, channels_last=False, channels=1536):
         channels > 128,
         "backward",
         lambda: backend.pointwise_backward(x, x, x, weight, bias, "gelu", norm, sums, needs),
+    )
+    yield (
+        False,
+        "block backward",
+        lambda: backend.pointwise_block_backward(x, x, x, weight, bias, "gelu", norm, True, False, (True,) * 5),
     )
 
 
@@ -147,6 +159,8 @@ def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
         ("pointwise bfloat16 channels_last", _pointwise(bf16, True)),
         ("pointwise float16 channels_last fused", _pointwise(fp16, True, 128)),
         ("pointwise bfloat16 contiguous fused", list(_pointwise(bf16, False, 128))[2:]),
+        ("pointwise float32 contiguous", _pointwise(fp32)),
+        ("pointwise float32 channels_last", _pointwise(fp32, True)),
         ("batch norm bfloat16 contiguous", _batch_norm(bf16)),
         ("batch norm bfloat16 channels_last", _batch_norm(bf16, True)),
         ("depthwise float16 contiguous", _depthwise(fp16, 31, size=56)),
@@ -185,7 +199,9 @@ def compile_one(item: Launch, capability: int, wants_code: bool) -> dict[str, ob
         listing = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing, re.M)
-    counted = {name: instructions.count(name) for name in (*TENSOR_CORES, "LDL", "STL", "LDGSTS", "LDG", "FFMA")}
+    counted = {
+        name: instructions.count(name) for name in (*TENSOR_CORES, "LDL", "STL", "LDGSTS", "LDG", "FFMA", "FMUL")
+    }
     return {
         "case": item.case,
         "kernel": item.kernel.__name__,
@@ -213,7 +229,7 @@ def main() -> int:
     generation = sys.argv[1]
     report = []
     for item in launches(generation):
-        wants_code = "-v" in sys.argv or item.list_name.startswith(PRODUCTS)
+        wants_code = "-v" in sys.argv or item.list_name.startswith(PRODUCTS) or item.list_name == "depthwise_fma"
         report.append(compile_one(item, TARGETS[generation], wants_code))
         if "-v" in sys.argv:
             print(_line(report[-1]), file=sys.stderr, flush=True)

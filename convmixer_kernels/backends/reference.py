@@ -52,8 +52,8 @@ def _activation_grad(a: Tensor, activation: str) -> Tensor:
     if activation == "identity":
         return torch.ones_like(a)
     if activation == "relu":
-        # NaN passes, as through torch's own backward
-        return (a > 0).to(a.dtype)
+        # a NaN lets the gradient through, as in torch's own backward
+        return (~(a <= 0)).to(a.dtype)
     if activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
         return cdf + a * torch.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from types import ModuleType
 from typing import NamedTuple
 
@@ -59,7 +60,9 @@ def _missing() -> str | None:
     except metadata.PackageNotFoundError:
         # torch's builds for other platforms install it under other names
         return None
-    if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_VERSION:
+    # a build of one's own may be named 3.6+git1234
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is not None and tuple(map(int, found.groups())) < _LEAST_VERSION:
         return f"it needs triton {'.'.join(map(str, _LEAST_VERSION))} or newer, got {version}"
     return None
 
@@ -182,12 +185,21 @@ def depthwise_input_grad(
 
     In a prologue da would be computed once for each window that a value lies in: 4 times at least.
     """
-    form, _ = _depthwise_kernels(dy, weight)
     with _On(dy):
         da = dy
         if _has_prologue(activation, norm):
             da, _ = _kernels().batch_norm.grad_prologue(dy, a, activation, norm, sums, True, False)
-        return form.forward(da, weight, None, "identity", None, dy if residual else None, False, flip=True)[0]
+        return _depthwise_input_grad_of_da(da, dy if residual else None, weight)
+
+
+def _depthwise_input_grad_of_da(
+    da: Tensor,  # (N, C, H, W)
+    residual: Tensor | None,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+) -> Tensor:  # (N, C, H, W)
+    """dx in one launch."""
+    form, _ = _depthwise_kernels(da, weight)
+    return form.forward(da, weight, None, "identity", None, residual, False, flip=True)[0]
 
 
 def depthwise_weight_grad(
@@ -202,20 +214,91 @@ def depthwise_weight_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da; db is None where bias is.
 
-    Two launches on tensor cores; on FMA units, whose programs of one filter row each would repeat it, da comes first.
+    Two launches on tensor cores; on FMA units, whose programs of one filter row each would repeat it, da comes first: three.
     """
     form, on_tensor_cores = _depthwise_kernels(dy, weight)
     with _On(dy):
         if on_tensor_cores:
             return form.weight_grad(dy, a, x, weight, bias, activation, norm, sums)
-        da, db, batch_norm = dy, None, _kernels().batch_norm
+        da, bias_parts = dy, None
         prologue = _has_prologue(activation, norm)
         if prologue or bias is not None:
-            written, parts = batch_norm.grad_prologue(dy, a, activation, norm, sums, prologue, bias is not None)
+            written, bias_parts = _kernels().batch_norm.grad_prologue(
+                dy, a, activation, norm, sums, prologue, bias is not None
+            )
             da = written if prologue else dy
-            db = None if bias is None else batch_norm.sum_parts(parts, torch.empty_like(bias), None)
-        parts = form.weight_grad(da, x, tuple(weight.shape[2:]))
-        return batch_norm.sum_parts(parts, torch.empty_like(weight), None), db
+        return _depthwise_weight_grad_of_da(da, x, weight, bias, bias_parts)
+
+
+def _depthwise_weight_grad_of_da(
+    da: Tensor,  # (N, C, H, W)
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    bias_parts: Tensor | None,  # (parts, C); given where bias is
+) -> tuple[Tensor, Tensor | None]:
+    """dw and db from what grad_prologue left, in two launches."""
+    form, on_tensor_cores = _depthwise_kernels(da, weight)
+    if on_tensor_cores:
+        return form.weight_grad(da, None, x, weight, bias, "identity", None, None, bias_parts)
+    parts = form.weight_grad(da, x, tuple(weight.shape[2:]))
+    dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    _kernels().batch_norm.sum_parts(parts, dw, bias_parts, db)
+    return dw, db
+
+
+def depthwise_block_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    x: Tensor | None,  # (N, C, H, W); None where dw is not needed
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    norm: Norm,
+    batch_statistics: bool,
+    residual: bool,
+    needs: tuple[bool, bool, bool, bool, bool],  # dx, dw, db, dgamma, dbeta
+) -> tuple[Tensor | None, ...] | None:
+    """The five gradients in at most five launches: sums, da (which finishes them), dx, dw, finish.
+
+    da is written once for dx and dw. For the weight alone, on tensor cores, it is not written at all: the primitives do that.
+    """
+    _, on_tensor_cores = _depthwise_kernels(dy, weight)
+    if not any(needs[:3]) or (on_tensor_cores and not needs[0]):
+        return None
+    with _On(dy):
+        da, bias_parts, dgamma, dbeta = _block_prologue(dy, a, bias, activation, norm, batch_statistics, needs)
+        dx = dw = db = None
+        if needs[0]:
+            dx = _depthwise_input_grad_of_da(da, dy if residual else None, weight)
+        if needs[1]:
+            dw, db = _depthwise_weight_grad_of_da(da, x, weight, bias if needs[2] else None, bias_parts)
+        elif needs[2]:
+            db = _kernels().batch_norm.sum_parts(bias_parts, torch.empty_like(bias))
+    return dx, dw, db, dgamma, dbeta
+
+
+def _block_prologue(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    bias: Tensor | None,  # (C,)
+    activation: str,
+    norm: Norm,
+    batch_statistics: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """da, parts of db, dgamma and dbeta, where needed: the sums over dy and the pass that finishes and uses them."""
+    batch_norm, sums, dgamma, dbeta = _kernels().batch_norm, None, None, None
+    if batch_statistics or needs[3] or needs[4]:
+        dgamma = torch.empty_like(norm.weight) if needs[3] else None
+        dbeta = torch.empty_like(norm.bias) if needs[4] else None
+        parts = batch_norm.norm_backward_parts(dy, a, activation, norm)
+        sums = batch_norm.UnfinishedSums(parts, dbeta, dgamma)
+    want_da, want_sums = needs[0] or needs[1], needs[2] and bias is not None
+    da, bias_parts = batch_norm.grad_prologue(
+        dy, a, activation, norm, sums, want_da, want_sums, constant_statistics=not batch_statistics
+    )
+    return da, bias_parts, dgamma, dbeta
 
 
 # ---- batch norm -------------------------------------------------------------------------------------------------
@@ -289,13 +372,12 @@ def pointwise_backward(
 
     da is written once for both products, or computed in their prologues where config.fuse_prologue says so.
     """
-    batch_norm, pointwise = _kernels().batch_norm, _kernels().pointwise
+    batch_norm = _kernels().batch_norm
     want_bias = needs[2] and bias is not None
     channels_in = weight.shape[1]
     prologue = _has_prologue(activation, norm)
-    fused = prologue and (needs[0] or needs[1]) and _kernels().config.fuse_prologue(channels_in)
+    fused = prologue and (needs[0] or needs[1]) and _kernels().config.fuse_prologue(dy.dtype, channels_in)
     bias_from_products = fused and needs[1] and want_bias
-    dx = dw = db = None
     with _On(dy):
         source, given = (dy, a) if fused else (dy, None)
         written = prologue and not fused and (needs[0] or needs[1])
@@ -304,15 +386,62 @@ def pointwise_backward(
                 dy, a, activation, norm, sums, written, want_bias and not bias_from_products
             )
             source = da if written else source
-            db = batch_norm.sum_parts(parts, torch.empty_like(bias), None) if parts is not None else None
-        chain = (activation, norm, sums)
-        if needs[0]:
-            dx = pointwise.like(dy if x is None else x, channels_in)
-            pointwise.input_grad(source, given, weight, *chain, dx)
-        if needs[1]:
-            dw = torch.empty_like(weight)
-            parts = pointwise.weight_grad(source, given, x, *chain, bias_from_products)
-            second = torch.empty_like(bias) if bias_from_products else None
-            batch_norm.sum_parts(parts, dw, second)
-            db = second if bias_from_products else db
+        else:
+            parts = None
+        return _pointwise_products(
+            source, given, x, weight, bias, parts, activation, norm, sums, needs, bias_from_products
+        )
+
+
+def _pointwise_products(
+    dy: Tensor,  # (N, C_out, H, W); da where `a` is None
+    a: Tensor | None,  # (N, C_out, H, W)
+    x: Tensor | None,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    bias_parts: Tensor | None,  # (parts, C_out)
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],  # dx, dw, db
+    bias_from_products: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, and dw with db, whose sums end in one launch."""
+    batch_norm, pointwise = _kernels().batch_norm, _kernels().pointwise
+    dx = dw = db = None
+    if needs[0]:
+        dx = pointwise.like(dy if x is None else x, weight.shape[1])
+        pointwise.input_grad(dy, a, weight, activation, norm, sums, dx)
+    if needs[1]:
+        parts, from_products = pointwise.weight_grad(dy, a, x, activation, norm, sums, bias_from_products)
+        bias_parts = from_products if bias_from_products else bias_parts
+        dw = torch.empty_like(weight)
+    if bias_parts is not None:
+        db = torch.empty_like(bias)
+    if dw is not None:
+        batch_norm.sum_parts(parts, dw, bias_parts, db)
+    elif db is not None:
+        batch_norm.sum_parts(bias_parts, db)
     return dx, dw, db
+
+
+def pointwise_block_backward(
+    dy: Tensor,  # (N, C_out, H, W)
+    a: Tensor,  # (N, C_out, H, W)
+    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,)
+    activation: str,
+    norm: Norm,
+    batch_statistics: bool,
+    residual: bool,
+    needs: tuple[bool, bool, bool, bool, bool],  # dx, dw, db, dgamma, dbeta
+) -> tuple[Tensor | None, ...] | None:
+    """As depthwise_block_backward; None where the products compute da in their prologues, in five launches too."""
+    if not any(needs[:3]) or _kernels().config.fuse_prologue(dy.dtype, weight.shape[1]):
+        return None
+    with _On(dy):
+        da, bias_parts, dgamma, dbeta = _block_prologue(dy, a, bias, activation, norm, batch_statistics, needs)
+        chain = ("identity", None, None)
+        products = _pointwise_products(da, None, x, weight, bias, bias_parts, *chain, needs[:3], False)
+    return *products, dgamma, dbeta

@@ -4,12 +4,14 @@
     normalize       y = (act(a) - mean) * scale + shift (+ residual)
     norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
     grad_prologue   da = dh * act'(a), dh = scale * (dy - mean_dy - hhat * mean_dy_hhat), and sum da
-    merge           mean and variance from (count, mean, M2) of parts;  sum_parts: an ordered sum over parts
+    merge           mean and variance from (count, mean, M2) of parts;  sum_parts: ordered sums over parts
 A program owns BLOCK_P values of BLOCK_C channels, or a part of all blocks of such values; a channel's values are numbered over
 N, H, W, so that small planes share a block. Bound: memory, every tensor is read or written once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,15 +24,18 @@ from .common import (
     activate,
     affine,
     backward_vectors,
+    channel_vector,
     narrow,
     preactivation_grad,
     split_program,
+    sum_of_parts,
     tile_offsets,
     total,
 )
-from .launch import ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
 
-_SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "size", "first_size", "count"]
+_SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "sum_parts", "count"]
+_SIZES += ["size", "second_parts", "second_size"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -127,6 +132,9 @@ def grad_prologue_kernel(
     gamma_ptr,
     sum_dy_ptr,  # (C,) or None: constant statistics
     sum_dy_hhat_ptr,
+    sum_partials_ptr,  # (sum_parts, 2, C): norm_backward's, to be finished here; or None
+    dbeta_ptr,  # (C,) or None: where sum dy, finished here, is wanted
+    dgamma_ptr,  # (C,) or None: and sum dy * hhat
     da_ptr,  # (N, C, H, W) or None: only the sums are wanted
     partials_ptr,  # (parts, C) or None: only da is wanted
     images,
@@ -134,12 +142,15 @@ def grad_prologue_kernel(
     plane_units,
     blocks_per_part,
     parts,
+    sum_parts,
     count,  # N * H * W, as a float
     eps,
     CHANNEL_UNIT: tl.constexpr,
     PLANE_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
+    BATCH: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -147,14 +158,26 @@ def grad_prologue_kernel(
     pid = tl.program_id(0).to(tl.int64)
     FAST: tl.constexpr = dy_ptr.dtype.element_ty != tl.float32
     NORM: tl.constexpr = mean_ptr is not None
-    BATCH: tl.constexpr = sum_dy_ptr is not None
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
     part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
     lane = tl.arange(0, BLOCK_C)
     c = first_channel + lane
     c_ok = c < channels
+    if sum_partials_ptr is not None:
+        # a program finishes its channels' sums itself, and those of the first part store them: no launch between
+        at = sum_partials_ptr + c
+        sum_dy = sum_of_parts(at, 2 * channels, sum_parts, c_ok, BLOCK_SUMS)
+        sum_dy_hhat = sum_of_parts(at + channels, 2 * channels, sum_parts, c_ok, BLOCK_SUMS)
+        stores = c < tl.where(part == 0, channels, 0)
+        if dbeta_ptr is not None:
+            tl.store(dbeta_ptr + c, narrow(sum_dy, dbeta_ptr.dtype.element_ty), mask=stores)
+        if dgamma_ptr is not None:
+            tl.store(dgamma_ptr + c, narrow(sum_dy_hhat, dgamma_ptr.dtype.element_ty), mask=stores)
+    else:
+        sum_dy = channel_vector(sum_dy_ptr, c, c_ok, 0.0)
+        sum_dy_hhat = channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0)
     mean, scale, mean_dy, factor = backward_vectors(
-        mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST
+        mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST
     )
     sum_da = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for i in range(blocks_per_part):
@@ -186,29 +209,36 @@ def grad_prologue_kernel(
         tl.store(partials_ptr + part * channels + c, total(sum_da, 0, FAST), mask=c_ok)
 
 
+@triton.jit
+def _sum_block(block, partials_ptr, out_ptr, parts, size, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    e = block * BLOCK + tl.arange(0, BLOCK)
+    sums = sum_of_parts(partials_ptr + e, size, parts, e < size, BLOCK_PARTS)
+    tl.store(out_ptr + e, narrow(sums, out_ptr.dtype.element_ty), mask=e < size)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def sum_parts_kernel(
     partials_ptr,  # (parts, size)
-    first_ptr,  # (first_size,)
-    second_ptr,  # (size - first_size,) or None: first_size is size
+    out_ptr,  # (size,)
+    second_partials_ptr,  # (second_parts, second_size) or None
+    second_ptr,  # (second_size,) or None
     parts,
     size,
-    first_size,
+    second_parts,
+    second_size,
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    e = pid * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK_PARTS, BLOCK), partials_ptr.dtype.element_ty)
-    for start in range(0, parts, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
-        ok = (part < parts)[:, None] & (e < size)[None, :]
-        acc += tl.load(partials_ptr + (part * size)[:, None] + e[None, :], mask=ok, other=0.0)
-    sums = tl.sum(acc, 0).to(tl.float32)
-    tl.store(first_ptr + e, narrow(sums, first_ptr.dtype.element_ty), mask=e < first_size)
-    if second_ptr is not None:
-        ok = (e >= first_size) & (e < size)
-        tl.store(second_ptr + e - first_size, narrow(sums, second_ptr.dtype.element_ty), mask=ok)
+    if second_partials_ptr is None:
+        _sum_block(pid, partials_ptr, out_ptr, parts, size, BLOCK_PARTS, BLOCK)
+    else:
+        # the second sum's programs come first: they are few
+        blocks = tl.cdiv(second_size, BLOCK)
+        if pid < blocks:
+            _sum_block(pid, second_partials_ptr, second_ptr, second_parts, second_size, BLOCK_PARTS, BLOCK)
+        else:
+            _sum_block(pid - blocks, partials_ptr, out_ptr, parts, size, BLOCK_PARTS, BLOCK)
 
 
 @triton.jit
@@ -271,6 +301,9 @@ def merge_kernel(
 
 # ---- launches -----------------------------------------------------------------------------------------------------
 
+#: Parts of norm_backward's sums: every program of grad_prologue reads all of them, 16 or 32 KB of L2 at most.
+_MOST_SUMS = 64
+
 
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the parts of sums: float64 where the result is float32 (common.total)."""
@@ -299,25 +332,27 @@ def normalize(
             **layout.units,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
 
     tuning.run("normalize" + layout.suffix, (a.dtype, *layout.key, activation), layout.device, call)
     return y
 
 
-def norm_backward(
+def norm_backward_parts(
     dy: Tensor,  # (N, C, H, W)
     a: Tensor,  # (N, C, H, W)
     activation: str,
     norm: Norm,
-) -> tuple[Tensor, Tensor]:
-    """sum dy and sum dy * hhat over N, H, W, (C,) float32 each, in two launches."""
+) -> Tensor:  # (parts, 2, C)
+    """Parts of sum dy and sum dy * hhat over N, H, W, in one launch."""
     layout = layout_of(dy)
 
     def call(config: tuning.Config) -> Tensor:
-        config = layout.fit(config)
+        config = _fit_sums(layout, config)
         groups = ceil_div(layout.channels, config["BLOCK_C"])
-        parts, per_part = tuning.split(groups, ceil_div(layout.count, config["BLOCK_P"]), layout.device)
+        blocks = ceil_div(layout.count, config["BLOCK_P"])
+        parts, per_part = tuning.split(groups, blocks, layout.device, _MOST_SUMS)
         partials = dy.new_empty((parts, 2, layout.channels), dtype=partial_dtype(dy.dtype))
         norm_backward_kernel[(groups * parts,)](
             dy,
@@ -332,12 +367,41 @@ def norm_backward(
             **layout.units,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials
 
-    partials = tuning.run("norm_backward" + layout.suffix, (dy.dtype, *layout.key, activation), layout.device, call)
-    sums = sum_parts(partials, dy.new_empty((2, layout.channels), dtype=torch.float32), None)
+    return tuning.run("norm_backward" + layout.suffix, (dy.dtype, *layout.key, activation), layout.device, call)
+
+
+def _fit_sums(layout: Layout, config: tuning.Config) -> tuning.Config:
+    """The configuration with fewer channels a block, 32 at least (64 bytes of them lie side by side), until _MOST_SUMS parts
+    of each are enough programs for the device."""
+    config = layout.fit(config)
+    wanted = 4 * tuning.processors(layout.device)
+    while config["BLOCK_C"] > 32 and ceil_div(layout.channels, config["BLOCK_C"]) * _MOST_SUMS < wanted:
+        config = config | {"BLOCK_C": config["BLOCK_C"] // 2, "BLOCK_P": config["BLOCK_P"] * 2}
+    return config
+
+
+def norm_backward(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy * hhat over N, H, W, (C,) float32 each, in two launches."""
+    partials = norm_backward_parts(dy, a, activation, norm)
+    sums = sum_parts(partials, dy.new_empty(partials.shape[1:], dtype=torch.float32))
     return sums[0], sums[1]
+
+
+class UnfinishedSums(NamedTuple):
+    """norm_backward's parts, for grad_prologue to finish, and where it stores what the parameters' gradients are."""
+
+    partials: Tensor  # (parts, 2, C)
+    dbeta: Tensor | None  # (C,)
+    dgamma: Tensor | None  # (C,)
 
 
 def grad_prologue(
@@ -345,16 +409,23 @@ def grad_prologue(
     a: Tensor | None,  # (N, C, H, W)
     activation: str,
     norm: Norm | None,
-    sums: tuple[Tensor, Tensor] | None,
+    sums: tuple[Tensor, Tensor] | UnfinishedSums | None,
     want_da: bool,
     want_sums: bool,
+    constant_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None where not wanted. One launch."""
+    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None where not wanted. One launch.
+
+    With `constant_statistics` the sums, unfinished then, are the parameters' gradients and no part of da.
+    """
     layout = layout_of(dy)
     da = torch.empty_like(dy) if want_da else None
     # identity without a norm: da is dy, and a may not be there
     a = None if norm is None and activation == "identity" else a
     mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+    unfinished = sums if isinstance(sums, UnfinishedSums) else None
+    finished = sums if unfinished is None and sums is not None else (None, None)
+    sum_parts_ = 0 if unfinished is None else unfinished.partials.shape[0]
 
     def call(config: tuning.Config) -> Tensor | None:
         config = layout.fit(config)
@@ -368,17 +439,22 @@ def grad_prologue(
             mean,
             var,
             gamma,
-            *(sums or (None, None)),
+            *finished,
+            *(unfinished or (None, None, None)),
             da,
             partials,
             *layout.sizes,
             per_part,
             parts,
+            sum_parts_,
             float(layout.count),
             eps,
             **layout.units,
+            BATCH=sums is not None and not constant_statistics,
+            BLOCK_SUMS=min(2048 // config["BLOCK_C"], _MOST_SUMS),
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials
 
@@ -386,15 +462,34 @@ def grad_prologue(
     return da, tuning.run("grad_prologue" + layout.suffix, key, layout.device, call)
 
 
-def sum_parts(partials: Tensor, first: Tensor, second: Tensor | None) -> Tensor:
-    """The sum of partials (parts, ...) over its parts into `first` and then `second`, in their dtypes; gives `first`."""
-    parts, size = partials.shape[0], partials[0].numel()
-    block_parts = min(32, power_of_2(parts))
+def sum_parts(
+    partials: Tensor,  # (parts, ...)
+    out: Tensor,  # (...)
+    second_partials: Tensor | None = None,  # (parts, ...), of any number
+    second: Tensor | None = None,  # (...)
+) -> Tensor:
+    """The ordered sums of partials over their parts into `out` and `second`, in their dtypes, in one launch; gives `out`."""
+    parts, size = partials.shape[0], out.numel()
+    second_parts, second_size = 0, 0
+    if second_partials is not None:
+        second_parts, second_size = second_partials.shape[0], second.numel()
+    block_parts = min(32, power_of_2(max(parts, second_parts)))
     block = min(1024 // block_parts, power_of_2(size))
-    sum_parts_kernel[(ceil_div(size, block),)](
-        partials, first, second, parts, size, first.numel(), BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4
+    sum_parts_kernel[(ceil_div(size, block) + ceil_div(second_size, block),)](
+        partials,
+        out,
+        second_partials,
+        second,
+        parts,
+        size,
+        second_parts,
+        second_size,
+        BLOCK_PARTS=block_parts,
+        BLOCK=block,
+        num_warps=4,
+        **OPTIONS,
     )
-    return first
+    return out
 
 
 def merge(
@@ -423,5 +518,6 @@ def merge(
         BLOCK_PARTS=min(64, power_of_2(parts)),
         BLOCK_C=block_c,
         num_warps=4,
+        **OPTIONS,
     )
     return mean, var

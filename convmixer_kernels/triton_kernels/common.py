@@ -80,7 +80,8 @@ def activate_with_grad(a, ACT: tl.constexpr, FAST: tl.constexpr):
         slope = tl.full(a.shape, 1.0, tl.float32)
     elif ACT == 1:
         h = tl.where(a < 0, 0.0, a)
-        slope = tl.where(a > 0, 1.0, 0.0)
+        # a NaN lets the gradient through, as in torch
+        slope = tl.where(a <= 0, 0.0, 1.0)
     elif ACT == 3:
         # s = (1 + tanh z) / 2 and 1 - s, both from the exponential that is below 1: no difference loses digits
         e = tl.exp2(tl.abs(a) * (-2.3022082 - 0.10294324 * a * a))
@@ -149,16 +150,24 @@ def affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST: tl.conste
 
 
 @triton.jit
-def backward_vectors(
-    mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST: tl.constexpr
-):
-    """mean, scale, and, 0 where the statistics were constants, mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
+def backward_vectors(mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST: tl.constexpr):
+    """mean, scale, and, 0 where the statistics were constants (sums of 0), mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
     mean = channel_vector(mean_ptr, c, c_ok, 0.0)
     rstd = _rstd(var_ptr, eps, c, c_ok, FAST)
     scale = rstd * channel_vector(gamma_ptr, c, c_ok, 1.0)
-    mean_dy = _wide(channel_vector(sum_dy_ptr, c, c_ok, 0.0), FAST) / count
-    factor = channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0) * rstd / count
+    mean_dy = _wide(sum_dy, FAST) / count
+    factor = sum_dy_hhat * rstd / count
     return mean, scale.to(tl.float32), mean_dy.to(tl.float32), factor.to(tl.float32)
+
+
+@triton.jit
+def sum_of_parts(at, stride, parts, c_ok, BLOCK_PARTS: tl.constexpr):
+    """The ordered sum of `parts` vectors, each `stride` after the last, that begin at the pointers `at` (BLOCK_C,); float32."""
+    acc = tl.zeros((BLOCK_PARTS, at.shape[0]), at.dtype.element_ty)
+    for first in range(0, parts, BLOCK_PARTS):
+        part = (first + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        acc += tl.load(at[None, :] + (part * stride)[:, None], mask=(part < parts)[:, None] & c_ok[None, :], other=0.0)
+    return tl.sum(acc, 0).to(tl.float32)
 
 
 @triton.jit

@@ -93,6 +93,13 @@ _LISTS: dict[str, dict[str, list[Config]]] = {
         "sm_100": [_gemm(128, 128, 64, 8, 3), _gemm(64, 64, 32, 4, 2)],
         "small": [_gemm(64, 64, 32, 4, 2)],
     },
+    # float32 tiles take twice the registers and the shared memory, and their statistics are float64
+    "pointwise_float32": {
+        "sm_80": [_gemm(128, 128, 32, 8, 3), _gemm(64, 64, 32, 4, 2)],
+        "sm_90": [_gemm(128, 128, 32, 8, 3), _gemm(64, 64, 32, 4, 2)],
+        "sm_100": [_gemm(128, 128, 32, 8, 3), _gemm(64, 64, 32, 4, 2)],
+        "small": [_gemm(64, 64, 32, 4, 2)],
+    },
     # da in the prologue takes registers; one tile still holds 128 columns (fuse_prologue)
     "pointwise_fused": {
         "sm_80": [_gemm(64, 128, 32, 8, 2)],
@@ -111,7 +118,7 @@ _LISTS: dict[str, dict[str, list[Config]]] = {
 for _name in ("normalize", "norm_backward", "grad_prologue"):
     _LISTS[_name] = _everywhere(*_CONTIGUOUS)
     _LISTS[_name + "_channels_last"] = _everywhere(*_CHANNELS_LAST)
-for _name in ("pointwise", "pointwise_fused", "pointwise_weight_grad"):
+for _name in ("pointwise", "pointwise_float32", "pointwise_fused", "pointwise_weight_grad"):
     _LISTS[_name + "_channels_last"] = _LISTS[_name]
 
 
@@ -145,13 +152,14 @@ def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, i
     return "toeplitz"
 
 
-def fuse_prologue(columns: int) -> bool:
+def fuse_prologue(dtype: torch.dtype, columns: int) -> bool:
     """Whether a pointwise gradient computes da in its prologue: where one tile holds all columns of the product.
 
     By count: da in memory is 2 reads, 1 write and 1 read of each product; in the prologues 2 reads of each product, and the
-    arithmetic again. With more tiles every tile would repeat it.
+    arithmetic again. With more tiles every tile would repeat it. In float32 the products are bound by their arithmetic, and da beside
+    operands of twice the size spills (3 KB a thread in the weight gradient on sm_90).
     """
-    return columns <= 128
+    return dtype != torch.float32 and columns <= 128
 
 
 def input_precision() -> str:

@@ -21,7 +21,7 @@ from ..backends.base import ACTIVATIONS, Norm
 from . import tuning
 from .batch_norm import partial_dtype
 from .common import activate, affine, moments, narrow, positions, split_program, store_moments, tile_offsets, total
-from .launch import Layout, ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
 
 _SIZES = ["images", "channel_units", "height", "width_units", "blocks_per_part", "parts"]
 
@@ -91,6 +91,10 @@ def forward_kernel(
         pitch = 1
         start = (image * channels + first_channel) * plane
         offsets = (further * channels * plane + y0 * width + x0)[:, None] + (lane * plane)[None, :]
+    if WIDE:
+        row_pitch = width.to(tl.int64) * pitch
+    else:
+        row_pitch = width * pitch
     x_ptr += start
     y_ptr += start
     row = tl.arange(0, ROWS)
@@ -103,7 +107,7 @@ def forward_kernel(
         i_ok = ((i >= 0) & (i < KH))[:, None] & c_ok[None, :]
         if FLIP:
             i = KH - 1 - i
-        x_at = x_ptr + offsets + (u - TOP) * width * pitch
+        x_at = x_ptr + offsets + (u - TOP) * row_pitch
         if KW <= 9:
             for j in tl.static_range(KW):
                 w_at = weight_at + (KW - 1 - j if FLIP else j)
@@ -115,7 +119,7 @@ def forward_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, None, :]
     ok = (n_ok[None, :] & (y0[None, :] + row[:, None] < height))[:, :, None] & c_ok[None, None, :]
-    offsets = offsets[None, :, :] + (row * width * pitch)[:, None, None]
+    offsets = offsets[None, :, :] + (row * row_pitch)[:, None, None]
     if partials_ptr is not None:
         a = narrow(acc, DTYPE)
         tl.store(y_ptr + offsets, a, mask=ok)
@@ -172,6 +176,10 @@ def weight_grad_kernel(
     c = first_channel + lane
     c_ok = c < channels
     pitch = channels if CHANNELS_LAST else 1
+    if WIDE:
+        row_pitch = width.to(tl.int64) * pitch
+    else:
+        row_pitch = width * pitch
     acc = tl.zeros((TAPS, BLOCK_P, BLOCK_C), tl.float32)
     for k in range(blocks_per_part):
         block = part * blocks_per_part + k
@@ -186,7 +194,7 @@ def weight_grad_kernel(
         column = x0[None, :] + j[:, None] - LEFT
         ok = row_ok[None, :] & (column >= 0) & (column < width) & (j < KW)[:, None]
         ok = ok[:, :, None] & c_ok[None, None, :]
-        shift = ((i - TOP) * width + j - LEFT) * pitch
+        shift = (i - TOP) * row_pitch + (j - LEFT) * pitch
         x_at = x_ptr + start + offsets[None, :, :] + shift[:, None, None]
         x = tl.load(x_at, mask=ok, other=0.0).to(tl.float32)
         acc += da[None, :, :] * x
@@ -249,6 +257,7 @@ def forward(
             FLIP=flip,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials
 
@@ -271,7 +280,9 @@ def weight_grad(
         programs = groups * kernel[0] * ceil_div(kernel[1], config["TAPS"])
         parts, per_part = tuning.split(programs, ceil_div(layout.count, config["BLOCK_P"]), layout.device)
         partials = x.new_empty((parts, layout.channels * kernel[0] * kernel[1]), dtype=partial_dtype(x.dtype))
-        weight_grad_kernel[(programs * parts,)](da, x, partials, *sizes, per_part, parts, **constants, **config)
+        weight_grad_kernel[(programs * parts,)](
+            da, x, partials, *sizes, per_part, parts, **constants, **config, **OPTIONS
+        )
         return partials
 
     key = (x.dtype, *layout.key, *kernel)

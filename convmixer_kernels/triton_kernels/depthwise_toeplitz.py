@@ -26,16 +26,18 @@ from .common import (
     activate,
     affine,
     backward_vectors,
+    channel_vector,
     dot,
     narrow,
     positions,
     preactivation_grad,
     store_moments,
+    sum_of_parts,
     total,
 )
-from .launch import Layout, ceil_div, layout_of, power_of_2
+from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2
 
-_SIZES = ["images", "channels", "blocks_per_part", "parts", "count"]
+_SIZES = ["images", "channels", "blocks_per_part", "parts", "bias_parts", "count"]
 
 
 class Tile(NamedTuple):
@@ -159,6 +161,8 @@ def forward_kernel(
     ACROSS: tl.constexpr = (WIDTH + BW - 1) // BW
     TILES: tl.constexpr = (HEIGHT + BH - 1) // BH * ACROSS
     pitch = channels if CHANNELS_LAST else 1
+    if WIDE and CHANNELS_LAST:
+        pitch = channels.to(tl.int64)
     first_value = c if CHANNELS_LAST else c * PLANE
     bias = 0.0
     if bias_ptr is not None:
@@ -272,10 +276,13 @@ def weight_grad_kernel(
     ACROSS: tl.constexpr = (WIDTH + BW - 1) // BW
     TILES: tl.constexpr = (HEIGHT + BH - 1) // BH * ACROSS
     pitch = channels if CHANNELS_LAST else 1
+    if WIDE and CHANNELS_LAST:
+        pitch = channels.to(tl.int64)
     first_value = c if CHANNELS_LAST else c * PLANE
     always = c >= 0
+    sum_dy, sum_dy_hhat = channel_vector(sum_dy_ptr, c, always, 0.0), channel_vector(sum_dy_hhat_ptr, c, always, 0.0)
     mean, scale, mean_dy, factor = backward_vectors(
-        mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, always, FAST
+        mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, always, FAST
     )
     out = tl.arange(0, BH * BW)
     grad = tl.zeros((UR * BK, BH * BW), tl.float32)
@@ -318,11 +325,12 @@ def weight_grad_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def finish_kernel(
     partials_ptr,  # (parts, C, KW, ROWS, BH)
-    bias_partials_ptr,  # (parts, C) or None
+    bias_partials_ptr,  # (bias_parts, C) or None
     dw_ptr,  # (C, 1, KH, KW)
     db_ptr,  # (C,) or None
     channels,
     parts,
+    bias_parts,
     KH: tl.constexpr,
     KW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -336,18 +344,17 @@ def finish_kernel(
     i, j = tap // KW, tap % KW
     tap_ok = tap < KH * KW
     acc = tl.zeros((BLOCK_PARTS, TAPS), tl.float32)
-    bias = tl.zeros((BLOCK_PARTS,), tl.float32)
     for first in range(0, parts, BLOCK_PARTS):
         part = (first + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
         part_ok = part < parts
         at = partials_ptr + ((part * channels + c) * (KW * ROWS * BH))[:, None] + ((j * ROWS + i) * BH)[None, :]
         for y in range(BH):
             acc += tl.load(at + y * (BH + 1), mask=part_ok[:, None] & tap_ok[None, :], other=0.0)
-        if bias_partials_ptr is not None:
-            bias += tl.load(bias_partials_ptr + part * channels + c, mask=part_ok, other=0.0)
     tl.store(dw_ptr + c * (KH * KW) + tap, narrow(tl.sum(acc, 0), dw_ptr.dtype.element_ty), mask=tap_ok)
     if bias_partials_ptr is not None:
-        tl.store(db_ptr + c, narrow(tl.sum(bias, 0), db_ptr.dtype.element_ty), mask=pid % groups == 0)
+        lane = tl.arange(0, 1)
+        db = sum_of_parts(bias_partials_ptr + c + lane, channels, bias_parts, lane == 0, BLOCK_PARTS)
+        tl.store(db_ptr + c + lane, narrow(db, db_ptr.dtype.element_ty), mask=lane < tl.where(pid % groups == 0, 1, 0))
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------
@@ -412,6 +419,7 @@ def forward(
             FLIP=flip,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials
 
@@ -430,8 +438,12 @@ def weight_grad(
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
+    bias_parts: Tensor | None = None,  # (parts, C)
 ) -> tuple[Tensor, Tensor | None]:
-    """dw and db, in two launches; da is computed in the prologue, rounded to dy's dtype for the products."""
+    """dw and db, in two launches; da is computed in the prologue, rounded to dy's dtype for the products.
+
+    Where dy is da already (no norm, activation identity) the caller may have parts of its sum, db, from before the rounding.
+    """
     layout, kernel = layout_of(dy), tuple(weight.shape[2:])
     tile = tile_of(kernel, (kernel[1] - 1) // 2)
     sizes, constants = _arguments(layout, kernel, tile)
@@ -444,7 +456,8 @@ def weight_grad(
         parts, per_part = _parts(layout, tile, programs, config["BLOCK_M"])
         shape = (parts, layout.channels, kernel[1], rows, tile.BH)
         partials = dy.new_empty(shape, dtype=torch.float32)
-        bias_partials = None if bias is None else dy.new_empty(shape[:2], dtype=torch.float32)
+        sums_here = bias is not None and bias_parts is None
+        bias_partials = dy.new_empty(shape[:2], dtype=torch.float32) if sums_here else None
         weight_grad_kernel[(programs * parts,)](
             dy,
             a,
@@ -463,11 +476,13 @@ def weight_grad(
             **constants,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials, bias_partials
 
     key = (dy.dtype, *layout.key, *kernel, activation)
-    partials, bias_partials = tuning.run("depthwise_toeplitz_weight_grad", key, layout.device, call)
+    partials, summed_here = tuning.run("depthwise_toeplitz_weight_grad", key, layout.device, call)
+    bias_partials = summed_here if bias_parts is None else bias_parts
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     taps = min(128, power_of_2(kernel[0] * kernel[1]))
     finish_kernel[(layout.channels * ceil_div(kernel[0] * kernel[1], taps),)](
@@ -477,6 +492,7 @@ def weight_grad(
         db,
         layout.channels,
         partials.shape[0],
+        0 if bias_partials is None else bias_partials.shape[0],
         KH=kernel[0],
         KW=kernel[1],
         ROWS=rows,
@@ -484,5 +500,6 @@ def weight_grad(
         BLOCK_PARTS=min(8, power_of_2(partials.shape[0])),
         TAPS=taps,
         num_warps=4,
+        **OPTIONS,
     )
     return dw, db

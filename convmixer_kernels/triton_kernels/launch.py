@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .config import Config
 
+#: Of every launch. a * b + c in one instruction: Triton's default until 3.9, and no longer from 3.10 on.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

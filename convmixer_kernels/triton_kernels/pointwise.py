@@ -23,6 +23,7 @@ from .common import (
     activate,
     affine,
     backward_vectors,
+    channel_vector,
     dot,
     moments,
     narrow,
@@ -30,7 +31,7 @@ from .common import (
     preactivation_grad,
     store_moments,
 )
-from .launch import Layout, ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
 
 _SIZES = ["images", "k_units", "n_units", "plane_units", "blocks_per_part", "parts", "count"]
 
@@ -173,8 +174,10 @@ def gemm_kernel(
         offset = x_start + first * x_pitch
         x = tl.load(x_ptr + offset + x_at, mask=ok, other=0.0)
         if PROLOGUE:
+            sum_dy = channel_vector(sum_dy_ptr, first + k, k_ok, 0.0)
+            sum_dy_hhat = channel_vector(sum_dy_hhat_ptr, first + k, k_ok, 0.0)
             mean, scale, mean_dy, factor = backward_vectors(
-                mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, first + k, k_ok, FAST
+                mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, first + k, k_ok, FAST
             )
             a = tl.load(a_ptr + offset + x_at, mask=ok, other=0.0).to(tl.float32)
             da = preactivation_grad(
@@ -233,7 +236,8 @@ def weight_grad_kernel(
     gamma_ptr,
     sum_dy_ptr,  # (C_out,) or None: constant statistics
     sum_dy_hhat_ptr,
-    partials_ptr,  # (parts, C_out * C_in + C_out): dW, and db where BIAS
+    partials_ptr,  # (parts, C_out * C_in): dW
+    bias_partials_ptr,  # (parts, C_out) or None: db
     images,
     k_units,  # C_in
     n_units,  # C_out
@@ -247,7 +251,6 @@ def weight_grad_kernel(
     X_LAST: tl.constexpr,
     Y_LAST: tl.constexpr,
     WIDE: tl.constexpr,
-    BIAS: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -272,8 +275,9 @@ def weight_grad_kernel(
     y_pitch = 1 if Y_LAST else plane
     c_ok, k_ok = c < n_size, k < k_size
     if PROLOGUE:
+        sum_dy, sum_dy_hhat = channel_vector(sum_dy_ptr, c, c_ok, 0.0), channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0)
         mean, scale, mean_dy, factor = backward_vectors(
-            mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST
+            mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST
         )
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sum_da = tl.zeros((BLOCK_N,), tl.float32)
@@ -303,19 +307,16 @@ def weight_grad_kernel(
                 FAST,
             )
             wide = tl.where(ok, wide, 0.0)
-            if BIAS:
+            if bias_partials_ptr is not None:
                 sum_da += tl.sum(wide, 1)
             da = narrow(wide, DTYPE)
         x = tl.load(x_ptr + x_start + x_at, mask=m_ok[:, None] & k_ok[None, :], other=0.0)
         acc = dot(da, x, acc, PRECISION)
-    size = n_size.to(tl.int64) * k_size
-    start = partials_ptr + part * (size + n_size if BIAS else size)
+    start = partials_ptr + part * n_size * k_size
     at = start + first_c * k_size + first_k + (lane_c * k_size)[:, None] + lane_k[None, :]
     tl.store(at, acc, mask=c_ok[:, None] & k_ok[None, :])
-    # nested: a compile-time condition and one of run time
-    if BIAS:
-        if tile % blocks_k == 0:
-            tl.store(start + size + c, sum_da, mask=c_ok)
+    if bias_partials_ptr is not None:
+        tl.store(bias_partials_ptr + part * n_size + c, sum_da, mask=c < tl.where(tile % blocks_k == 0, n_size, 0))
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------
@@ -408,12 +409,13 @@ def _gemm(x, a, weight, bias, activation, norm, sums, y, statistics, weight_rows
             WEIGHT_ROWS=weight_rows,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
         return partials
 
     key = (x.dtype, y_layout.channels, *x_layout.key, activation, statistics, a is not None, weight_rows)
     key += (constants["PRECISION"], y_layout.channels_last)
-    name = "pointwise" if a is None else "pointwise_fused"
+    name = "pointwise_fused" if a is not None else "pointwise_float32" if x.dtype == torch.float32 else "pointwise"
     return tuning.run(name + x_layout.suffix, key, x_layout.device, call)
 
 
@@ -425,21 +427,21 @@ def weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     want_bias: bool,
-) -> Tensor:  # (parts, C_out * C_in (+ C_out with want_bias)) float32
-    """Parts of dW, and of db = sum da (only where `a` is given), in one launch."""
+) -> tuple[Tensor, Tensor | None]:  # (parts, C_out * C_in), (parts, C_out), float32
+    """Parts of dW, and with `want_bias` (only where `a` is given) of db = sum da, in one launch."""
     if a is None:
         activation, norm, sums = "identity", None, None
     x_layout, y_layout = layout_of(x), layout_of(dy)
     sizes, constants = _arguments(x_layout, y_layout)
     mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
 
-    def call(config: tuning.Config) -> Tensor:
+    def call(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
         config = _fit(config, x_layout, y_layout)
         tiles = ceil_div(x_layout.channels, config["BLOCK_K"]) * ceil_div(y_layout.channels, config["BLOCK_N"])
         # every part is C_out * C_in values to write and to read again
         parts, per_part = tuning.split(4 * tiles, ceil_div(x_layout.count, config["BLOCK_M"]), x_layout.device)
-        size = y_layout.channels * (x_layout.channels + want_bias)
-        partials = x.new_empty((parts, size), dtype=torch.float32)
+        partials = x.new_empty((parts, y_layout.channels * x_layout.channels), dtype=torch.float32)
+        bias_partials = x.new_empty((parts, y_layout.channels), dtype=torch.float32) if want_bias else None
         weight_grad_kernel[(tiles * parts,)](
             dy,
             a,
@@ -449,16 +451,17 @@ def weight_grad(
             gamma,
             *(sums or (None, None)),
             partials,
+            bias_partials,
             *sizes,
             per_part,
             float(x_layout.count),
             eps,
             **constants,
-            BIAS=want_bias,
             ACT=ACTIVATIONS.index(activation),
             **config,
+            **OPTIONS,
         )
-        return partials
+        return partials, bias_partials
 
     key = (x.dtype, y_layout.channels, *x_layout.key, activation, a is not None, constants["PRECISION"])
     return tuning.run("pointwise_weight_grad" + x_layout.suffix, key, x_layout.device, call)

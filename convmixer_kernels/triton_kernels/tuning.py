@@ -32,17 +32,21 @@ from .config import Config
 logger = logging.getLogger("convmixer_kernels")
 T = TypeVar("T")
 _WARM_UP, _REPEATS = 2, 9
+_SWITCH = "CONVMIXER_TRITON_AUTOTUNE"
 #: What this process knows: (device, kernel, key) -> configuration.
 _chosen: dict[tuple, Config] = {}
 
 
 def enabled() -> bool:
     """Whether measured configurations are used; what is not known yet is measured, except while a CUDA graph is captured."""
-    return (
-        not INTERPRETED.value
-        and os.environ.get("CONVMIXER_TRITON_AUTOTUNE", "1") != "0"
-        and not torch.are_deterministic_algorithms_enabled()
-    )
+    return not INTERPRETED.value and _switched_on() and not torch.are_deterministic_algorithms_enabled()
+
+
+def _switched_on() -> bool:
+    value = os.environ.get(_SWITCH, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{_SWITCH} must be 0 or 1, got {value!r}")
+    return value != "0"
 
 
 @functools.cache
@@ -61,9 +65,10 @@ def processors(device: int) -> int:
     return 4 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split(programs: int, blocks: int, device: int) -> tuple[int, int]:
-    """Parts of a reduction over `blocks`, and blocks a part, so that programs * parts fill the device several times."""
+def split(programs: int, blocks: int, device: int, most: int | None = None) -> tuple[int, int]:
+    """Parts of a reduction over `blocks`, `most` at most, and blocks a part, so that programs * parts fill the device several times."""
     parts = min(blocks, max(1, -(-8 * processors(device) // programs)))
+    parts = parts if most is None else min(parts, most)
     per_part = -(-blocks // parts)
     return -(-blocks // per_part), per_part
 
@@ -81,6 +86,8 @@ def run(kernel: str, key: tuple, device: int, call: Callable[[Config], T]) -> T:
             if torch.cuda.is_current_stream_capturing():
                 return _first_that_fits(candidates, call)
             known = _measure(kernel, key, candidates, call)
+            if known is None:
+                return _first_that_fits(candidates, call)
             _write(device, kernel, key, known)
         _chosen[place] = known
     return call(known)
@@ -94,13 +101,16 @@ def _first_that_fits(candidates: list[Config], call: Callable[[Config], T]) -> T
     return call(candidates[-1])
 
 
-def _measure(kernel: str, key: tuple, candidates: list[Config], call: Callable[[Config], T]) -> Config:
+def _measure(kernel: str, key: tuple, candidates: list[Config], call: Callable[[Config], T]) -> Config | None:
+    """The fastest configuration, None where none fits."""
     times: list[float] = []
     for candidate in candidates:
         try:
             times.append(_milliseconds(lambda c=candidate: call(c)))
         except OutOfResources:
             times.append(float("inf"))
+    if min(times) == float("inf"):
+        return None
     best = candidates[times.index(min(times))]
     shown = ", ".join(f"{t:.4f}" for t in times)
     logger.debug("triton %s %s: %s ms, taken: %s", kernel, key, shown, best)
@@ -125,11 +135,18 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def cache_file(device: int) -> Path:
-    """Where the results for this device's kind of GPU lie."""
+    """Where the results for this device's kind of GPU lie.
+
+    Raises:
+        OSError: nowhere: the user has no home.
+    """
     directory = os.environ.get("CONVMIXER_TRITON_CACHE")
     if not directory:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(base) / "convmixer-kernels"
+        base = os.environ.get("XDG_CACHE_HOME")
+        try:
+            directory = (Path(base) if base else Path.home() / ".cache") / "convmixer-kernels"
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
     name = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device).lower())
     return Path(directory) / f"triton-{triton.__version__}-{name}.json"
 
@@ -138,8 +155,9 @@ def _entry(kernel: str, key: tuple) -> str:
     return " ".join(map(str, (kernel, *key)))
 
 
-def _load(path: Path) -> dict[str, Config]:
+def _load(device: int) -> dict[str, Config]:
     try:
+        path = cache_file(device)
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         # absent, or cut off by a full disk: it is measured again
@@ -148,19 +166,19 @@ def _load(path: Path) -> dict[str, Config]:
 
 
 def _read(device: int, kernel: str, key: tuple) -> Config | None:
-    return _load(cache_file(device)).get(_entry(kernel, key))
+    return _load(device).get(_entry(kernel, key))
 
 
 def _write(device: int, kernel: str, key: tuple, best: Config) -> None:
     """Adds one entry to the file, whole or not at all; several processes may write."""
-    path = cache_file(device)
     try:
+        path = cache_file(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _load(path) | {_entry(kernel, key): best}
+            found = _load(device) | {_entry(kernel, key): best}
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
             os.replace(partial, path)
     except OSError as error:
-        logger.debug("triton: the tuning cache %s cannot be written: %s", path, error)
+        logger.debug("triton: the tuning cache cannot be written: %s", error)

@@ -130,6 +130,19 @@ def test_compiled_operators_are_right():
         assert all(each.error < 1e-5 for each in suite.verify(inputs, ready)["compile"])
 
 
+def test_pytest_benchmark_drives_the_same_cases(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install '.[bench]'")
+    command_line = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--cases", "tiny", "-q"]
+    command_line += ["--filter", "norm_backward float32 contiguous", "--benchmark-max-time", "0.01"]
+    command_line += ["-p", "no:cacheprovider", "--benchmark-json", str(tmp_path / "found.json")]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    timed = {
+        each["extra_info"]["implementation"] for each in json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    }
+    assert timed >= {"eager NCHW", "eager channels_last", "clone"}
+
+
 def test_the_table_has_what_it_promises():
     for device in ("cpu", "cuda"):
         found = shapes.cases(device)

@@ -202,3 +202,33 @@ def test_the_report_of_triton_alone_shows_its_times(run):
     assert "cuda was not measured: there is no nvcc." in text
     assert "| normalize 2x4x5x6 | float32 | contiguous | 10 us | 50 % | 30 us | 3.0x |" in text
     assert "| case | dtype | layout | triton |" in text
+
+
+@pytest.fixture
+def no_real_gpu(monkeypatch):
+    """The command sees a GPU, and its sections do nothing but say that they ran."""
+    ran: list[tuple] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
+    monkeypatch.setattr(gpu, "describe", lambda run, backend: ran.append(("describe", backend)))
+    monkeypatch.setattr(gpu, "build", lambda run: True)
+    monkeypatch.setattr(gpu_ops, "peaks", lambda run: None)
+    monkeypatch.setattr(gpu_ops, "operators", lambda run, seconds, backends: ran.append(("ops", *backends)))
+    monkeypatch.setattr(gpu_ops, "models", lambda run, backends: ran.append(("models", *backends)))
+    return ran
+
+
+def test_the_command_measures_what_there_is(no_real_gpu, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "measured_backends", lambda: (["triton"], {"cuda": "the native module is not built"}))
+    assert gpu.main(["--only", "build,sanitizer,ops,models", "--output", str(path)]) == 0
+    assert no_real_gpu == [("describe", "triton"), ("ops", "triton"), ("models", "triton")]
+    assert json.loads(path.read_text())["absent"] == {"cuda": "the native module is not built"}
+    assert "cuda: - (the native module is not built)" in capsys.readouterr().out
+
+
+def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "measured_backends", lambda: ([], {"cuda": "not built", "triton": "not installed"}))
+    assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 2
+    assert no_real_gpu == []
+    assert "triton: - (not installed)" in capsys.readouterr().out

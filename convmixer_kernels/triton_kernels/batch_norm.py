@@ -3,7 +3,8 @@
 
     normalize       y = (act(a) - mean) * scale + shift (+ residual)
     norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
-    grad_prologue   da = dh * act'(a), dh = scale * (dy - mean_dy - hhat * mean_dy_hhat), and sum da
+    grad_prologue   da = dh * act'(a), dh = scale * (dy - mean_dy - hhat * mean_dy_hhat), and sum da; of the parts that norm_backward
+                    left it makes the sums itself, the parameters' gradients
     merge           mean and variance from (count, mean, M2) of parts;  sum_parts: ordered sums over parts
 A program owns BLOCK_P values of BLOCK_C channels, or a part of all blocks of such values; a channel's values are numbered over
 N, H, W, so that small planes share a block. Bound: memory, every tensor is read or written once.

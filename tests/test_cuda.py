@@ -66,6 +66,11 @@ DEPTHWISE_CASES = [
             ((2, 3, 20, 16), (12, 7)),
         )
     ),
+    # rows off 16 bytes, copied as spans: tiles of rows and of columns, several images, tensors that end inside of 16 bytes
+    *(
+        _depthwise(shape, k, dtype=torch.bfloat16)
+        for shape, k in (((2, 2, 70, 35), 9), ((1, 3, 5, 131), 9), ((1, 2, 20, 147), 11), ((20, 2, 6, 14), 13))
+    ),
     *(_depthwise((1, 8, 12, 13), k, dtype=torch.float16, memory_format="channels_last") for k in (3, 4, 11, (6, 3))),
     *(_depthwise((2, 4, 12, 13), k) for k in (1, 4, 11, (3, 10))),
     _depthwise((1, 1, 20, 33), 31, dtype=torch.bfloat16),

@@ -56,6 +56,7 @@ struct dim3 {
 };
 typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801 };
+namespace emu { inline std::vector<uintptr_t> ends; }       // EMU_ENDS: of tensors; no cp.async reads across one
 namespace emu { inline cudaError_t last_error = cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { auto e = emu::last_error; emu::last_error = cudaSuccess; return e; }
 static inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid configuration (emulated)" : "no error"; }
@@ -264,6 +265,8 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   }
   if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static_cuda.py: threads, dynamic shared memory
     if (FILE* f = std::fopen(log, "a")) { std::fprintf(f, "%zu %zu\n", n, smem); std::fclose(f); }
+  ends.clear();
+  for (const char* s = std::getenv("EMU_ENDS"); s && *s; s += *s == ',') { char* e; ends.push_back(std::strtoull(s, &e, 10)); s = e; }
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {
@@ -472,6 +475,8 @@ static inline uint32_t movmatrix_trans(uint32_t v, int site = __builtin_LINE()) 
 template <int B> inline void cp_async(void* dst, const void* src, int bytes = B) {
   static_assert(B == 4 || B == 8 || B == 16, "cp.async size");
   if (reinterpret_cast<uintptr_t>(dst) % B || reinterpret_cast<uintptr_t>(src) % B) emu::fail("cp.async address not aligned to its size");
+  for (uintptr_t end : emu::ends)                          // hardware touches all B bytes, however few it copies
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(src) < end && reinterpret_cast<uintptr_t>(src) + B > end) emu::fail("cp.async reads behind a tensor");
   emu::G.cur->open.push_back({dst, src, bytes, B});
 }
 static inline void cp_async_commit() {

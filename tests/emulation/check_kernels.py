@@ -194,6 +194,8 @@ def _input_grad(dtype: torch.dtype, last: bool) -> None:
 def _weight_grad(dtype: torch.dtype, last: bool) -> None:
     # as many channels as keep all warps busy with some: each warp takes several images in turn
     turns = (((5, 42, 17, 24), 3), ((3, 16, 70, 8), 11), ((40, 2, 5, 9), 11), ((1, 1, 20, 147), 11))
+    # dynamic shared memory a little below 48 KB
+    turns += (((2, 1, 40, 40), 11),)
     turns = turns if dtype == torch.bfloat16 and not last else ()
     for (dy, a, x), norm, sums, weight in _depthwise(dtype, last, turns):
         _compare("depthwise_weight_grad", dtype, dy, a, x, weight, sums[0], "gelu", norm, sums)

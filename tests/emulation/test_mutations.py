@@ -230,6 +230,10 @@ MUTATIONS = [
         "weight gradient, spans: a copy across the tensor's end", "spans.cuh", "depthwise_weight_grad",
         "weight_grad_bfloat16", "if (end - from >= 8) {", "if (end - from > 0) {",
     ),
+    Mutation(
+        "shared memory: static arrays not counted", "device.cuh", "depthwise_weight_grad", "weight_grad_bfloat16",
+        "bytes + kStaticShared <= 48 * 1024", "bytes <= 48 * 1024",
+    ),
     # depthwise on FMA units
     Mutation(
         "fma: copies not awaited", "depthwise_fma.cu", "depthwise_fma", "forward_float32",

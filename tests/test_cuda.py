@@ -134,6 +134,35 @@ def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
             cache.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        # whole images by 16 bytes and by 8; tiles of rows of spans; whole images of spans; columns
+        _depthwise(shape, 9, dtype=torch.bfloat16, memory_format=memory_format)
+        for shape, memory_format in (
+            ((14, 2, 16, 16), "contiguous"),
+            ((9, 2, 12, 12), "contiguous"),
+            ((2, 2, 70, 35), "contiguous"),
+            ((40, 2, 7, 7), "contiguous"),
+            ((2, 2, 3, 131), "contiguous"),
+            ((9, 16, 16, 16), "channels_last"),
+        )
+    ],
+    ids=str,
+)
+def test_blocks_that_walk_through_several_items(case, monkeypatch):
+    """As large tensors make them do: stages change, copies run ahead."""
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    monkeypatch.setenv("EMU_BLOCKS", "1")
+    for cache in (cuda._native, cuda._size):
+        cache.cache_clear()
+    try:
+        check_case(case, "cuda", pool=1)
+    finally:
+        for cache in (cuda._native, cuda._size):
+            cache.cache_clear()
+
+
 # ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
 
 

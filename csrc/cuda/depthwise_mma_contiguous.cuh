@@ -98,9 +98,9 @@ struct Span {
   int64_t start;  // element
   int length;     // 0: outside of the tensor
 };
-template <int S>
+template <int S, bool SINGLE>
 __device__ __forceinline__ Span span_of(const Plan& plan, const Item& item, int c, int index) {
-  if (plan.column_tiles == 1) {
+  if (SINGLE || plan.column_tiles == 1) {
     const int n = item.image + index, first = max(0, item.row - plan.top);
     const int last = min(plan.h, item.row - plan.top + plan.tile_rows);
     return {((static_cast<int64_t>(n) * plan.c + c) * plan.h + first) * plan.w,
@@ -112,12 +112,12 @@ __device__ __forceinline__ Span span_of(const Plan& plan, const Item& item, int 
           y >= 0 && y < plan.h ? last - first : 0};
 }
 
-template <class T, int S>
+template <class T, int S, bool SINGLE>
 __device__ __forceinline__ void copy_spans(const Plan& plan, const Item& item, int c, const T* from,
                                            unsigned char* raw) {
   for (int q = threadIdx.x; q < plan.spans * plan.span_pieces; q += 32 * kContiguousWarps) {
     uint32_t piece;
-    const Span span = span_of<S>(plan, item, c, plan.by_span_pieces.divmod(q, piece));
+    const Span span = span_of<S, SINGLE>(plan, item, c, plan.by_span_pieces.divmod(q, piece));
     const int64_t at = (span.start & ~int64_t(7)) + 8 * static_cast<int>(piece);
     if (span.length > 0 && at < span.start + span.length) 
       copy_span_piece(raw + 16 * q, from + at, from + plan.total);
@@ -142,10 +142,11 @@ __device__ __forceinline__ void place_spans(const Plan& plan, const Item& item, 
     const int count = min(8, plan.w - x);
     uint4 v = make_uint4(0, 0, 0, 0), da = v;
     if (inside) {
-      const int index = plan.column_tiles == 1 ? image : static_cast<int>(row);
-      const Span span = span_of<S>(plan, item, c, index);
+      const bool whole = SINGLE || plan.column_tiles == 1;
+      const int index = whole ? image : static_cast<int>(row);
+      const Span span = span_of<S, SINGLE>(plan, item, c, index);
       const int first = (static_cast<int>(span.start) & 7) +
-                        (plan.column_tiles == 1 ? (y - max(0, item.row - plan.top)) * plan.w + x
+                        (whole ? (y - max(0, item.row - plan.top)) * plan.w + x
                                                 : x - max(0, item.column - 8 * S));
       const int span_offset = 16 * plan.span_pieces * index;
       v = load_from_span(raw + span_offset, first, count);
@@ -218,27 +219,28 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
     for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
   }
 
-  // where every item is alike: its first plane, in bytes, of the next copy and of the next outputs
-  const int64_t first = 2 * (static_cast<int64_t>(split) * plan.images * plan.c + c) * plan.h * plan.w;
-  const int64_t step = 2 * static_cast<int64_t>(plan.splits) * plan.images * plan.c * plan.h * plan.w;
-  const unsigned char* x_next = static_cast<const unsigned char*>(p.x) + first;
+  // where every item is alike: the byte at which its first plane starts
+  const auto first_plane = [&](int item) {
+    return 2 * (static_cast<int64_t>(item) * plan.images * plan.c + c) * plan.h * plan.w;
+  };
   const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
 
   const auto copy = [&](int item, int stage) {
     if (item < plan.items && listed) {
       const uint32_t limit = place_limit(plan.n - item * plan.images);
       unsigned char* const to = shared + stage * plan.tile_bytes;
+      const unsigned char* const from = static_cast<const unsigned char*>(p.x) + first_plane(item);
 #pragma unroll 2
       for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
         const Piece piece = pieces[q];
         if (piece.place >= limit) continue;
-        cp_async<16>(to + (piece.place & 0xffff), x_next + piece.distance);
-        if (transforms) cp_async<16>(to + plan.a_offset + (piece.place & 0xffff), x_next + a_distance + piece.distance);
+        cp_async<16>(to + (piece.place & 0xffff), from + piece.distance);
+        if (transforms) cp_async<16>(to + plan.a_offset + (piece.place & 0xffff), from + a_distance + piece.distance);
       }
     } else if (item < plan.items && spans) {
       const Item at = locate(plan, item);
-      copy_spans<T, S>(plan, at, c, x, shared + stage * plan.raw_bytes);
-      if (transforms) copy_spans<T, S>(plan, at, c, a, shared + (kSpanStages + stage) * plan.raw_bytes);
+      copy_spans<T, S, SINGLE>(plan, at, c, x, shared + stage * plan.raw_bytes);
+      if (transforms) copy_spans<T, S, SINGLE>(plan, at, c, a, shared + (kSpanStages + stage) * plan.raw_bytes);
     } else if (item < plan.items) {
       unsigned char* const to = shared + stage * plan.tile_bytes;
       for_each_piece<S, SINGLE>(plan, pieces, locate(plan, item), c, [&](int offset, int64_t index, int count) {
@@ -246,7 +248,6 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
         if (transforms) copy_piece(to + plan.a_offset + offset, a, index, count, plan.granule);
       });
     }
-    x_next += step;
     cp_async_commit();
   };
 
@@ -327,9 +328,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
       }
       __syncwarp();
       if (SINGLE && listed) {
-        // x_next is kStages items ahead
-        unsigned char* const y_first =
-            static_cast<unsigned char*>(p.y) + (x_next - static_cast<const unsigned char*>(p.x) - kStages * step);
+        unsigned char* const y_first = static_cast<unsigned char*>(p.y) + first_plane(current);
 #pragma unroll
         for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
           const int q = lane + 32 * k, row = q / NT, block = q % NT;
@@ -347,17 +346,18 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
       if (spans) {
         // the strip's columns but the halves that are its neighbours'
         constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
-        const int x = item.column + kColumns * static_cast<int>(group) + lane % kColumns - (SINGLE ? 0 : 4);
+        const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
 #pragma unroll 4
         for (int r = lane / kColumns; r < 16; r += kRows) {
           uint32_t row;
           const int v = 16 * strip + r, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
-          const int out_y = item.row + static_cast<int>(row);
-          if (v >= count || n >= plan.n || out_y >= plan.h || x < 0 || x >= plan.w) continue;
-          const uint16_t out = *reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch +
-                                                                  2 * (lane % kColumns + (SINGLE ? 0 : 4)));
+          row += item.row;
+          if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w) continue;
+          const uint16_t out =
+              reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch + (SINGLE ? 0 : 8))[lane % kColumns];
           trace = trace_finite<T>(trace, out);
-          static_cast<uint16_t*>(p.y)[((static_cast<int64_t>(n) * plan.c + c) * plan.h + out_y) * plan.w + x] = out;
+          const int64_t plane = static_cast<int64_t>(n) * plan.c + c;
+          static_cast<uint16_t*>(p.y)[(plane * plan.h + row) * plan.w + x] = out;
         }
         __syncwarp();
         continue;

@@ -74,7 +74,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
   for (v.channels = v.kh > 0 ? 16 : 8;; v.channels = 8) {
     const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
-    const int64_t wanted_blocks = s.channels_last ? 264 : 1056;
+    const int64_t wanted_blocks = enough_blocks(s.channels_last ? 264 : 1056);
     int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
     per_block = std::max(per_block, (items + 65534) / 65535);
     q.splits = static_cast<int>((items + per_block - 1) / per_block);

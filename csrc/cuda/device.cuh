@@ -162,6 +162,8 @@ inline int64_t most_shared_of_block() {
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? n : 48 * 1024;
 }
+// The number of blocks that a plan wants before a block takes several items; the emulation may ask for fewer.
+inline int64_t enough_blocks(int64_t blocks) { return blocks; }
 // Shared memory of a multiprocessor of the current device, for all its blocks.
 inline int64_t shared_of_multiprocessor() {
   int device = 0, n = 0;

@@ -401,6 +401,9 @@ inline int64_t most_shared_of_block() { return 232448; }
 inline int64_t shared_of_multiprocessor() {                // EMU_SHARED_KB: of another GPU than an H100
   const char* kb = std::getenv("EMU_SHARED_KB"); return (kb ? std::atoi(kb) : 228) * 1024;
 }
+inline int64_t enough_blocks(int64_t blocks) {             // EMU_BLOCKS: so few that small tensors too give a block several items
+  const char* n = std::getenv("EMU_BLOCKS"); return n ? std::atoi(n) : blocks;
+}
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max; using std::min;
 

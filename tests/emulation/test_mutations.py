@@ -123,7 +123,8 @@ MUTATIONS = [
     ),
     Mutation(
         "contiguous: next item's address", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
-        "x_next += step;", "",
+        "static_cast<const unsigned char*>(p.x) + first_plane(item)",
+        "static_cast<const unsigned char*>(p.x) + first_plane(split)",
     ),
     Mutation(
         "contiguous: the warps' moments not merged", "depthwise_mma_contiguous.cuh", "depthwise_forward",

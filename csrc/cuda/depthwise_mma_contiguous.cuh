@@ -3,9 +3,9 @@
 // blockIdx.y, blockIdx.y + splits, ...; an item is some images, or a band of rows and columns of one. Three stages of
 // the input tile: two in flight while one is computed, one barrier an item. The input gradient turns dy and a into da
 // in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
-// 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh), two
-// stages of them in flight, and one tile, to which a second barrier an item leads; neighbouring lanes store neighbouring
-// values. Even W stay with short copies: four of 4 bytes cost 16 instructions a piece, a span's way 35.
+// 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh),
+// two stages of them in flight, and one tile, to which a second barrier an item leads; neighbouring lanes store
+// neighbouring values. Even W stay with short copies: four of 4 bytes cost 16 instructions a piece, a span's way 35.
 #pragma once
 #include "depthwise_mma.cuh"
 #include "spans.cuh"
@@ -119,8 +119,7 @@ __device__ __forceinline__ void copy_spans(const Plan& plan, const Item& item, i
     uint32_t piece;
     const Span span = span_of<S, SINGLE>(plan, item, c, plan.by_span_pieces.divmod(q, piece));
     const int64_t at = (span.start & ~int64_t(7)) + 8 * static_cast<int>(piece);
-    if (span.length > 0 && at < span.start + span.length) 
-      copy_span_piece(raw + 16 * q, from + at, from + plan.total);
+    if (span.length > 0 && at < span.start + span.length) copy_span_piece(raw + 16 * q, from + at, from + plan.total);
   }
 }
 
@@ -146,8 +145,7 @@ __device__ __forceinline__ void place_spans(const Plan& plan, const Item& item, 
       const int index = whole ? image : static_cast<int>(row);
       const Span span = span_of<S, SINGLE>(plan, item, c, index);
       const int first = (static_cast<int>(span.start) & 7) +
-                        (whole ? (y - max(0, item.row - plan.top)) * plan.w + x
-                                                : x - max(0, item.column - 8 * S));
+                        (whole ? (y - max(0, item.row - plan.top)) * plan.w + x : x - max(0, item.column - 8 * S));
       const int span_offset = 16 * plan.span_pieces * index;
       v = load_from_span(raw + span_offset, first, count);
       if (raw_a != nullptr) {
@@ -352,7 +350,8 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
           uint32_t row;
           const int v = 16 * strip + r, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
           row += item.row;
-          if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w) continue;
+          if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w)
+            continue;
           const uint16_t out =
               reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch + (SINGLE ? 0 : 8))[lane % kColumns];
           trace = trace_finite<T>(trace, out);

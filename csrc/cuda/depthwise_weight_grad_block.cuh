@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_columns(const T* source, int64_t column_str
 }
 
 // Pairs of columns that a thread has loaded before it uses the first, of x and of dy and a.
-constexpr int kBatchX = 4, kBatchD = 4;
+constexpr int kBatchX = 4, kBatchD = 3;
 
 // x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
 template <int CHANNELS, class T>
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
                         d_tiles + own * p.d_plane, db);
     }
     __syncthreads();
-    const Role role = roles[warp];
+    const Role& role = roles[warp];
     if (role.channel >= channels) continue;
     const T* x = x_tiles + role.channel * p.x_plane;
     const T* d = d_tiles + role.channel * p.d_plane;

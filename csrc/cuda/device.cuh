@@ -181,7 +181,8 @@ inline int64_t shared_of_multiprocessor() {
 
 namespace convmixer {
 
-// ---- shared memory: static arrays of a kernel that has dynamic shared memory too are smaller than this, and count -----
+// ---- shared memory: static arrays of a kernel that has dynamic shared memory too are smaller than this, and count
+// -----
 constexpr int kStaticShared = 1024;
 inline int64_t max_dynamic_shared() { return most_shared_of_block() - kStaticShared; }
 // Lets `kernel` use `bytes` of dynamic shared memory; 48 KB with the static arrays need no asking.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Asynchronous copies of rows that are no multiples of 16 bytes: a span, the values of a plane, of some rows of it or of
-// a part of one row, lies contiguously in memory and is copied as the aligned 16-byte pieces that cover it; its values
-// move to their places inside shared memory. Tensors start at multiples of 16 bytes.
+// Asynchronous copies of rows that are no multiples of 16 bytes: a span, the values of a plane, of some rows of it or
+// of a part of one row, lies contiguously in memory and is copied as the aligned 16-byte pieces that cover it; its
+// values move to their places inside shared memory. Tensors start at multiples of 16 bytes.
 #pragma once
 #include "device.cuh"
 
@@ -29,8 +29,8 @@ __device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
   return make_uint4(keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6));
 }
 
-// `count` <= 8 values of a span in shared memory from `element` on, then zeros. Two 16-byte loads and 15 selections: five
-// 4-byte loads would take fewer instructions, but lanes 16 bytes apart meet in the same banks.
+// `count` <= 8 values of a span in shared memory from `element` on, then zeros. Two 16-byte loads and 15 selections:
+// five 4-byte loads would take fewer instructions, but lanes 16 bytes apart meet in the same banks.
 __device__ __forceinline__ uint4 load_from_span(const void* span, int element, int count) {
   const uint4* const pieces = static_cast<const uint4*>(span) + (element >> 3);
   const uint4 low = pieces[0];

@@ -218,9 +218,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   }
 
   // where every item is alike: the byte at which its first plane starts
-  const auto first_plane = [&](int item) {
-    return 2 * (static_cast<int64_t>(item) * plan.images * plan.c + c) * plan.h * plan.w;
-  };
+  const auto first_plane = [&](int item) { return item * plan.item_step + c * plan.plane_step; };
   const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
 
   const auto copy = [&](int item, int stage) {

@@ -102,6 +102,8 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
       q.a_offset = kStages * q.tile_bytes;
       q.strips_at = kStages * q.tile_bytes * tensors;
     }
+    q.plane_step = 2 * static_cast<int64_t>(s.h) * s.w;
+    q.item_step = q.images * s.c * q.plane_step;
     q.shared_bytes =
         q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
   }

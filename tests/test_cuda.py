@@ -316,6 +316,19 @@ def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+def test_bias_gradient_where_the_mean_of_dy_is_below_its_last_place(memory_format, device):
+    """dy minus its mean is dy again, for each dy: an error that grows with their number."""
+    (dy, a), norm = _inputs((32, 8, 32, 32), torch.float32, memory_format, device)
+    dy = (1 + torch.rand_like(dy)).copysign(dy)
+    bias = torch.randn(8, device=device)
+    sums = torch.full_like(bias, 32 * 32 * 32 * 2.0**-25), torch.zeros_like(bias)
+    matrix, wide = torch.randn(8, 8, 1, 1, device=device), _wide(dy, a, norm, sums)
+    da = reference._da(wide[0], wide[1], "identity", wide[2], wide[3])
+    _, _, db = cuda.pointwise_backward(dy, a, None, matrix, bias, "identity", norm, sums, (False, False, True))
+    assert (db.double() - da.sum((0, 2, 3))).norm() <= _pairwise_bound(da)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [(2, 64, 9, 16), (4, 16, 32, 32)], ids=str)
 def test_variance_of_one_value_among_zeros(shape, memory_format, device):
     """relu leaves one value of a channel: the squares of all others round alike where they are added to its own one by one."""

@@ -59,7 +59,7 @@ def kernels(module, architecture) -> list[sass.Kernel]:
 
 
 def test_no_kernel_spills_or_uses_local_memory(resources, architecture):
-    # 20 kernels spill 8 or 16 bytes on sm_86, 89, 100 or 120, which no header speaks of
+    # a few kernels spill 8 to 16 bytes (the float32 GEMM 100) on sm_86, 89, 100 or 120, which no header speaks of
     found = [r for r in resources if r.architecture == architecture]
     assert len(found) > 50
     assert sass.in_local_memory(found) == []

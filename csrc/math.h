@@ -117,7 +117,7 @@ CONVMIXER_D ValueAndGrad fast_activation_and_grad(float x) {
     const float x2 = x * x, z = x * fmaf(x2, -0.10294324f, -2.3022082f);
     const float s = fast_reciprocal(1.f + fast_exp2(z)), value = x * s;
     // d(inner)/dx of the sigmoid's argument
-    const float slope = fmaf(x2, 0.21406859f, 1.5957691f);
+    const float slope = fmaf(x2, 0.21406445f, 1.5957691f);
     return {value, fmaf(value * (1.f - s), slope, s)};
   }
 }

@@ -64,7 +64,14 @@ DEPTHWISE_CASES = [
             ((2, 2, 40, 24), 31),
             ((1, 2, 9, 136), (4, 13)),
             ((2, 3, 20, 16), (12, 7)),
+            # 47.8 KB of dynamic shared memory, which static arrays bring above the 48 that need no asking
+            ((2, 1, 40, 40), 11),
         )
+    ),
+    # rows off 16 bytes, copied as spans: tiles of rows and of columns, several images, tensors that end inside of 16 bytes
+    *(
+        _depthwise(shape, k, dtype=torch.bfloat16)
+        for shape, k in (((2, 2, 70, 35), 9), ((1, 3, 5, 131), 9), ((1, 2, 20, 147), 11), ((20, 2, 6, 14), 13))
     ),
     *(_depthwise((1, 8, 12, 13), k, dtype=torch.float16, memory_format="channels_last") for k in (3, 4, 11, (6, 3))),
     *(_depthwise((2, 4, 12, 13), k) for k in (1, 4, 11, (3, 10))),
@@ -118,6 +125,35 @@ def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
     """As on GPUs with 100 or 164 KB a multiprocessor: 8 channels a block instead of 16."""
     monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
     monkeypatch.setenv("EMU_SHARED_KB", "100")
+    for cache in (cuda._native, cuda._size):
+        cache.cache_clear()
+    try:
+        check_case(case, "cuda", pool=1)
+    finally:
+        for cache in (cuda._native, cuda._size):
+            cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # whole images by 16 bytes and by 8; tiles of rows of spans; whole images of spans; columns
+        _depthwise(shape, 9, dtype=torch.bfloat16, memory_format=memory_format)
+        for shape, memory_format in (
+            ((14, 2, 16, 16), "contiguous"),
+            ((9, 2, 12, 12), "contiguous"),
+            ((2, 2, 70, 35), "contiguous"),
+            ((40, 2, 7, 7), "contiguous"),
+            ((2, 2, 3, 131), "contiguous"),
+            ((9, 16, 16, 16), "channels_last"),
+        )
+    ],
+    ids=str,
+)
+def test_blocks_that_walk_through_several_items(case, monkeypatch):
+    """As large tensors make them do: stages change, copies run ahead."""
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    monkeypatch.setenv("EMU_BLOCKS", "1")
     for cache in (cuda._native, cuda._size):
         cache.cache_clear()
     try:
@@ -277,6 +313,19 @@ def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
     count = h.numel() // c
     assert (mean.double() - exact_mean).norm() * count <= _pairwise_bound(h)
     assert (var.double() - exact_var).norm() * count <= _pairwise_bound((h - _per_channel(exact_mean)).square())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_bias_gradient_where_the_mean_of_dy_is_below_its_last_place(memory_format, device):
+    """dy minus its mean is dy again, for each dy: an error that grows with their number."""
+    (dy, a), norm = _inputs((32, 8, 32, 32), torch.float32, memory_format, device)
+    dy = (1 + torch.rand_like(dy)).copysign(dy)
+    bias = torch.randn(8, device=device)
+    sums = torch.full_like(bias, 32 * 32 * 32 * 2.0**-25), torch.zeros_like(bias)
+    matrix, wide = torch.randn(8, 8, 1, 1, device=device), _wide(dy, a, norm, sums)
+    da = reference._da(wide[0], wide[1], "identity", wide[2], wide[3])
+    _, _, db = cuda.pointwise_backward(dy, a, None, matrix, bias, "identity", norm, sums, (False, False, True))
+    assert (db.double() - da.sum((0, 2, 3))).norm() <= _pairwise_bound(da)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -59,7 +59,7 @@ def kernels(module, architecture) -> list[sass.Kernel]:
 
 
 def test_no_kernel_spills_or_uses_local_memory(resources, architecture):
-    # 20 kernels spill 8 or 16 bytes on sm_86, 89, 100 or 120, which no header speaks of
+    # a few kernels spill 8 to 16 bytes (the float32 GEMM 100) on sm_86, 89, 100 or 120, which no header speaks of
     found = [r for r in resources if r.architecture == architecture]
     assert len(found) > 50
     assert sass.in_local_memory(found) == []
@@ -75,9 +75,9 @@ def test_tensor_core_kernels_hold_what_they_are_for(kernels):
 def test_occupancy_and_the_committed_table(kernels, architecture, resources):
     """Registers and shared memory allow the blocks that the headers claim; docs/cuda-kernels.md is of these kernels."""
     committed = json.loads((static_cuda.RESULTS / "cuda-static.json").read_text())
-    committed = {(r["op"], r["layout"], r["dtype"]): r for r in committed if r["architecture"] == architecture}
+    committed = {(r["name"], r["layout"], r["dtype"]): r for r in committed if r["architecture"] == architecture}
     for row in static_cuda.rows(kernels, resources):
-        label = row["op"], row["layout"], row["dtype"]
+        label = row["name"], row["layout"], row["dtype"]
         if architecture == "sm_90a":
             assert row["blocks"] >= row["blocks_claimed"], label
         assert row["spilled_bytes"] == 0, label

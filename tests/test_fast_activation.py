@@ -52,7 +52,10 @@ def _exact(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 def test_every_16_bit_number(name, dtype, library):
-    """Absolute error at most 1e-5 of the value and of the derivative."""
+    """Absolute error at most 1e-5 of the value and of the derivative.
+
+    gelu_tanh only rounds: 5e-7 up to 2, where what cancels in its derivative does not hide a wrong constant.
+    """
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
     x = x[x.isfinite()]
     assert x.numel() > 60000
@@ -64,8 +67,10 @@ def test_every_16_bit_number(name, dtype, library):
     getattr(library, name)(ctypes.c_void_p(x.data_ptr()), x.numel(), *addresses)
     exact, exact_grad = _exact(name, x.double())
     assert torch.equal(value, value_too)
-    assert (value.double() - exact).abs().max() <= 1e-5
-    assert (grad.double() - exact_grad).abs().max() <= 1e-5
+    for result, truth in ((value, exact), (grad, exact_grad)):
+        error = (result.double() - truth).abs()
+        assert error.max() <= 1e-5
+        assert name == "gelu" or error[x.abs() <= 2].max() <= 5e-7
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])

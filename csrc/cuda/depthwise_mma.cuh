@@ -27,14 +27,20 @@ struct Plan {
   int tile_rows;                       // input rows per image: rows + kernel rows - 1
   int pitch, plane_bytes, tile_bytes;  // bytes: a row, an image and all images of a channel's input tile
   int row_lo, row_count, chunk_lo, chunk_count;  // the part of the tile that copies write; the rest stays zero
-  int raw_chunk, raw_bytes;                      // channels_last: bytes of 8 pixels x G channels, and of the raw stage
-  int table_bytes;                               // weights of one channel
-  int pieces;                                    // 16-byte pieces of an item where every item is laid out alike, else 0
-  int items, splits;                             // items per channel (group), and blocks that share them
-  int strips, groups;                            // 16-row strips and column groups of NT tiles of an item
+  int raw_chunk,
+      raw_bytes;  // bytes of channels_last's 8 pixels x G channels, and of a raw stage (of spans: of a tensor)
+  // contiguous, bytes: the tiles of stage 0, from one stage's to the next, from x's to a's (da's); the strips
+  int tiles_at, tile_step, a_offset, strips_at;
+  int spans, span_pieces;         // contiguous, odd W: spans of an item and pieces of one, else 0
+  int64_t total;                  // values of the tensor
+  int64_t item_step, plane_step;  // contiguous: bytes from an item's first plane to the next item's; of a plane
+  int table_bytes;                // weights of one channel
+  int pieces;                     // 16-byte pieces of an item where every item is laid out alike, else 0
+  int items, splits;              // items per channel (group), and blocks that share them
+  int strips, groups;             // 16-row strips and column groups of NT tiles of an item
   int shared_bytes;
   int granule;  // values in the widest aligned global access: 8, 4, 2 or 1
-  FastDiv by_rows, by_tiles, by_groups, by_copy_rows, by_copy_chunks, by_bands, by_column_tiles;
+  FastDiv by_rows, by_tiles, by_groups, by_copy_rows, by_copy_chunks, by_bands, by_column_tiles, by_span_pieces;
 };
 
 struct Args {

@@ -3,14 +3,18 @@
 // blockIdx.y, blockIdx.y + splits, ...; an item is some images, or a band of rows and columns of one. Three stages of
 // the input tile: two in flight while one is computed, one barrier an item. The input gradient turns dy and a into da
 // in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
-// 16-byte stores. W % 8 != 0: the same tile, by copies and stores of 8 or 4 bytes, or value by value where W is odd.
+// 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh),
+// two stages of them in flight, and one tile, to which a second barrier an item leads; neighbouring lanes store
+// neighbouring values. Even W stay with short copies: four of 4 bytes cost 16 instructions a piece, a span's way 35.
 #pragma once
 #include "depthwise_mma.cuh"
+#include "spans.cuh"
 
 namespace convmixer {
 namespace mma {
 
 constexpr int kContiguousWarps = 4;
+constexpr int kSpanStages = kStages - 1;
 
 __host__ __device__ constexpr int round_up_to(int a, int b) { return (a + b - 1) / b * b; }
 
@@ -81,22 +85,84 @@ __device__ __forceinline__ void copy_piece(unsigned char* to, const T* from, int
   } else if (granule == 4) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) cp_async<8>(to + 2 * i, i < count ? from + index + i : from, i < count ? 8 : 0);
-  } else if (granule == 2) {
+  } else {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) cp_async<4>(to + 2 * i, i < count ? from + index + i : from, i < count ? 4 : 0);
-  } else {
-    uint32_t w[4] = {0, 0, 0, 0};
-    const uint16_t* const values = reinterpret_cast<const uint16_t*>(from) + index;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) w[i / 2] |= static_cast<uint32_t>(values[i]) << (16 * (i & 1));
-    store16(to, make_uint4(w[0], w[1], w[2], w[3]));
   }
 }
 
+// ---- spans: W is odd ---------------------------------------------------------------------------------------------
+
+// A span of an item: all its rows of one image or, where it is a tile of columns, its part of one row.
+struct Span {
+  int64_t start;  // element
+  int length;     // 0: outside of the tensor
+};
+template <int S, bool SINGLE>
+__device__ __forceinline__ Span span_of(const Plan& plan, const Item& item, int c, int index) {
+  if (SINGLE || plan.column_tiles == 1) {
+    const int n = item.image + index, first = max(0, item.row - plan.top);
+    const int last = min(plan.h, item.row - plan.top + plan.tile_rows);
+    return {((static_cast<int64_t>(n) * plan.c + c) * plan.h + first) * plan.w,
+            n < plan.n ? (last - first) * plan.w : 0};
+  }
+  const int y = item.row - plan.top + index, first = max(0, item.column - 8 * S);
+  const int last = min(plan.w, item.column + 8 * (plan.chunks - S));
+  return {((static_cast<int64_t>(item.image) * plan.c + c) * plan.h + y) * plan.w + first,
+          y >= 0 && y < plan.h ? last - first : 0};
+}
+
+template <class T, int S, bool SINGLE>
+__device__ __forceinline__ void copy_spans(const Plan& plan, const Item& item, int c, const T* from,
+                                           unsigned char* raw) {
+  for (int q = threadIdx.x; q < plan.spans * plan.span_pieces; q += 32 * kContiguousWarps) {
+    uint32_t piece;
+    const Span span = span_of<S, SINGLE>(plan, item, c, plan.by_span_pieces.divmod(q, piece));
+    const int64_t at = (span.start & ~int64_t(7)) + 8 * static_cast<int>(piece);
+    if (span.length > 0 && at < span.start + span.length) copy_span_piece(raw + 16 * q, from + at, from + plan.total);
+  }
+}
+
+// From the spans to the tiles: x (dy) and, in the input gradient, da behind it.
+template <class T, int S, bool SINGLE>
+__device__ __forceinline__ void place_spans(const Plan& plan, const Item& item, int c, const unsigned char* raw,
+                                            const unsigned char* raw_a, unsigned char* x_tile, unsigned char* da_tile,
+                                            const Affine& k, int activation) {
+  const int total = plan.images * plan.row_count * plan.chunk_count;
+  for (int q = threadIdx.x; q < total; q += 32 * kContiguousWarps) {
+    uint32_t chunk, row;
+    const int image = plan.by_copy_rows.divmod(plan.by_copy_chunks.divmod(q, chunk), row);
+    chunk += plan.chunk_lo;
+    row += plan.row_lo;
+    const int y = item.row + static_cast<int>(row) - plan.top;
+    const int x = SINGLE ? 8 * chunk : item.column + 8 * (static_cast<int>(chunk) - S);
+    const bool inside = item.image + image < plan.n && y >= 0 && y < plan.h && x >= 0 && x < plan.w;
+    const int offset = image * plan.plane_bytes + static_cast<int>(row) * plan.pitch + static_cast<int>(chunk) * 16;
+    const int count = min(8, plan.w - x);
+    uint4 v = make_uint4(0, 0, 0, 0), da = v;
+    if (inside) {
+      const bool whole = SINGLE || plan.column_tiles == 1;
+      const int index = whole ? image : static_cast<int>(row);
+      const Span span = span_of<S, SINGLE>(plan, item, c, index);
+      const int first = (static_cast<int>(span.start) & 7) +
+                        (whole ? (y - max(0, item.row - plan.top)) * plan.w + x : x - max(0, item.column - 8 * S));
+      const int span_offset = 16 * plan.span_pieces * index;
+      v = load_from_span(raw + span_offset, first, count);
+      if (raw_a != nullptr) {
+        da = grad_through_block<T>(v, load_from_span(raw_a + span_offset, first, count), k, activation);
+        da = keep_first(da, count);
+      }
+    }
+    store16(x_tile + offset, v);
+    if (raw_a != nullptr) store16(da_tile + offset, da);
+  }
+}
+
+// ---- stores --------------------------------------------------------------------------------------------------------
+
 // Values [from, to) of 8 staged outputs; both are multiples of the granule.
 template <class T>
-__device__ __forceinline__ void store_piece(T* to, const T* staged, uint4 v, int from, int end, int granule) {
+__device__ __forceinline__ void store_piece(T* to, uint4 v, int from, int end, int granule) {
   if (granule >= 4) {
     if (granule == 8 && from == 0 && end == 8) {
       store16(to, v);
@@ -104,22 +170,12 @@ __device__ __forceinline__ void store_piece(T* to, const T* staged, uint4 v, int
       if (from == 0 && end >= 4) *reinterpret_cast<uint2*>(to) = make_uint2(v.x, v.y);
       if (end == 8) *reinterpret_cast<uint2*>(to + 4) = make_uint2(v.z, v.w);
     }
-  } else if (granule == 2) {
+  } else {
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 8; i += 2)
       if (i >= from && i < end) *reinterpret_cast<uint32_t*>(to + i) = w[i / 2];
-  } else {
-#pragma unroll 1
-    for (int i = from; i < end; ++i) to[i] = staged[i];
   }
-}
-
-// The first `count` of 8 values, then zeros.
-__device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
-  if (count >= 8) return v;
-  const auto keep = [count](uint32_t w, int i) { return count >= i + 2 ? w : (count == i + 1 ? w & 0xffffu : 0u); };
-  return make_uint4(keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6));
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
@@ -133,12 +189,10 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   const bool transforms = GRAD && p.a != nullptr;
   const T* x = static_cast<const T*>(p.x);
   const T* a = static_cast<const T*>(p.a);
-  unsigned char* const stages = shared;
-  unsigned char* const a_stages = transforms ? stages + kStages * plan.tile_bytes : stages;
-  const int a_offset = static_cast<int>(a_stages - stages);
+  const bool spans = plan.spans > 0;
   // every item alike and aligned: copies and stores follow the list of pieces
   const bool listed = plan.pieces > 0 && plan.granule == 8;
-  unsigned char* const strips = a_stages + kStages * plan.tile_bytes;
+  unsigned char* const strips = shared + plan.strips_at;
   unsigned char* const strip_out = strips + warp * Strip::bytes;
   Piece* const pieces = reinterpret_cast<Piece*>(strips + kContiguousWarps * Strip::bytes);
   T* const table = reinterpret_cast<T*>(pieces + plan.pieces);
@@ -163,30 +217,33 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
     for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
   }
 
-  // where every item is alike: its first plane, in bytes, of the next copy and of the next outputs
-  const int64_t first = 2 * (static_cast<int64_t>(split) * plan.images * plan.c + c) * plan.h * plan.w;
-  const int64_t step = 2 * static_cast<int64_t>(plan.splits) * plan.images * plan.c * plan.h * plan.w;
-  const unsigned char* x_next = static_cast<const unsigned char*>(p.x) + first;
+  // where every item is alike: the byte at which its first plane starts
+  const auto first_plane = [&](int item) { return item * plan.item_step + c * plan.plane_step; };
   const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
 
   const auto copy = [&](int item, int stage) {
     if (item < plan.items && listed) {
       const uint32_t limit = place_limit(plan.n - item * plan.images);
-      unsigned char* const to = stages + stage * plan.tile_bytes;
+      unsigned char* const to = shared + stage * plan.tile_bytes;
+      const unsigned char* const from = static_cast<const unsigned char*>(p.x) + first_plane(item);
 #pragma unroll 2
       for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
         const Piece piece = pieces[q];
         if (piece.place >= limit) continue;
-        cp_async<16>(to + (piece.place & 0xffff), x_next + piece.distance);
-        if (transforms) cp_async<16>(to + a_offset + (piece.place & 0xffff), x_next + a_distance + piece.distance);
+        cp_async<16>(to + (piece.place & 0xffff), from + piece.distance);
+        if (transforms) cp_async<16>(to + plan.a_offset + (piece.place & 0xffff), from + a_distance + piece.distance);
       }
+    } else if (item < plan.items && spans) {
+      const Item at = locate(plan, item);
+      copy_spans<T, S, SINGLE>(plan, at, c, x, shared + stage * plan.raw_bytes);
+      if (transforms) copy_spans<T, S, SINGLE>(plan, at, c, a, shared + (kSpanStages + stage) * plan.raw_bytes);
     } else if (item < plan.items) {
+      unsigned char* const to = shared + stage * plan.tile_bytes;
       for_each_piece<S, SINGLE>(plan, pieces, locate(plan, item), c, [&](int offset, int64_t index, int count) {
-        copy_piece(stages + stage * plan.tile_bytes + offset, x, index, count, plan.granule);
-        if (transforms) copy_piece(a_stages + stage * plan.tile_bytes + offset, a, index, count, plan.granule);
+        copy_piece(to + offset, x, index, count, plan.granule);
+        if (transforms) copy_piece(to + plan.a_offset + offset, a, index, count, plan.granule);
       });
     }
-    x_next += step;
     cp_async_commit();
   };
 
@@ -197,10 +254,16 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   for (int current = split; current < plan.items; current += plan.splits) {
     const Item item = locate(plan, current);
     const uint32_t limit = place_limit(plan.n - item.image);
-    const unsigned char* const x_tile = stages + stage * plan.tile_bytes;
-    unsigned char* const tile = a_stages + stage * plan.tile_bytes;
+    unsigned char* const x_tile = shared + plan.tiles_at + stage * plan.tile_step;
+    unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
     cp_async_wait<kStages - 2>();
-    if (transforms) {
+    if (spans) {
+      // every thread's pieces are there, and every warp is done with the tiles
+      __syncthreads();
+      const unsigned char* const raw = shared + stage * plan.raw_bytes;
+      place_spans<T, S, SINGLE>(plan, item, c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr, x_tile,
+                                tile, affine, p.activation);
+    } else if (transforms) {
       const Affine k = affine;
       for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
         uint4 da = make_uint4(0, 0, 0, 0);
@@ -213,7 +276,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
     }
     // also: every warp is done with the stage that the next copy fills
     __syncthreads();
-    copy(current + (kStages - 1) * plan.splits, stage == 0 ? kStages - 1 : stage - 1);
+    copy(current + (kStages - 1) * plan.splits, spans ? stage : stage == 0 ? kStages - 1 : stage - 1);
 
     for (int unit = warp; unit < plan.strips * plan.groups; unit += kContiguousWarps) {
       uint32_t group = 0;
@@ -261,9 +324,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
       }
       __syncwarp();
       if (SINGLE && listed) {
-        // x_next is kStages items ahead
-        unsigned char* const y_first =
-            static_cast<unsigned char*>(p.y) + (x_next - static_cast<const unsigned char*>(p.x) - kStages * step);
+        unsigned char* const y_first = static_cast<unsigned char*>(p.y) + first_plane(current);
 #pragma unroll
         for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
           const int q = lane + 32 * k, row = q / NT, block = q % NT;
@@ -274,6 +335,26 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
           const uint4 out = load16(strip_out + row * Strip::pitch + 16 * block);
           trace = trace_finite16<T>(trace, out);
           store16(y_first + piece.distance, out);
+        }
+        __syncwarp();
+        continue;
+      }
+      if (spans) {
+        // the strip's columns but the halves that are its neighbours'
+        constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
+        const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
+#pragma unroll 4
+        for (int r = lane / kColumns; r < 16; r += kRows) {
+          uint32_t row;
+          const int v = 16 * strip + r, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+          row += item.row;
+          if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w)
+            continue;
+          const uint16_t out =
+              reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch + (SINGLE ? 0 : 8))[lane % kColumns];
+          trace = trace_finite<T>(trace, out);
+          const int64_t plane = static_cast<int64_t>(n) * plan.c + c;
+          static_cast<uint16_t*>(p.y)[(plane * plan.h + row) * plan.w + x] = out;
         }
         __syncwarp();
         continue;
@@ -301,14 +382,13 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
           to = min(to, plan.w - first);
         }
         if (from >= to) continue;
-        const T* const staged = reinterpret_cast<const T*>(strip_out + r * Strip::pitch + 16 * piece);
-        const uint4 out = load16(staged);
+        const uint4 out = load16(strip_out + r * Strip::pitch + 16 * piece);
         trace = trace_finite16<T>(trace, out);
-        store_piece(static_cast<T*>(p.y) + index, staged, out, from, to, plan.granule);
+        store_piece(static_cast<T*>(p.y) + index, out, from, to, plan.granule);
       }
       __syncwarp();
     }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    stage = stage == (spans ? kSpanStages : kStages) - 1 ? 0 : stage + 1;
   }
 
   if (__syncthreads_or(!was_finite<T>(trace)))

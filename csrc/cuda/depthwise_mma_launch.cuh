@@ -22,6 +22,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   if (s.dtype == kFloat32 || kh > 31 || kw > 31 || s.n > 1 << 28 || s.c > 1 << 28) return false;
   q = Plan();
   q.n = static_cast<int>(s.n), q.c = static_cast<int>(s.c), q.h = s.h, q.w = s.w, q.kh = kh, q.kw = kw;
+  q.total = s.n * s.c * s.h * s.w;
   q.top = grad ? kh / 2 : (kh - 1) / 2;
   q.left = grad ? kw / 2 : (kw - 1) / 2;
   v.s = kw <= 9 ? 1 : kw <= 25 ? 2 : 3;
@@ -73,7 +74,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
   for (v.channels = v.kh > 0 ? 16 : 8;; v.channels = 8) {
     const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
-    const int64_t wanted_blocks = s.channels_last ? 264 : 1056;
+    const int64_t wanted_blocks = enough_blocks(s.channels_last ? 264 : 1056);
     int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
     per_block = std::max(per_block, (items + 65534) / 65535);
     q.splits = static_cast<int>((items + per_block - 1) / per_block);
@@ -86,9 +87,25 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
     if (v.channels == 8 || 2 * (q.shared_bytes + 1024) <= shared_of_multiprocessor()) break;
   }
   if (!s.channels_last) {
-    const int strip = 16 * 16 * ((v.single ? v.nt : v.nt + 1) | 1);
-    q.shared_bytes = kStages * q.tile_bytes * (transforms ? 2 : 1) + kContiguousWarps * strip +
-                     q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
+    const int strip = 16 * 16 * ((v.single ? v.nt : v.nt + 1) | 1), tensors = transforms ? 2 : 1;
+    if (s.w % 2 != 0) {
+      q.spans = q.column_tiles == 1 ? q.images : q.tile_rows;
+      q.span_pieces = span_pieces(q.column_tiles == 1 ? std::min(q.h, q.tile_rows) * q.w : std::min(q.w, 8 * q.chunks));
+      q.by_span_pieces = FastDiv(q.span_pieces);
+      q.raw_bytes = 16 * q.spans * q.span_pieces;
+      q.pieces = 0;
+      q.tiles_at = kSpanStages * q.raw_bytes * tensors;
+      q.a_offset = q.tile_bytes;
+      q.strips_at = q.tiles_at + q.tile_bytes * tensors;
+    } else {
+      q.tile_step = q.tile_bytes;
+      q.a_offset = kStages * q.tile_bytes;
+      q.strips_at = kStages * q.tile_bytes * tensors;
+    }
+    q.plane_step = 2 * static_cast<int64_t>(s.h) * s.w;
+    q.item_step = q.images * s.c * q.plane_step;
+    q.shared_bytes =
+        q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
   }
   q.by_rows = FastDiv(q.rows), q.by_tiles = FastDiv(q.tiles), q.by_groups = FastDiv(q.groups);
   // channels_last transposes whole tiles, zeros included
@@ -98,11 +115,12 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   return q.shared_bytes <= max_dynamic_shared();
 }
 
+inline uintptr_t address_bits(const Args& p) {
+  return reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.y);
+}
 // How wide the tensors can be accessed: their innermost size and addresses decide.
 inline int widest_access(const Args& p, bool channels_last) {
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.a) |
-                         reinterpret_cast<uintptr_t>(p.y) |
-                         2 * static_cast<uintptr_t>(channels_last ? p.plan.c : p.plan.w);
+  const uintptr_t bits = address_bits(p) | 2 * static_cast<uintptr_t>(channels_last ? p.plan.c : p.plan.w);
   return bits % 16 == 0 ? 8 : bits % 8 == 0 ? 4 : bits % 4 == 0 ? 2 : 1;
 }
 
@@ -150,6 +168,7 @@ int launch_large(const Args& p, const Variant& v, bool channels_last, cudaStream
 
 template <class T, bool GRAD>
 int launch(Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
+  if (!channels_last && address_bits(p) % 16 != 0) return cudaErrorInvalidValue;
   p.plan.granule = widest_access(p, channels_last);
   if (v.kh == 9) return launch_small<T, GRAD, 9>(p, v, channels_last, stream);
   if (v.kh == 7) return launch_small<T, GRAD, 7>(p, v, channels_last, stream);

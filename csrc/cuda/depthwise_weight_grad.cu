@@ -87,17 +87,32 @@ void plan_block_kernel(Plan& p, int together) {
   p.channels_together = octets ? kMaxChannels : std::min(together, 2);
   choose_columns(p, p.channels_last ? 64 : 128);
   // octets: a lies beside dy until da is made; two blocks on a multiprocessor with 164 KB
-  // asynchronous: two stages of that
-  const bool async = together == 0;
+  // asynchronous: two stages of that, or of spans beside it
+  const bool async = together == 0, spans = async && p.w % 8 != 0, whole = p.col_tiles.divisor == 1;
+  const auto span_pitches = [&](int rows, int x_rows) {
+    p.x_span = 8 * span_pieces(whole ? x_rows * p.w : std::min(p.w, p.x_pitch));
+    p.d_span = 8 * span_pieces(whole ? rows * p.w : p.tile_cols);
+  };
   choose_rows(p,
               async    ? 76 << 10
               : octets ? 56 << 10
                        : 40 << 10,
               [&](int images, int rows, int x_rows) {
-                const int d_tiles = octets || async ? 2 : 1, stages = async ? 2 : 1;
-                return 2 * stages * p.channels *
-                       (images * x_rows * p.x_pitch + d_tiles * round_up(images * rows, 16) * p.d_pitch);
+                const int d_tiles = octets || async ? 2 : 1, stages = async && !spans ? 2 : 1;
+                const int tiles = 2 * stages * p.channels *
+                                  (images * x_rows * p.x_pitch + d_tiles * round_up(images * rows, 16) * p.d_pitch);
+                if (!spans) return tiles;
+                span_pitches(rows, x_rows);
+                return tiles + 4 * images * ((whole ? 1 : x_rows) * p.x_span + 2 * (whole ? 1 : rows) * p.d_span);
               });
+  if (spans) {
+    // of one image where the unit is several
+    span_pitches(p.tile_rows, p.x_rows / p.pack);
+    p.x_raw = (whole ? p.pack : p.x_rows) * p.x_span;
+    p.d_raw = p.pack * (whole ? 1 : p.tile_rows) * p.d_span;
+    p.x_pieces = FastDiv(p.x_span / 8);
+    p.d_pieces = FastDiv(p.d_span / 8);
+  }
   // an odd number of 16 bytes, so that the channels that a warp writes together lie in different banks
   p.x_plane = odd_pitch(p.x_rows * p.x_pitch);
   p.d_plane = odd_pitch(p.d_rows * p.d_pitch);
@@ -154,8 +169,9 @@ int shared_bytes(const Plan& p) {
   if (p.kernel == Kernel::kBlock) {
     const int warps = p.groups * p.channels * p.slices;
     const bool async = p.channels_together == 0;
-    const int d_tiles = p.channels_together == kMaxChannels || async ? 2 : 1, stages = async ? 2 : 1;
-    const int loop = 2 * (p.x_pitch + stages * p.channels * (p.x_plane + d_tiles * p.d_plane) + 16);
+    const int d_tiles = p.channels_together == kMaxChannels || async ? 2 : 1, stages = async && p.x_raw == 0 ? 2 : 1;
+    const int raw = 2 * (p.x_raw + 2 * p.d_raw);
+    const int loop = 2 * (p.x_pitch + stages * p.channels * (p.x_plane + d_tiles * p.d_plane) + raw + 16);
     return std::max(loop, 4 * (warps * p.blocks * 128 + p.slices * p.channels * taps));
   }
   const int loop = 2 * (p.x_pitch + kWarpKernelWarps * p.warp_elements + 16);
@@ -188,8 +204,7 @@ Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
     if (shared_bytes(warps) <= kMostShared) return warps;
   }
   const bool octets = p.c % kMaxChannels == 0 && alignment >= 16, pairs = p.c % 2 == 0 && alignment >= 4;
-  const bool async = p.w % 8 == 0 && alignment >= 16;
-  plan_block_kernel(p, p.channels_last ? (octets ? kMaxChannels : pairs ? 2 : 1) : (async ? 0 : 1));
+  plan_block_kernel(p, p.channels_last ? (octets ? kMaxChannels : pairs ? 2 : 1) : alignment >= 16 ? 0 : 1);
   return p;
 }
 

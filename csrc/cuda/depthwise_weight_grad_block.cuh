@@ -2,10 +2,12 @@
 // The depthwise weight gradient for every shape, kernel size and layout: a block owns `channels` channels and every
 // parts-th unit of images, loads x, computes da on the way into shared memory, and its warps split the kernel rows
 // (groups), the channels, and the K steps and column tiles (slices). One part of dw and db per block. Contiguous
-// tensors are read by pairs of columns; channels_last ones by 4 bytes of 2 channels or, for kernels up to 9x9, by 16
-// bytes of 8, which an 8x8 transpose in registers turns into columns.
+// tensors are copied asynchronously, one unit ahead of the one at work: to their places where W % 8 == 0, else as spans
+// (spans.cuh); channels_last ones are read by 4 bytes of 2 channels or, for kernels up to 9x9, by 16 bytes of 8, which
+// an 8x8 transpose in registers turns into columns.
 #pragma once
 #include "depthwise_weight_grad_tile.cuh"
+#include "spans.cuh"
 
 namespace convmixer {
 namespace weight_grad {
@@ -31,7 +33,7 @@ __device__ __forceinline__ void load_columns(const T* source, int64_t column_str
 }
 
 // Pairs of columns that a thread has loaded before it uses the first, of x and of dy and a.
-constexpr int kBatchX = 4, kBatchD = 4;
+constexpr int kBatchX = 4, kBatchD = 3;
 
 // x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
 template <int CHANNELS, class T>
@@ -212,6 +214,86 @@ __device__ __forceinline__ void copy_async(const Plan& p, const Unit& u, const T
   }
 }
 
+// ---- spans: contiguous tensors with W % 8 != 0, one channel a block -------------------------------------------------
+
+// Equally long spans of a unit: all rows of an image or, of a tile of columns, one row's part.
+struct Spans {
+  int64_t start;  // the first one's first element
+  int rows, columns;
+};
+__device__ __forceinline__ Spans x_spans(const Plan& p, const Unit& u, int64_t plane) {
+  const int first = max(0, u.c0 - p.shift);
+  return {plane + u.image * p.strides.image + int64_t(u.x0) * p.w + first, u.x_rows,
+          min(p.w, u.c0 - p.shift + p.x_pitch) - first};
+}
+__device__ __forceinline__ Spans d_spans(const Plan& p, const Unit& u, int64_t plane) {
+  return {plane + u.image * p.strides.image + int64_t(u.y0) * p.w + u.c0, u.rows, u.cols};
+}
+// Of the span that holds row `row` of image `image`: its number, and its first element.
+__device__ __forceinline__ int span_index(const Plan& p, int image, int row) {
+  return p.col_tiles.divisor == 1 ? image : row;
+}
+__device__ __forceinline__ int64_t span_start(const Plan& p, const Spans& s, int index) {
+  if (p.col_tiles.divisor == 1) return s.start + index * p.strides.image;
+  const int image = image_of(p, index);
+  return s.start + image * p.strides.image + int64_t(index - image * s.rows) * p.w;
+}
+
+template <class T>
+__device__ __forceinline__ void copy_spans(const Plan& p, const Spans& s, int images, const FastDiv& by_pieces,
+                                           const T* tensor, T* raw) {
+  const bool whole = p.col_tiles.divisor == 1;
+  const int count = (whole ? images : images * s.rows) * int(by_pieces.divisor);
+  const int length = whole ? s.rows * p.w : s.columns;
+  const T* const end = tensor + p.n * p.c * p.h * p.w;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    uint32_t piece;
+    const int64_t start = span_start(p, s, by_pieces.divmod(i, piece));
+    const int64_t at = (start & ~int64_t(7)) + 8 * int(piece);
+    if (at < start + length) copy_span_piece(raw + 8 * i, tensor + at, end);
+  }
+}
+
+// `count` <= 8 values, then zeros, of row `row` (counted over the images) from the span's column `column` on.
+template <class T>
+__device__ __forceinline__ uint4 load_row(const Plan& p, const Spans& s, const T* raw, int pitch, int image, int row,
+                                          int column, int count) {
+  const int index = span_index(p, image, row);
+  const int above = p.col_tiles.divisor == 1 ? (row - image * s.rows) * p.w : 0;
+  return load_from_span(raw + index * pitch, (int(span_start(p, s, index)) & 7) + above + column, count);
+}
+
+// From the spans to the tiles; zeros beside the image and in the padding rows.
+template <class T>
+__device__ __forceinline__ void place_spans(const Plan& p, const Unit& u, int64_t plane, bool has_a, const T* raw,
+                                            T* x_tile, T* d_tile, T* a_tile) {
+  const Spans x = x_spans(p, u, plane), d = d_spans(p, u, plane);
+  const int quads = p.x_pitch / 4, x_count = u.images * u.x_rows * quads;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < x_count; i += blockDim.x) {
+    const int row = int(p.x_quads.div(i)), quad = i - row * quads, column = u.c0 - p.shift + 4 * quad;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (unsigned(column) < unsigned(p.w))
+      v = load_row(p, x, raw, p.x_span, image_of(p, row), row, column - max(0, u.c0 - p.shift), min(4, p.w - column));
+    *reinterpret_cast<uint2*>(x_tile + row * p.x_pitch + 4 * quad) = make_uint2(v.x, v.y);
+  }
+  raw += p.x_raw;
+  const int chunks = p.d_pitch / 8, rows = u.images * u.rows, d_count = round_up(rows, 16) * chunks;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < d_count; i += blockDim.x) {
+    const int row = int(p.d_octets.div(i)), chunk = i - row * chunks, to = d_offset(p, row, chunk);
+    const int count = row < rows ? min(8, u.cols - 8 * chunk) : 0;
+    uint4 dy = make_uint4(0, 0, 0, 0), a = dy;
+    if (count > 0) {
+      dy = load_row(p, d, raw, p.d_span, image_of(p, row), row, 8 * chunk, count);
+      if (has_a) a = load_row(p, d, raw + p.d_raw, p.d_span, image_of(p, row), row, 8 * chunk, count);
+    }
+    store16(d_tile + to, dy);
+    if (has_a) store16(a_tile + to, a);
+  }
+}
+
 // A warp's share of the arithmetic.
 struct alignas(16) Role {
   int first_row, kernel_rows, channel, slice;
@@ -254,7 +336,14 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
   int stage = 0;
   const int64_t plane = int64_t(blockIdx.x) * p.strides.channel;
   const auto copy = [&](int index, int to) {
-    if (index < p.units) {
+    if (index < p.units && p.x_raw > 0) {
+      const Unit u = unit_at(p, index);
+      const Spans d = d_spans(p, u, plane);
+      T* raw = x_tiles + p.x_plane + 2 * p.d_plane + to * (p.x_raw + 2 * p.d_raw);
+      copy_spans(p, x_spans(p, u, plane), u.images, p.x_pieces, g.x, raw);
+      copy_spans(p, d, u.images, p.d_pieces, g.dy, raw + p.x_raw);
+      if (g.grad.has_a) copy_spans(p, d, u.images, p.d_pieces, g.a, raw + p.x_raw + p.d_raw);
+    } else if (index < p.units) {
       T* x_tile = zeros + p.x_pitch + to * (p.x_plane + 2 * p.d_plane);
       copy_async(p, unit_at(p, index), g.x + plane, g.dy + plane, g.grad.has_a ? g.a + plane : nullptr, x_tile,
                  x_tile + p.x_plane, x_tile + p.x_plane + p.d_plane);
@@ -268,11 +357,18 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
     __syncthreads();
     if constexpr (CHANNELS == 0) {
       copy(index + gridDim.y, stage ^ 1);
-      x_tiles = zeros + p.x_pitch + stage * (p.x_plane + 2 * p.d_plane);
-      d_tiles = x_tiles + p.x_plane;
-      stage ^= 1;
       cp_async_wait<1>();
-      // each thread turns into da what it copied itself
+      if (p.x_raw > 0) {
+        // the other threads' pieces
+        __syncthreads();
+        place_spans(p, u, plane, g.grad.has_a, d_tiles + 2 * p.d_plane + stage * (p.x_raw + 2 * p.d_raw), x_tiles,
+                    d_tiles, d_tiles + p.d_plane);
+      } else {
+        x_tiles = zeros + p.x_pitch + stage * (p.x_plane + 2 * p.d_plane);
+        d_tiles = x_tiles + p.x_plane;
+      }
+      stage ^= 1;
+      // each thread turns into da what it copied or placed itself
       finish_da(p, u, g.grad, coefficients[0], threadIdx.x, blockDim.x, d_tiles, d_tiles + p.d_plane, db[0]);
     } else if constexpr (CHANNELS == kMaxChannels) {
       const int64_t start = int64_t(blockIdx.x) * kMaxChannels;
@@ -290,7 +386,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
                         d_tiles + own * p.d_plane, db);
     }
     __syncthreads();
-    const Role role = roles[warp];
+    const Role& role = roles[warp];
     if (role.channel >= channels) continue;
     const T* x = x_tiles + role.channel * p.x_plane;
     const T* d = d_tiles + role.channel * p.d_plane;

@@ -54,10 +54,13 @@ struct Plan {
   FastDiv x_quads, x_octets, d_octets;   // by x_pitch / 4, x_pitch / 8, d_pitch / 8
   int d_swizzle_shift, d_swizzle_mask;
   int parts;  // blocks that share a channel's units
-  // warp kernel: chunks of a row and lanes for them, see copy_rows; pitches of an image's span; a warp's shared memory
+  // warp kernel: chunks of a row and lanes for them, see copy_rows; pitches of a span; a warp's shared memory
   int x_first, x_chunks, x_lanes_log2, d_chunks, d_lanes_log2;
   bool d_wide;
   int x_span, d_span, span_lanes_log2, warp_elements;
+  // block kernel, W % 8 != 0: a unit's spans of x and of dy in shared memory (x_raw = 0: none); by pieces of a span
+  int x_raw, d_raw;
+  FastDiv x_pieces, d_pieces;
   uint32_t row_magic;  // row / tile_rows as (row * row_magic) >> 20 where pack > 1, else 0
 };
 

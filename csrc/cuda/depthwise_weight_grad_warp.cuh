@@ -7,6 +7,7 @@
 // warps, 56 KB each for 32x32 planes) on a multiprocessor of 228 KB.
 #pragma once
 #include "depthwise_weight_grad_tile.cuh"
+#include "spans.cuh"
 
 namespace convmixer {
 namespace weight_grad {
@@ -75,10 +76,11 @@ __device__ __forceinline__ void copy_unit(const Plan& p, const Arguments<T>& g, 
 
 // ---- span copies, any W and alignment (full-width units) -----------------------------------------------------------
 
-// Each image's `rows` full rows as the 16-byte chunks that cover them; chunk 0 holds the first element.
+// Each image's `rows` full rows as the 16-byte chunks that cover them; chunk 0 holds the first element. The tensor ends
+// at `end`.
 template <class T>
-__device__ __forceinline__ void copy_spans(const Plan& p, const T* source, int images, int rows, T* target, int pitch,
-                                           int lane) {
+__device__ __forceinline__ void copy_spans(const Plan& p, const T* source, const T* end, int images, int rows,
+                                           T* target, int pitch, int lane) {
   const int64_t image_stride = p.c * (int64_t(p.h) * p.w);
   const int first = lane & ((1 << p.span_lanes_log2) - 1);
   for (int image = lane >> p.span_lanes_log2; image < images; image += 32 >> p.span_lanes_log2) {
@@ -86,17 +88,7 @@ __device__ __forceinline__ void copy_spans(const Plan& p, const T* source, int i
     const int skipped = int(reinterpret_cast<uintptr_t>(start) & 15), bytes = skipped + 2 * rows * p.w;
     char* to = reinterpret_cast<char*>(target + image * pitch);
     for (int chunk = first; 16 * chunk < bytes; chunk += 1 << p.span_lanes_log2) {
-      const char* from = start - skipped + 16 * chunk;
-      if (bytes - 16 * chunk >= 16) {
-        cp_async<16>(to + 16 * chunk, from);
-      } else {
-        // a shortened cp.async still touches all 16 bytes (compute-sanitizer), and the tensor may end here
-        for (int i = 0; i < 8; ++i) {
-          const T zero = from_float<T>(0.f);
-          reinterpret_cast<T*>(to)[8 * chunk + i] =
-              16 * chunk + 2 * i < bytes ? reinterpret_cast<const T*>(from)[i] : zero;
-        }
-      }
+      copy_span_piece(to + 16 * chunk, reinterpret_cast<const T*>(start - skipped + 16 * chunk), end);
     }
   }
 }
@@ -105,11 +97,12 @@ template <class T>
 __device__ __forceinline__ void copy_unit_spans(const Plan& p, const Arguments<T>& g, const Unit& u, int channel,
                                                 T* spans, int lane) {
   const int64_t plane = (u.image * p.c + channel) * (int64_t(p.h) * p.w);
-  copy_spans(p, g.x + plane + int64_t(u.x0) * p.w, u.images, u.x_rows, spans, p.x_span, lane);
+  const int64_t d_start = plane + int64_t(u.y0) * p.w, total = p.n * p.c * p.h * p.w;
+  copy_spans(p, g.x + plane + int64_t(u.x0) * p.w, g.x + total, u.images, u.x_rows, spans, p.x_span, lane);
   spans += p.pack * p.x_span;
-  copy_spans(p, g.dy + plane + int64_t(u.y0) * p.w, u.images, u.rows, spans, p.d_span, lane);
+  copy_spans(p, g.dy + d_start, g.dy + total, u.images, u.rows, spans, p.d_span, lane);
   if (g.a != nullptr) {
-    copy_spans(p, g.a + plane + int64_t(u.y0) * p.w, u.images, u.rows, spans + p.pack * p.d_span, p.d_span, lane);
+    copy_spans(p, g.a + d_start, g.a + total, u.images, u.rows, spans + p.pack * p.d_span, p.d_span, lane);
   }
 }
 

@@ -147,23 +147,23 @@ __device__ __forceinline__ float max_nan(float x, float y) {
   return z;
 }
 
-// Lets `kernel` use `bytes` of dynamic shared memory; needed above 48 KB.
 template <class K>
-inline cudaError_t set_dynamic_shared(K kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+inline cudaError_t ask_for_dynamic_shared(K kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
-// Multiprocessors of the current device, and the most dynamic shared memory that one of its blocks may use.
+// Multiprocessors of the current device, and the most shared memory that one of its blocks may use.
 inline int multiprocessor_count() {
   int device = 0, n = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? n : 1;
 }
-inline int64_t max_dynamic_shared() {
+inline int64_t most_shared_of_block() {
   int device = 0, n = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? n : 48 * 1024;
 }
+// The number of blocks that a plan wants before a block takes several items; the emulation may ask for fewer.
+inline int64_t enough_blocks(int64_t blocks) { return blocks; }
 // Shared memory of a multiprocessor of the current device, for all its blocks.
 inline int64_t shared_of_multiprocessor() {
   int device = 0, n = 0;
@@ -180,6 +180,16 @@ inline int64_t shared_of_multiprocessor() {
 #include "kernels.h"
 
 namespace convmixer {
+
+// ---- shared memory: static arrays of a kernel that has dynamic shared memory too are smaller than this, and count
+// -----
+constexpr int kStaticShared = 1024;
+inline int64_t max_dynamic_shared() { return most_shared_of_block() - kStaticShared; }
+// Lets `kernel` use `bytes` of dynamic shared memory; 48 KB with the static arrays need no asking.
+template <class K>
+inline cudaError_t set_dynamic_shared(K kernel, size_t bytes) {
+  return bytes + kStaticShared <= 48 * 1024 ? cudaSuccess : ask_for_dynamic_shared(kernel, bytes);
+}
 
 // ---- conversions; rounding is to nearest even ----------------------------------------------------------------------
 __device__ __forceinline__ float to_float(float v) { return v; }

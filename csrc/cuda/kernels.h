@@ -24,7 +24,8 @@ struct Norm {
   bool present;
 };
 
-// An activation tensor's shape; dense, contiguous or channels_last. Never empty.
+// An activation tensor's shape; dense, contiguous or channels_last. Never empty. depthwise_forward and
+// depthwise_input_grad take contiguous 16-bit tensors that start at multiples of 16 bytes.
 struct Shape {
   int64_t n, c;
   int h, w;

@@ -56,6 +56,7 @@ struct dim3 {
 };
 typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801 };
+namespace emu { inline std::vector<uintptr_t> ends; }       // EMU_ENDS: of tensors; no cp.async reads across one
 namespace emu { inline cudaError_t last_error = cudaSuccess; }
 static inline cudaError_t cudaGetLastError() { auto e = emu::last_error; emu::last_error = cudaSuccess; return e; }
 static inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid configuration (emulated)" : "no error"; }
@@ -256,6 +257,7 @@ inline void run_block(const std::vector<int>& warps, const std::vector<int>& lan
     for (auto& x : G.f) if (x.st == AT_BLOCK) x.st = RUN;
   }
 }
+inline size_t asked = 0;                                   // of ask_for_dynamic_shared for the next launch
 inline int64_t launches = 0;                               // of kernels so far, for tests that count them
 template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   size_t n = size_t(block.x) * block.y * block.z;
@@ -264,6 +266,10 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   }
   if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static_cuda.py: threads, dynamic shared memory
     if (FILE* f = std::fopen(log, "a")) { std::fprintf(f, "%zu %zu\n", n, smem); std::fclose(f); }
+  const size_t most_shared = smem <= asked ? 232448 : 48 << 10;
+  asked = 0;
+  ends.clear();
+  for (const char* s = std::getenv("EMU_ENDS"); s && *s; s += *s == ',') { char* e; ends.push_back(std::strtoull(s, &e, 10)); s = e; }
   G.grid = grid; G.block = block; G.error.clear(); G.stat.clear();
   if (G.f.size() != n) G.f = std::vector<Fiber>(n);
   for (size_t i = 0; i < n; ++i) {
@@ -293,6 +299,9 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
     run_block(warps, lanes);
     for (size_t i = 0; i < GUARD && G.error.empty(); ++i)
       if (uint8_t(G.dyn[smem + i]) != 0xff) { G.error = "write past dynamic shared memory, +" + std::to_string(i) + " bytes"; }
+    size_t shared = smem;
+    for (auto& s : G.stat) shared += s.second.second - 128;
+    if (shared > most_shared && G.error.empty()) G.error = "no leave for " + std::to_string(shared) + " bytes of shared memory, static arrays included";
     if (!G.error.empty()) throw std::runtime_error("cuda_emu: " + G.error);
   }
 }
@@ -386,11 +395,14 @@ static inline unsigned __ballot_sync(uint32_t m, int p, int site = __builtin_LIN
 }
 static inline int __any_sync(uint32_t m, int p, int site = __builtin_LINE()) { return __ballot_sync(m, p, site) != 0; }
 static inline int __all_sync(uint32_t m, int p, int site = __builtin_LINE()) { return __ballot_sync(m, !p, site) == 0; }
-template <class K> inline cudaError_t set_dynamic_shared(K, size_t bytes) { return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
+template <class K> inline cudaError_t ask_for_dynamic_shared(K, size_t bytes) { emu::asked = bytes; return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
 inline int multiprocessor_count() { return 2; }
-inline int64_t max_dynamic_shared() { return 232448; }
+inline int64_t most_shared_of_block() { return 232448; }
 inline int64_t shared_of_multiprocessor() {                // EMU_SHARED_KB: of another GPU than an H100
   const char* kb = std::getenv("EMU_SHARED_KB"); return (kb ? std::atoi(kb) : 228) * 1024;
+}
+inline int64_t enough_blocks(int64_t blocks) {             // EMU_BLOCKS: so few that small tensors too give a block several items
+  const char* n = std::getenv("EMU_BLOCKS"); return n ? std::atoi(n) : blocks;
 }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max; using std::min;
@@ -472,6 +484,8 @@ static inline uint32_t movmatrix_trans(uint32_t v, int site = __builtin_LINE()) 
 template <int B> inline void cp_async(void* dst, const void* src, int bytes = B) {
   static_assert(B == 4 || B == 8 || B == 16, "cp.async size");
   if (reinterpret_cast<uintptr_t>(dst) % B || reinterpret_cast<uintptr_t>(src) % B) emu::fail("cp.async address not aligned to its size");
+  for (uintptr_t end : emu::ends)                          // hardware touches all B bytes, however few it copies
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(src) < end && reinterpret_cast<uintptr_t>(src) + B > end) emu::fail("cp.async reads behind a tensor");
   emu::G.cur->open.push_back({dst, src, bytes, B});
 }
 static inline void cp_async_commit() {

@@ -106,7 +106,7 @@ MUTATIONS = [
     ),
     Mutation(
         "prologue: derivative without the scale's slope", "pointwise.cu", "pointwise", "pointwise_grad",
-        "- (h.value - k.mean) * k.slope", "",
+        "fmaf(k.slope, h.value - k.mean, fmaf(k.scale, dy, k.offset))", "fmaf(k.scale, dy, k.offset)",
     ),
     Mutation(
         "prologue: a channel's parts", "pointwise.cu", "pointwise", "pointwise_grad",
@@ -123,7 +123,8 @@ MUTATIONS = [
     ),
     Mutation(
         "contiguous: next item's address", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
-        "x_next += step;", "",
+        "static_cast<const unsigned char*>(p.x) + first_plane(item)",
+        "static_cast<const unsigned char*>(p.x) + first_plane(split)",
     ),
     Mutation(
         "contiguous: the warps' moments not merged", "depthwise_mma_contiguous.cuh", "depthwise_forward",
@@ -136,6 +137,30 @@ MUTATIONS = [
     Mutation(
         "contiguous, input gradient: da beside the image", "depthwise_mma_contiguous.cuh", "depthwise_input_grad",
         "input_grad_bfloat16", "da = keep_first(da, count);", "",
+    ),
+    Mutation(
+        "spans: read before the other threads' copies", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "and every warp is done with the tiles\n      __syncthreads();", "",
+    ),
+    Mutation(
+        "spans: the stage of the copies", "depthwise_mma_contiguous.cuh", "depthwise_input_grad", "input_grad_bfloat16",
+        "spans ? stage : stage == 0", "spans ? stage ^ 1 : stage == 0",
+    ),
+    Mutation(
+        "spans: the tile's columns", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
+        ": x - max(0, item.column - 8 * S));", ": x - item.column + 8 * S);",
+    ),
+    Mutation(
+        "spans: what lies behind a row", "spans.cuh", "depthwise_forward", "forward_bfloat16",
+        "return keep_first(make_uint4(w[0], w[1], w[2], w[3]), count);", "return make_uint4(w[0], w[1], w[2], w[3]);",
+    ),
+    Mutation(
+        "spans: odd starts", "spans.cuh", "depthwise_input_grad", "input_grad_bfloat16",
+        "element & 1 ? 0x5432u : 0x3210u", "0x3210u",
+    ),
+    Mutation(
+        "spans: a copy across the tensor's end", "spans.cuh", "depthwise_forward", "forward_bfloat16",
+        "if (end - from >= 8) {", "if (end - from > 0) {",
     ),
     Mutation(
         "channels_last, input gradient: da beside the image", "depthwise_mma_channels_last.cuh", "depthwise_input_grad",
@@ -193,6 +218,22 @@ MUTATIONS = [
         "weight gradient, large kernels: barrier before the next copies", "depthwise_weight_grad_block.cuh",
         "depthwise_weight_grad", "weight_grad_bfloat16", "    __syncthreads();\n    if constexpr (CHANNELS == 0) {",
         "    if constexpr (CHANNELS == 0) {",
+    ),
+    Mutation(
+        "weight gradient, spans: read before the other threads' copies", "depthwise_weight_grad_block.cuh",
+        "depthwise_weight_grad", "weight_grad_bfloat16", "// the other threads' pieces\n        __syncthreads();", "",
+    ),
+    Mutation(
+        "weight gradient, spans: rows of another image", "depthwise_weight_grad_block.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "(row - image * s.rows) * p.w : 0", "row * p.w : 0",
+    ),
+    Mutation(
+        "weight gradient, spans: a copy across the tensor's end", "spans.cuh", "depthwise_weight_grad",
+        "weight_grad_bfloat16", "if (end - from >= 8) {", "if (end - from > 0) {",
+    ),
+    Mutation(
+        "shared memory: static arrays not counted", "device.cuh", "depthwise_weight_grad", "weight_grad_bfloat16",
+        "bytes + kStaticShared <= 48 * 1024", "bytes <= 48 * 1024",
     ),
     # depthwise on FMA units
     Mutation(

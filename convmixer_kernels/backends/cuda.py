@@ -430,6 +430,43 @@ def pointwise_eval(
     return y
 
 
+def mixer_eval(
+    x: Tensor,  # (N, C, H, W)
+    depthwise: tuple[Tensor, Tensor | None, Norm | None],  # weight (C, 1, kH, kW), bias (C,), norm
+    pointwise: tuple[Tensor, Tensor | None, Norm | None],  # weight (C_out, C, 1, 1), bias (C_out,), norm
+    activation: str,
+    residual: bool,
+) -> Tensor | None:  # (N, C_out, H, W)
+    """pointwise_eval of depthwise_eval in one launch; None where it does not fit or two launches are faster."""
+    native, (lower, lower_bias, lower_norm), (upper, upper_bias, upper_norm) = _native().module, depthwise, pointwise
+    shape, c_out = _shape(x), upper.shape[0]
+    with _On(x) as stream:
+        kernel = tuple(lower.shape[2:])
+        if not _size("mixer_fits", x.get_device(), *shape, c_out, *kernel):
+            return None
+        if not gemm.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
+            return None
+        upper = upper.to(x.dtype)
+        y = x.new_empty((x.shape[0], c_out, *x.shape[2:]))
+        native.mixer_forward(
+            *shape,
+            c_out,
+            *kernel,
+            x.data_ptr(),
+            _param(lower),
+            _param(lower_bias),
+            _norm(lower_norm),
+            upper.data_ptr(),
+            _param(upper_bias),
+            _norm(upper_norm),
+            _ACTIVATION_CODES[activation],
+            residual,
+            y.data_ptr(),
+            stream,
+        )
+    return y
+
+
 def pointwise_train(
     x: Tensor,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)

@@ -341,10 +341,6 @@ MUTATIONS = [
         "cp_async_wait<0>();\n    __syncwarp();", "cp_async_wait<0>();",
     ),
     Mutation(
-        "mixer: a table overwritten while it is read", "mixer.cuh", "mixer", "mixer",
-        "// every lane has read the patch and the table\n    __syncwarp();", "",
-    ),
-    Mutation(
         "mixer: fragments of the next row", "mixer.cuh", "mixer", "mixer",
         "const int first = row / 2 * 3;", "const int first = (row + 1) / 2 * 3 % 15;",
     ),

@@ -5,8 +5,9 @@
 // asynchronous copies, the next one's under way once this one's fragments are read, z of all channels to shared memory;
 // then 128 output channels at a time, a warp 32 of them x 4 rows, the weight in three stages of 32 values of K.
 // Products of depthwise_mma.cuh, but m = 8 rows of two tiles of 8 columns, every other row: the fragments of kernel row
-// i are those of row i + 1 of the row above, and 30 matrices are read where 16 rows of 8 columns would read 72.
-// Bound: shared memory in the first part, the tensor core in the second; 165 KB at C = 256, one block a multiprocessor.
+// i + 1 are those of row i of the rows below, and 40 matrices are read where 16 rows of 8 columns would read 72.
+// Bound: shared memory in the first part (81 cycles a channel, 38 instructions a value), the tensor core in the second,
+// issue in the epilogue (19 an output); 163 KB at C = 256, one block a multiprocessor.
 #pragma once
 #include "depthwise_mma.cuh"
 #include "pointwise_mma.cuh"
@@ -72,28 +73,32 @@ __device__ __noinline__ void settle_nan(const Args& p, unsigned char* z, int n, 
 
 // ---- z -------------------------------------------------------------------------------------------------------------
 
-// A lane's part of every patch and table.
+// A lane's part of the patches and tables of a warp's channels, in their order.
 template <class T>
 struct Patch {
   static constexpr int kEach = (kPieces + 31) / 32, kTapsEach = (kTaps * kTaps + 31) / 32;
   const Args& p;
-  const T* x;             // the image's first plane
   unsigned char* memory;  // the warp's patch, then its table
-  int source[kEach];      // of a piece in its plane, -1: outside
-  int place[kTapsEach];   // of a tap in the table, -1: none
+  int y0, x0, lane;
+  uint32_t offset[kEach], inside;  // of a piece in its plane; bit i: it is in the image
+  int place[kTapsEach];            // of a tap in the table, -1: none
   float taps[kTapsEach];
-  int lane;
+  const T* plane;             // of the next channel
+  const char* weight;         // this lane's first tap of the next channel
+  int64_t next, next_weight;  // values and bytes to the channel after it
 
-  __device__ __forceinline__ Patch(const Args& args, unsigned char* warp_memory, int n, int y0, int x0)
-      : p(args), memory(warp_memory), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ Patch(const Args& args, unsigned char* warp_memory, int n, int c, int y0, int x0)
+      : p(args), memory(warp_memory), y0(y0), x0(x0), lane(threadIdx.x % 32), inside(0) {
     const mma::Plan& q = p.depthwise.plan;
-    x = static_cast<const T*>(p.depthwise.x) + static_cast<int64_t>(n) * q.c * p.pointwise.plane;
+    const int64_t bytes = p.depthwise.weight.dtype == kFloat32 ? 4 : 2;
+    plane = static_cast<const T*>(p.depthwise.x) + (static_cast<int64_t>(n) * q.c + c) * p.pointwise.plane;
+    weight = static_cast<const char*>(p.depthwise.weight.data) + bytes * (c * q.kh * q.kw + lane);
+    next = kWarps * p.pointwise.plane, next_weight = bytes * kWarps * q.kh * q.kw;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int piece = lane + 32 * i, slot = piece / 6, row = slot < kPatchRows / 2 ? 2 * slot : 2 * slot - 23;
-      const int y = y0 - kHalo + row, column = x0 - kHalo + piece % 6 * 4;
-      const bool inside = piece < kPieces && y >= 0 && y < q.h && column >= 0 && column < q.w;
-      source[i] = inside ? y * q.w + column : -1;
+      const int source = source_of(lane + 32 * i);
+      offset[i] = max(source, 0);
+      inside |= source >= 0 ? 1u << i : 0u;
     }
 #pragma unroll
     for (int i = 0; i < kTapsEach; ++i) {
@@ -104,31 +109,49 @@ struct Patch {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void copy(int c) const {
-    const mma::Plan& q = p.depthwise.plan;
-    const T* plane = x + c * p.pointwise.plane;
+  __device__ __forceinline__ int source_of(int piece) const {
+    const int slot = piece / 6, row = slot < kPatchRows / 2 ? 2 * slot : 2 * slot - (kPatchRows - 1);
+    const int y = y0 - kHalo + row, column = x0 - kHalo + piece % 6 * 4;
+    const int w = p.depthwise.plan.w;
+    return piece < kPieces && y >= 0 && y < p.depthwise.plan.h && column >= 0 && column < w ? y * w + column : -1;
+  }
+  // Values and taps of the next channel.
+  __device__ __forceinline__ void copy() {
+    unsigned char* const to = memory + 8 * lane;
+    if (p.depthwise.plan.granule >= 4) {
+      // pieces beside the image become zero again
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (source[i] < 0) continue;
-      unsigned char* const to = memory + 8 * (lane + 32 * i);
-      if (q.granule >= 4) {
-        cp_async<8>(to, plane + source[i]);
-      } else {
-        const int left = q.w - source[i] % q.w;
-        uint32_t w[2] = {0, 0};
+      for (int i = 0; i < kEach; ++i)
+        if (32 * i + 31 < kPieces || lane + 32 * i < kPieces)
+          cp_async<8>(to + 256 * i, plane + offset[i], inside >> i & 1 ? 8 : 0);
+    } else {
+      const int w = p.depthwise.plan.w;
+#pragma unroll 1
+      for (int i = 0; i < kEach; ++i) {
+        // found again: an index at run time would take `offset` out of its registers
+        const int source = source_of(lane + 32 * i);
+        if (source < 0) continue;
+        const int left = w - source % w;
+        uint32_t words[2] = {0, 0};
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          if (e < left) w[e / 2] |= uint32_t(bit_cast<uint16_t>(plane[source[i] + e])) << 16 * (e % 2);
-        *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
+          if (e < left) words[e / 2] |= uint32_t(bit_cast<uint16_t>(plane[source + e])) << 16 * (e % 2);
+        *reinterpret_cast<uint2*>(to + 256 * i) = make_uint2(words[0], words[1]);
       }
     }
     cp_async_commit();
-  }
-  __device__ __forceinline__ void load_taps(int c) {
-    const int count = p.depthwise.plan.kh * p.depthwise.plan.kw;
+    plane += next;
+    // float32 or of x's dtype
+    if (p.depthwise.weight.dtype == kFloat32) {
 #pragma unroll
-    for (int i = 0; i < kTapsEach; ++i)
-      if (place[i] >= 0) taps[i] = load_param(p.depthwise.weight, static_cast<int64_t>(c) * count + lane + 32 * i);
+      for (int i = 0; i < kTapsEach; ++i)
+        if (place[i] >= 0) taps[i] = reinterpret_cast<const float*>(weight)[32 * i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTapsEach; ++i)
+        if (place[i] >= 0) taps[i] = to_float(reinterpret_cast<const T*>(weight)[32 * i]);
+    }
+    weight += next_weight;
   }
   __device__ __forceinline__ void store_taps() const {
     T* const table = reinterpret_cast<T*>(memory + kPatchBytes);
@@ -138,36 +161,16 @@ struct Patch {
   }
 };
 
-// The fragments of a patch: block b of 8 columns of the rows r, r + 2, ... r + 14, for every r up to kTaps.
+// A of kernel row i for the rows s, s + 2, ... of the tile, by s + i: columns 0 to 15 of the left tile, then of the
+// right one. The block of columns 8 to 15 is read twice: putting it twice in place takes more instructions than that.
 struct Fragments {
-  static constexpr int kEach = 3 * (kTaps + 1) / 2;
-  uint32_t even[kEach], odd[kEach];
+  uint32_t a[kTaps + 1][4];
 
-  __device__ __forceinline__ static void load(uint32_t (&v)[kEach], const unsigned char* at) {
-    uint32_t four[4], two[2], one[1];
-#pragma unroll
-    for (int i = 0; i < 12; i += 4) {
-      ldmatrix_x4(four, at + 16 * i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[i + j] = four[j];
-    }
-    // lanes 16 and up, whose addresses these do not read, stay inside the patch
-    const unsigned char* const rest = at - (threadIdx.x % 32 / 16 * 32);
-    ldmatrix_x2(two, rest + 16 * 12);
-    ldmatrix_x1(one, rest - threadIdx.x / 8 % 2 * 16 + 16 * 14);
-    v[12] = two[0], v[13] = two[1], v[14] = one[0];
-  }
   __device__ __forceinline__ explicit Fragments(const unsigned char* patch) {
-    // matrix i of a parity is block i % 3 of row i / 3: 16 i bytes from the first
-    const unsigned char* const at = patch + threadIdx.x % 8 * kPatchPitch + threadIdx.x % 32 / 8 * 16;
-    load(even, at);
-    load(odd, at + kPatchRows / 2 * kPatchPitch);
-  }
-  // A of kernel row i for the rows s, s + 2, ...: columns 0 to 15 of the left tile, then of the right one.
-  __device__ __forceinline__ void operand(uint32_t (&a)[4], int row) const {
-    const uint32_t (&v)[kEach] = row % 2 ? odd : even;
-    const int first = row / 2 * 3;
-    a[0] = v[first], a[1] = a[2] = v[first + 1], a[3] = v[first + 2];
+    const int lane = threadIdx.x % 32, block = lane / 16 + lane / 8 % 2;
+    const unsigned char* const at = patch + lane % 8 * kPatchPitch + block * 16;
+#pragma unroll
+    for (int r = 0; r <= kTaps; ++r) ldmatrix_x4(a[r], at + (r % 2 * (kPatchRows / 2) + r / 2) * kPatchPitch);
   }
 };
 
@@ -176,17 +179,14 @@ template <class T>
 __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, unsigned char* memory,
                                               const Constants* constants, int n, int y0, int x0) {
   const int channels = p.depthwise.plan.c, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  Patch<T> patch(p, memory, n, y0, x0);
+  int c = threadIdx.x / 32;
+  Patch<T> patch(p, memory, n, c, y0, x0);
   // column q of the products with this is the input's column q + kHalo: the residual
   const uint32_t low = bit_cast<uint16_t>(from_float<T>(1.f)), high = low << 16;
   const uint32_t identity[2] = {2 * t == g + 4 ? low : (2 * t + 1 == g + 4 ? high : 0u),
                                 2 * t + 4 == g ? low : (2 * t + 5 == g ? high : 0u)};
   uint32_t trace = 0;
-  int c = threadIdx.x / 32;
-  if (c < channels) {
-    patch.load_taps(c);
-    patch.copy(c);
-  }
+  if (c < channels) patch.copy();
 #pragma unroll 1
   for (; c < channels; c += kWarps) {
     patch.store_taps();
@@ -199,10 +199,7 @@ __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, u
     const Fragments inputs(memory);
     // every lane has read the patch and the table
     __syncwarp();
-    if (c + kWarps < channels) {
-      patch.load_taps(c + kWarps);
-      patch.copy(c + kWarps);
-    }
+    if (c + kWarps < channels) patch.copy();
     const Constants k = constants[c];
     const float start[4] = {k.bias, k.bias, k.bias, k.bias};
     float acc[2][4];
@@ -210,19 +207,14 @@ __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, u
     for (int i = 0; i < kTaps; ++i)
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        uint32_t a[4];
-        inputs.operand(a, s + i);
-        i == 0 ? mma16816(acc[s], a, toeplitz[i], start, T()) : mma16816(acc[s], a, toeplitz[i], T());
+        i == 0 ? mma16816(acc[s], inputs.a[s], toeplitz[i], start, T())
+               : mma16816(acc[s], inputs.a[s + i], toeplitz[i], T());
       }
     mma::apply_block(acc, {k.bias, k.scale, k.shift, 0.f}, p.depthwise.activation);
     unsigned char* const row = z + c * kRowBytes + (g ^ c % 8) * 16 + 4 * t;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      if (p.depthwise.residual) {
-        uint32_t a[4];
-        inputs.operand(a, s + kHalo);
-        mma16816(acc[s], a, identity, T());
-      }
+      if (p.depthwise.residual) mma16816(acc[s], inputs.a[s + kHalo], identity, T());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t word = pack2<T>(acc[s][2 * h], acc[s][2 * h + 1]);
@@ -298,38 +290,37 @@ __device__ __forceinline__ void store_pixels(T* y, const uint32_t (&w)[4], int c
 template <class T>
 __device__ __forceinline__ void store_y(const Args& p, float (&acc)[2][8][4], const Constants* constants, int row,
                                         int n, int y0, int x0) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, h = p.depthwise.plan.h, w = p.depthwise.plan.w;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, w = p.depthwise.plan.w;
+  const int y = y0 + threadIdx.x / 32 % 4 * 4 + t / 2, x = x0 + t % 2 * 8, rows = p.depthwise.plan.h - y;
+  const int64_t plane = p.pointwise.plane, left = p.pointwise.c_out - row - g;
+  T* const first =
+      static_cast<T*>(p.pointwise.y) + (n * p.pointwise.c_out + row + g) * plane + static_cast<int64_t>(y) * w + x;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int k = 0; k < 4; ++k) {
+    const Constants constant = constants[row + 8 * k + g];
+    float v[8][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int channel = row + 16 * i + 8 * half + g;
-      const Constants k = constants[channel];
-      float v[8][2];
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) v[j][e] = acc[k / 2][j][k % 2 * 2 + e] + constant.bias;
+    dispatch_activation(p.pointwise.activation, [&](auto code) {
 #pragma unroll
       for (int j = 0; j < 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) v[j][e] = acc[i][j][2 * half + e] + k.bias;
-      dispatch_activation(p.pointwise.activation, [&](auto code) {
+        for (int e = 0; e < 2; ++e)
+          v[j][e] = fmaf(elementwise::activate<decltype(code)::value, T>(v[j][e]), constant.scale, constant.shift);
+    });
+    uint32_t words[2][4];
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            v[j][e] = fmaf(elementwise::activate<decltype(code)::value, T>(v[j][e]), k.scale, k.shift);
-      });
-#pragma unroll
-      for (int j = 0; j < 8; j += 4) {
-        uint32_t words[4];
-#pragma unroll
-        for (int q = 0; q < 4; ++q) words[q] = pack2<T>(v[j + q][0], v[j + q][1]);
-        transpose_quad(words);
-        const int y = y0 + threadIdx.x / 32 % 4 * 4 + j / 2 + t / 2, x = x0 + t % 2 * 8;
-        if (channel >= p.pointwise.c_out || y >= h) continue;
-        const int64_t plane = n * p.pointwise.c_out + channel;
-        T* const to = static_cast<T*>(p.pointwise.y) + plane * p.pointwise.plane + static_cast<int64_t>(y) * w + x;
-        store_pixels(to, words, min(w - x, 8), p.y_granule);
-      }
-    }
+    for (int j = 0; j < 8; ++j) words[j / 4][j % 4] = pack2<T>(v[j][0], v[j][1]);
+    transpose_quad(words[0]);
+    transpose_quad(words[1]);
+    T* const to = first + 8 * k * plane;
+    // two rows further are the pixels of the other four tiles
+    if (8 * k < left && 0 < rows) store_pixels(to, words[0], min(w - x, 8), p.y_granule);
+    if (8 * k < left && 2 < rows) store_pixels(to + 2 * w, words[1], min(w - x, 8), p.y_granule);
+    __syncwarp();
+  }
 }
 
 template <class T, bool ALIGNED>
@@ -346,27 +337,26 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
   // rows 4 (warp % 4) + 0, 1 and + 2, 3 of the tile; both columns' pieces by one ldmatrix
   const unsigned char* const b_first = z + lane % 16 * kRowBytes + lane / 16 * 256;
   const int b_piece = warp % 4 * 2;
-  float acc[2][8][4];
-  int stage = 0, step = 0, row = warp / 4 * 32;
+  int stage = 0;
 #pragma unroll 1
-  for (int index = 0; index < total; ++index) {
-    cp_async_wait<kStages - 2>();
-    // also: every warp has read the stage that the next copy fills
-    __syncthreads();
-    copy(stage == 0 ? kStages - 1 : stage - 1);
-    if (step == 0) {
+  for (int row = warp / 4 * 32, left = total; left > 0; left -= steps, row += kRows) {
+    float acc[2][8][4];
 #pragma unroll
-      for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0.f;
-    }
-    if (row < p.pointwise.c_out) {
+    for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0.f;
+    const unsigned char* from = b_first;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      cp_async_wait<kStages - 2>();
+      // also: every warp has read the stage that the next copy fills
+      __syncthreads();
+      copy(stage == 0 ? kStages - 1 : stage - 1);
+      const unsigned char* const weight = a_first + stage * kStageBytes;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half, from += 16 * kRowBytes) {
         uint32_t a[2][4], b[8][2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          ldmatrix_x4(a[i],
-                      a_first + stage * kStageBytes + i * 16 * 64 + ((2 * half + lane / 16) ^ a_row / 2 % 4) * 16);
-        const unsigned char* const from = b_first + (step * kDepth + 16 * half) * kRowBytes;
+          ldmatrix_x4(a[i], weight + i * 16 * 64 + ((2 * half + lane / 16) ^ a_row / 2 % 4) * 16);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           uint32_t both[4];
@@ -378,13 +368,9 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
 #pragma unroll
           for (int j = 0; j < 8; ++j) mma16816(acc[i][j], a[i], b[j], T());
       }
+      stage = stage == kStages - 1 ? 0 : stage + 1;
     }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-    if (++step == steps) {
-      if (row < p.pointwise.c_out) store_y<T>(p, acc, constants, row, n, y0, x0);
-      step = 0;
-      row += kRows;
-    }
+    if (row < p.pointwise.c_out) store_y<T>(p, acc, constants, row, n, y0, x0);
   }
 }
 

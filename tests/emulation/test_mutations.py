@@ -342,11 +342,15 @@ MUTATIONS = [
     ),
     Mutation(
         "mixer: fragments of the next row", "mixer.cuh", "mixer", "mixer",
-        "const int first = row / 2 * 3;", "const int first = (row + 1) / 2 * 3 % 15;",
+        "(r % 2 * (kPatchRows / 2) + r / 2)", "(r % 2 * (kPatchRows / 2) + (r + 1) / 2)",
     ),
     Mutation(
         "mixer: the right tile's columns", "mixer.cuh", "mixer", "mixer",
-        "a[1] = a[2] = v[first + 1]", "a[1] = a[2] = v[first]",
+        "block = lane / 16 + lane / 8 % 2;", "block = lane / 16;",
+    ),
+    Mutation(
+        "mixer: the next channel's address", "mixer.cuh", "mixer", "mixer",
+        "plane += next;", "",
     ),
     Mutation(
         "mixer: even kernels beside the middle", "mixer.cuh", "mixer", "mixer",
@@ -354,11 +358,11 @@ MUTATIONS = [
     ),
     Mutation(
         "mixer: the residual of another row", "mixer.cuh", "mixer", "mixer",
-        "inputs.operand(a, s + kHalo);", "inputs.operand(a, s + kHalo + 1);",
+        "inputs.a[s + kHalo], identity", "inputs.a[s + kHalo + 1], identity",
     ),
     Mutation(
         "mixer: a row's end not noticed", "mixer.cuh", "mixer", "mixer",
-        "const int left = q.w - source[i] % q.w;", "const int left = 4;",
+        "const int left = w - source % w;", "const int left = 4;",
     ),
     Mutation(
         "mixer: z's channels beyond C not zero", "mixer.cuh", "mixer", "mixer",
@@ -382,7 +386,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mixer: results of another lane", "mixer.cuh", "mixer", "mixer",
-        "transpose_quad(words);", "",
+        "transpose_quad(words[1]);", "",
     ),
 ]  # fmt: skip
 

@@ -268,6 +268,11 @@ def summary(run: Run) -> None:
         floor = f"{mine['percent_of_floor']:.0f} %" if mine.get("percent_of_floor") else ""
         best = f"{min(theirs):>11.1f}{min(theirs) / mine['median_us']:>7.1f}x" if theirs else ""
         print(f"{case:<44}{dtype:<9}{layout:<14}{mine['median_us']:>10.1f}{floor:>8}{best}")
+    for (case, dtype, layout), found in cases.items():
+        forced = [name for name in found if name.startswith("ours ") and found[name].get("median_us") is not None]
+        if forced and found.get("ours", {}).get("median_us") is not None:
+            times = ", ".join(f"{name.removeprefix('ours ')} {found[name]['median_us']:.1f}" for name in forced)
+            print(f"{case} {dtype} {layout}: chosen {found['ours']['median_us']:.1f} us; {times}")
     print(f"written: {run.path}", flush=True)
 
 

@@ -116,8 +116,8 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        # a branch may also have a predicate as its first operand
-        return self.text.startswith("@") or re.search(r"BRA(\.\w+)* !?U?P\w+,", self.text) is not None
+        # a branch may also have a predicate as its first operand, or ask whether the warp is together
+        return self.text.startswith("@") or re.search(r"BRA(\.\w+)* !?U?P\w+,|BRA\.(DIV|CONV)", self.text) is not None
 
     @property
     def name(self) -> str:
@@ -221,7 +221,8 @@ class Kernel:
                     reachable.add(s)
                     stack.append(s)
         everything = set(reachable)
-        dominators = [{0} if i == 0 else set(everything) for i in range(len(self.blocks))]
+        # what nothing reaches (a detour of warps that are not together) is dominated by nothing, or it would close loops
+        dominators = [{0} if i == 0 else set(everything if i in reachable else ()) for i in range(len(self.blocks))]
         predecessors: list[list[int]] = [[] for _ in self.blocks]
         for i in reachable:
             for s in self.blocks[i].successors:

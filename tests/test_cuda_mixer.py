@@ -92,7 +92,9 @@ def _on(device: str, tensors: list[Tensor | None]) -> list[Tensor | None]:
 def test_operator(case, device, monkeypatch):
     """The layer by the twice-eager rule, pooled over seeds where it has few values; emulated, the very bits of two launches."""
     returned, results = _one_kernel(monkeypatch), []
-    seeds = max(1, min(8, 512 // (case.shape[0] * (case.channels_out or case.shape[1]) * case.shape[2] * case.shape[3])))
+    seeds = max(
+        1, min(8, 512 // (case.shape[0] * (case.channels_out or case.shape[1]) * case.shape[2] * case.shape[3]))
+    )
     for seed in range(seeds):
         x, tensors, _ = make_inputs(case, seed)
         exact = eager(case, x.double(), [None if t is None else t.double() for t in tensors])

@@ -121,7 +121,8 @@ def one_kernel_gain(
     """
     known = max(key for key in _RATES if key <= capability)
     rates, clock = _RATES[known][0], _CLOCKS[known]
-    products = 2 * c_in * c_out * _TILE_PIXELS * multiprocessors / rates.ours
+    # 32 output channels a warp
+    products = 2 * c_in * (-(-c_out // 32) * 32) * _TILE_PIXELS * multiprocessors / rates.ours
     cycles = (_DEPTHWISE_CYCLES * c_in + _EPILOGUE_CYCLES * c_out) / _SHARE_OF_CYCLES
     one = -(-tiles // multiprocessors) * (products + cycles / clock)
     values = 2 * c_in / _DEPTHWISE_SHARE + (c_in + c_out) / _POINTWISE_SHARE

@@ -351,6 +351,9 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
       __syncthreads();
       copy(stage == 0 ? kStages - 1 : stage - 1);
       const unsigned char* const weight = a_first + stage * kStageBytes;
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+      // this warp's rows are beyond the matrix
+      if (row >= p.pointwise.c_out) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half, from += 16 * kRowBytes) {
         uint32_t a[2][4], b[8][2];
@@ -368,7 +371,6 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
 #pragma unroll
           for (int j = 0; j < 8; ++j) mma16816(acc[i][j], a[i], b[j], T());
       }
-      stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     if (row < p.pointwise.c_out) store_y<T>(p, acc, constants, row, n, y0, x0);
   }

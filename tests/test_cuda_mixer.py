@@ -285,6 +285,9 @@ class _OnGpu:
     [
         ((64, 128, 32, 32), True),
         ((256, 64, 16, 16), True),
+        # values one by one
+        ((256, 64, 16, 15), False),
+        ((256, 60, 16, 16), False),
         # the layer's two launches are nearly as fast: the products weigh more, the saved traffic less
         ((64, 256, 32, 32), False),
         # fewer tiles than multiprocessors, and one more than they hold at a time

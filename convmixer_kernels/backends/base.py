@@ -20,7 +20,8 @@ Conventions that hold for every primitive of every backend:
   ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
   In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
 * A backend may offer ``mixer_eval(x, depthwise, pointwise, activation, residual)``, each block a (weight, bias, norm):
-  pointwise_eval of depthwise_eval, to the bit, without a tensor between them; None where the two calls are faster.
+  pointwise_eval of depthwise_eval without a tensor between them; None where the two calls are faster or it cannot run. The bits are
+  those of the two calls, but for the order in which a GPU's tensor cores add the products of one instruction.
 """
 
 from __future__ import annotations

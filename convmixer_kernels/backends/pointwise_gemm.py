@@ -102,7 +102,7 @@ def use_fused(
 #: Cycles of a multiprocessor for a tile of the one-kernel layer, beside its products at mma.sync's rate: the depthwise part
 #: for an input channel (shared memory), the epilogue for an output channel (issue); docs/one-kernel-layer.md counts them.
 _TILE_PIXELS = 256
-_DEPTHWISE_CYCLES, _EPILOGUE_CYCLES = 81, 39
+_DEPTHWISE_CYCLES, _EPILOGUE_CYCLES = 81, 37
 #: The share of those that it is hoped to reach (the depthwise kernel, measured, reaches 66 % of its bound).
 _SHARE_OF_CYCLES = 0.85
 #: Shares of the copy bandwidth: the depthwise kernel's as measured, the pointwise kernel's as hoped for.
@@ -138,6 +138,9 @@ def use_one_kernel(
     forced = forced_gemm()
     if forced is not None or not x.is_cuda:
         return forced == "layer"
+    if x.shape[1] % 8 != 0 or x.shape[3] % 4 != 0:
+        # values come one by one where no 16-byte pieces of the weight or 8-byte pieces of x are aligned
+        return False
     device = x.get_device()
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     gain = one_kernel_gain(_capability(device), _multiprocessors(device), x.shape[1], c_out, pixels, tiles)

@@ -323,6 +323,11 @@ def summary(run: Run) -> None:
         print(f"{case:<44}{dtype:<9}{layout:<14}{cells}  {wrong}".rstrip())
     for backend, reason in absent.items():
         print(f"- {backend}: {reason}")
+    for (case, dtype, layout), found in cases.items():
+        forced = [name for name in found if name.startswith("ours ") and found[name].get("median_us") is not None]
+        if forced and found.get("ours", {}).get("median_us") is not None:
+            times = ", ".join(f"{name.removeprefix('ours ')} {found[name]['median_us']:.1f}" for name in forced)
+            print(f"{case} {dtype} {layout}: chosen {found['ours']['median_us']:.1f} us; {times}")
     print(f"written: {run.path}", flush=True)
 
 

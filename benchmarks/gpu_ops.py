@@ -3,7 +3,9 @@
 
 Bytes: every activation-sized tensor read or written once. eval x + y; train (with statistics) x + a; input grad
 dy + a + dx; weight grad x + dy + a; normalize a + x + y; norm backward dy + a; pointwise eval x + y; pointwise backward
-2 (dy + a) + x + dx. FLOPs: 2 a multiply-add, nominal, padding taps included. floor = max(bytes / copy bandwidth,
+2 (dy + a) + x + dx; mixer eval (both blocks) x + y. "ours" lets backends/pointwise_gemm.py choose the kernels of a pointwise forward and
+of an eval layer; "ours fused", "ours torch", "ours wgmma" and "ours layer" force CONVMIXER_CUDA_GEMM's choices, so that one run
+decides between them. FLOPs: 2 a multiply-add, nominal, padding taps included. floor = max(bytes / copy bandwidth,
 FLOPs / matrix product of the dtype); for depthwise in float32 the matrix product without tf32 stands for the FMA peak;
 in 16-bit its arithmetic is left out.
 Eager's input gradient is its whole chain (batch norm's backward, activation's, convolution's, the residual's sum); its
@@ -15,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,8 @@ from torch import Tensor
 
 import convmixer_kernels
 from benchmarks import models as model_cases
-from convmixer_kernels.backends import cuda, reference, triton
-from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.backends import cuda, pointwise_gemm, reference, triton
+from convmixer_kernels.backends.base import MixerEval, Norm
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class OpCase:
 
     @property
     def label(self) -> str:
-        kernel = f" k{self.kernel}" if self.op.startswith("depthwise") else ""
+        kernel = f" k{self.kernel}" if self.op.startswith(("depthwise", "mixer")) else ""
         return f"{self.op}{kernel} {'x'.join(map(str, self.shape))}"
 
 
@@ -142,6 +144,8 @@ class Tensors:
         self.running = normal(c, dtype=torch.float32), torch.rand(c, device=device) + 0.5
         self.norm = Norm(normal(c, dtype=torch.float32), torch.rand(c, device=device) + 0.5, normal(c), normal(c), 1e-5)
         self.sums = normal(c, dtype=torch.float32), normal(c, dtype=torch.float32)
+        # a layer's depthwise block, whose channels all count in each of its outputs
+        self.lower = self.depthwise, self.bias, self.norm
         # as in a model of this dtype
         self.eager_norm = [t.to(case.dtype) for t in self.norm[:4]]
         self.rstd = torch.rsqrt(self.norm.var + self.norm.eps)
@@ -159,6 +163,7 @@ class Tensors:
         part.running = tuple(t[kept] for t in self.running)
         part.norm = Norm(*(t[kept] for t in self.norm[:4]), self.norm.eps)
         part.sums = tuple(t[kept] for t in self.sums)
+        part.lower = self.lower
         return part
 
     def double(self) -> Tensors:
@@ -170,6 +175,8 @@ class Tensors:
         wide.running = tuple(t.double() for t in self.running)
         wide.norm = Norm(*(t.double() for t in self.norm[:4]), self.norm.eps)
         wide.sums = tuple(t.double() for t in self.sums)
+        weight, bias, norm = self.lower
+        wide.lower = weight.double(), bias.double(), Norm(*(t.double() for t in norm[:4]), norm.eps)
         return wide
 
 
@@ -192,6 +199,14 @@ def ours(op: str, backend, t: Tensors, i: int = 0):
         return backend.pointwise_eval(x, t.pointwise, t.bias, "gelu", t.norm)
     if op == "pointwise_train":
         return backend.pointwise_train(x, t.pointwise, t.bias, "gelu", None, None, 0.1)
+    if op == "mixer_eval":
+        layer = MixerEval("gelu", t.lower, (t.pointwise, t.bias, t.norm))
+        y = backend.mixer_eval(x, (layer,), True) if hasattr(backend, "mixer_eval") else None
+        if y is not None:
+            return y
+        (weight, bias, norm), upper = layer.depthwise, layer.pointwise
+        z = backend.depthwise_eval(x, weight, bias, "gelu", norm, True)
+        return backend.pointwise_eval(z, *upper[:2], "gelu", upper[2])
     assert op == "pointwise_backward"
     return backend.pointwise_backward(dy, a, x, t.pointwise, t.bias, "gelu", t.norm, t.sums, (True, True, True))
 
@@ -223,6 +238,12 @@ def eager(op: str, t: Tensors, i: int, layout: str) -> Callable[[], object]:
         y = F.batch_norm(h, mean, var, gamma, beta, False, 0.1, eps)
         return y + x if depthwise else y
 
+    def evaluate_layer():
+        weight, bias, norm = t.lower
+        h = F.gelu(F.conv2d(x, weight, bias, padding="same", groups=x.shape[1]))
+        z = F.batch_norm(h, *(v.to(h.dtype) for v in norm[:4]), False, 0.1, eps) + x
+        return F.batch_norm(F.gelu(F.conv2d(z, t.pointwise, t.bias)), mean, var, gamma, beta, False, 0.1, eps)
+
     def train():
         h = F.gelu(F.conv2d(x, weight, t.bias, padding=k, groups=groups))
         return torch.batch_norm_stats(h, eps)
@@ -237,6 +258,7 @@ def eager(op: str, t: Tensors, i: int, layout: str) -> Callable[[], object]:
             dy, F.gelu(a), gamma, None, None, t.norm.mean, t.rstd, True, eps, [False, True, True]
         ),
         "pointwise_eval": evaluate,
+        "mixer_eval": evaluate_layer,
         "pointwise_train": train,
         "pointwise_backward": lambda: convolution_backward(activation_backward(), [True, True, True]),
     }[op]
@@ -253,13 +275,15 @@ _PASSES = {
     "pointwise_eval": (2, 1),
     "pointwise_train": (2, 1),
     "pointwise_backward": (6, 2),
+    "mixer_eval": (2, 1),
 }
 
 
 def _floor(case: OpCase, found: dict[str, float]) -> dict[str, float]:
     n, c, h, w = case.shape
     passes, convolutions = _PASSES[case.op]
-    taps = case.kernel**2 if case.op.startswith("depthwise") else c
+    taps = 0 if case.op.startswith("pointwise") else case.kernel**2
+    taps += 0 if case.op.startswith("depthwise") else c
     size, flops = passes * n * c * h * w * case.dtype.itemsize, convolutions * 2 * n * c * h * w * taps
     floor = size / found["copy_bytes_per_s"]
     name = str(case.dtype).removeprefix("torch.")
@@ -309,7 +333,7 @@ def wrong(case: OpCase, t: Tensors, backend=cuda) -> str | None:
     kept = torch.linspace(0, channels - 1, min(_CHECKED_CHANNELS, channels), device=t.bias.device).long()
     whole = ours(case.op, backend, t)
     part = t.channels(kept)
-    if case.op.startswith("pointwise"):
+    if case.op.startswith(("pointwise", "mixer")):
         # every output channel needs every input channel
         part.sets[0][0] = t.set(0)[0]
     if case.op == "pointwise_backward":
@@ -341,6 +365,33 @@ def _failures() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
+def forced_gemms(case: OpCase, capability: tuple[int, int]) -> tuple[str, ...]:
+    """The choices of CONVMIXER_CUDA_GEMM that make a difference to a case on this device."""
+    _, c, h, w = case.shape
+    narrow, near = case.dtype != torch.float32, case.layout == "contiguous"
+    if case.op == "mixer_eval":
+        # mixer_eval declines for other reasons on small devices: then "layer" is "fused" once more
+        return ("fused", "torch", "layer") if narrow and near and c <= 256 and case.kernel <= 9 else ("fused", "torch")
+    if case.op not in ("pointwise_eval", "pointwise_train"):
+        return ()
+    aligned = c % 8 == 0 and (not near or h * w % 64 == 0)
+    return ("fused", "torch", "wgmma") if narrow and aligned and capability == (9, 0) else ("fused", "torch")
+
+
+@contextlib.contextmanager
+def forcing(gemm: str | None) -> Iterator[None]:
+    """Calls of the backend inside `with` run as with CONVMIXER_CUDA_GEMM=gemm; None: as they are."""
+    before = pointwise_gemm.forced_gemm
+    if gemm is not None:
+        pointwise_gemm.forced_gemm = lambda: gemm
+        cuda._size.cache_clear()
+    try:
+        yield
+    finally:
+        pointwise_gemm.forced_gemm = before
+        cuda._size.cache_clear()
+
+
 def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: bool) -> None:
     """The rows of a case: "ours" (cuda) or "triton", and with `peers` eager PyTorch's and a copy's."""
     failures = _failures()
@@ -365,15 +416,18 @@ def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: 
     tensors = Tensors(case)
     name, module = implementation_name(backend), BACKENDS[backend]
     with torch.no_grad():
-        try:
-            problem = wrong(case, tensors, module)
-        except failures as error:
-            problem = str(error).splitlines()[0][:300]
-        if problem is not None:
-            # a speed is never shown for a wrong result
-            run.row({**shared, "implementation": name, "ok": False, "error": problem})
-        else:
-            row(name, lambda i: ours(case.op, module, tensors, i), ok=True)
+        for gemm in (None, *(forced_gemms(case, torch.cuda.get_device_capability()) if backend == "cuda" else ())):
+            label = name if gemm is None else f"{name} {gemm}"
+            with forcing(gemm):
+                try:
+                    problem = wrong(case, tensors, module)
+                except failures as error:
+                    problem = str(error).splitlines()[0][:300]
+                if problem is not None:
+                    # a speed is never shown for a wrong result
+                    run.row({**shared, "implementation": label, "ok": False, "error": problem})
+                else:
+                    row(label, lambda i: ours(case.op, module, tensors, i), ok=True)
         if peers:
             row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
             if case.op == "depthwise_eval":
@@ -393,6 +447,10 @@ def operator_cases() -> list[OpCase]:
     cases += [OpCase(op, (32, 1536, 32, 32), 9, fp32, near) for op in depthwise]
     cases += [OpCase(op, big, 9, bf16, near) for op in others]
     cases += [OpCase(op, big, 9, bf16, last) for op in others]
+    # where a layer in one kernel, and our GEMM instead of torch's, are close calls
+    cases += [OpCase("mixer_eval", (64, c, 32, 32), 9, bf16, near) for c in (256, 128, 64)]
+    cases += [OpCase("mixer_eval", (256, 256, 16, 16), 9, bf16, near)]
+    cases += [OpCase("pointwise_eval", (64, c, 32, 32), 9, bf16, near) for c in (256, 768)]
     cases += [OpCase("depthwise_eval", (32, 1536, 32, 32), 9, fp32, last)]
     shapes = [(64, 768, 32, 32), (128, 256, 16, 16), (256, 768, 7, 7), (64, 768, 17, 17)]
     shapes += [(32, 256, 56, 56), (4, 128, 224, 224)]
@@ -531,6 +589,9 @@ def sanitizer_workload() -> int:
                 tensors = Tensors(OpCase("depthwise_eval", shape, kernel, dtype, layout), sets=1)
                 for op in sorted(_PASSES.keys() - {"pointwise_backward"}):
                     ours(op, cuda, tensors)
+                for op in ("pointwise_eval", "pointwise_train", "mixer_eval"):
+                    with forcing("layer"):
+                        ours(op, cuda, tensors)
                 (x, a, dy), t = tensors.set(0), tensors
                 needs = (False, False, True)
                 cuda.pointwise_backward(dy, a, x, t.pointwise, t.bias, "gelu", t.norm, t.sums, needs)

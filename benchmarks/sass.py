@@ -116,8 +116,8 @@ class Instruction:
 
     @property
     def conditional(self) -> bool:
-        # a branch may also have a predicate as its first operand
-        return self.text.startswith("@") or re.search(r"BRA(\.\w+)* !?U?P\w+,", self.text) is not None
+        # a branch may also have a predicate as its first operand, or ask whether the warp is together
+        return self.text.startswith("@") or re.search(r"BRA(\.\w+)* !?U?P\w+,|BRA\.(DIV|CONV)", self.text) is not None
 
     @property
     def name(self) -> str:
@@ -141,13 +141,19 @@ class Block:
     def counts(self) -> Counter[str]:
         """By the name up to its first dot, and by classes of 16-byte and special instructions."""
         counts: Counter[str] = Counter()
-        for name in (i.name for i in self.instructions if i.name != "NOP"):
+        for name, never in ((i.name, i.text.startswith("@!PT ")) for i in self.instructions if i.name != "NOP"):
             counts["all"] += 1
+            if never:
+                # ptxas pads LDGSTS so; an issue slot and nothing else
+                continue
             counts[name.split(".")[0]] += 1
             base, *modifiers = name.split(".")
             for width in ("64", "128"):
                 if base in ("LDG", "STG", "LDS", "STS", "LDGSTS") and width in modifiers:
                     counts[f"{base}.{width}"] += 1
+            if base == "LDSM":
+                # matrices: LDSM.16.M88 is one, .2 and .4 as they say
+                counts[f"LDSM.x{modifiers[-1] if modifiers[-1] in '24' else 1}"] += 1
             if name.startswith(("MUFU.EX2", "MUFU.RCP", "HMMA.16816", "HMMA.1688")):
                 counts[".".join(name.split(".")[:2])] += 1
         return counts
@@ -215,7 +221,8 @@ class Kernel:
                     reachable.add(s)
                     stack.append(s)
         everything = set(reachable)
-        dominators = [{0} if i == 0 else set(everything) for i in range(len(self.blocks))]
+        # what nothing reaches (a detour of warps that are not together) is dominated by nothing, or it would close loops
+        dominators = [{0} if i == 0 else set(everything if i in reachable else ()) for i in range(len(self.blocks))]
         predecessors: list[list[int]] = [[] for _ in self.blocks]
         for i in reachable:
             for s in self.blocks[i].successors:
@@ -321,7 +328,16 @@ def _blocks(instructions: list[Instruction]) -> list[Block]:
     for i, block in enumerate(blocks):
         if block.instructions[-1].name.startswith("BRX"):
             further = (j for j in range(i + 1, len(blocks)) if blocks[j].instructions[-1].name.startswith("BRX"))
-            block.successors += [j for j in range(i + 1, next(further, len(blocks) - 1) + 1) if j not in reached]
+            # up to where the cases meet again
+            join, last = len(blocks), next(further, len(blocks) - 1)
+            for j in range(i + 1, last + 1):
+                if j >= join:
+                    break
+                if j not in reached:
+                    block.successors.append(j)
+                end = blocks[j].instructions[-1]
+                if end.name == "BRA" and not end.conditional and at.get(end.target, 0) > j:
+                    join = at[end.target] if join == len(blocks) else max(join, at[end.target])
     return blocks
 
 

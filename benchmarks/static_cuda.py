@@ -182,7 +182,6 @@ CASES = (
 )  # fmt: skip
 
 
-
 def _large(k: int, steps: int, groups: int, blocks: tuple[int, int, int]) -> tuple[Case, ...]:
     """The kernels of k x k filters, k > 9: `steps` of 16 window columns, `groups` of kernel rows in the weight gradient.
 
@@ -312,7 +311,7 @@ def lacks(function: str, counts: Counter[str]) -> list[str]:
 
 def shared_cycles(counts: Counter[str]) -> float:
     """Cycles of shared memory that a warp's instructions take."""
-    cycles = 4.0 * counts["LDSM"]
+    cycles = 4.0 * counts["LDSM"] - 2 * counts["LDSM.x2"] - 3 * counts["LDSM.x1"]
     for name in ("LDS", "STS", "LDGSTS"):
         wide, middle = counts[f"{name}.128"], counts[f"{name}.64"]
         cycles += 4 * wide + 2 * middle + (counts[name] - wide - middle)
@@ -566,13 +565,17 @@ def main(arguments: list[str] | None = None) -> int:
     if problem is not None:
         print(f"benchmarks.static_cuda: {problem}", file=sys.stderr)
         return 2
+    from benchmarks import static_gemm
+
     resources = sass.resources(module)
-    found = []
+    found, products = [], []
     for architecture in ARCHITECTURES:
         if architecture in {r.architecture for r in resources}:
             found += rows(list(sass.kernels(module, architecture, is_of_a_case)), resources)
+            products += static_gemm.rows(list(sass.kernels(module, architecture, static_gemm.is_of_a_case)), resources)
     (RESULTS / "cuda-static.json").write_text(json.dumps(found, indent=1) + "\n")
-    TABLE.write_text(markdown(found))
+    (RESULTS / "cuda-static-gemm.json").write_text(json.dumps(products, indent=1) + "\n")
+    TABLE.write_text(markdown(found) + "\n" + static_gemm.markdown(products))
     print(f"written: {TABLE}")
     return 0
 

@@ -213,3 +213,34 @@ def test_a_path_through_a_loop():
     with pytest.raises(ValueError, match="to be avoided"):
         kernel.once_through(loop, lambda counts: (), lambda counts: counts["LDSM"] > 0)
     assert static_cuda.shared_cycles(path) == 4
+
+
+_DETOURS = """
+		Function : detours
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   FADD R3, R3, R3 ;
+        /*0020*/                   BRA.CONV ~URZ, 0x50 ;
+        /*0030*/                   MOV R5, 0x50 ;
+        /*0040*/                   CALL.REL.NOINC 0x200 ;
+        /*0050*/                   LDS R4, [R2] ;
+        /*0060*/              @!PT LDS RZ, [RZ] ;
+        /*0070*/                   LDSM.16.M88.2 R6, [R2] ;
+        /*0080*/                   BRX R2 -0x90 ;
+        /*0090*/                   MUFU.EX2 R3, R3 ;
+        /*00a0*/                   BRA 0xc0 ;
+        /*00b0*/                   MUFU.RCP R3, R3 ;
+        /*00c0*/               @P1 BRA 0x10 ;
+        /*00d0*/                   EXIT ;
+        /*00e0*/                   SHFL.BFLY PT, R3, R3, R3, R3 ;
+        /*00f0*/                   BRA 0x10 ;
+"""
+
+
+def test_detours_of_divided_warps_are_no_part_of_a_loop():
+    (kernel,) = sass.parse_sass(_DETOURS.splitlines())
+    (loop,) = kernel.all_loops()
+    path = kernel.once_through(loop, lambda counts: (counts["MUFU.EX2"],))
+    # neither the call nor what lies behind the switch's end
+    assert (path["all"], path["CALL"], path["SHFL"], path["MUFU.EX2"], path["MUFU.RCP"]) == (9, 0, 0, 1, 0)
+    # an access that never happens takes an issue slot alone, two matrices two cycles
+    assert static_cuda.shared_cycles(path) == 1 + 2

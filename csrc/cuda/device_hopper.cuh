@@ -75,6 +75,12 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
 }
+// Behind wgmma_wait: no read or copy of d may move above it, which the compiler cannot know (PTX ISA: a register of a
+// product under way must not be accessed).
+__device__ __forceinline__ void wgmma_results(float (&d)[16][4]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
 
 #define CONVMIXER_D4(v, j) "+f"(v[j][0]), "+f"(v[j][1]), "+f"(v[j][2]), "+f"(v[j][3])
 #define CONVMIXER_D16(v, j) CONVMIXER_D4(v, j), CONVMIXER_D4(v, j + 1), CONVMIXER_D4(v, j + 2), CONVMIXER_D4(v, j + 3)
@@ -145,9 +151,12 @@ inline cudaError_t make_tensor_map(TensorMap& map, bool bfloat16, const void* da
 
 namespace convmixer {
 
-// wgmma's description of an operand in shared memory, 128-byte swizzle (PTX ISA, "matrix descriptor"). K contiguous:
-// `stride` = 1024 bytes from 8 rows to the next 8, `lead` unused. Columns contiguous: `lead` = bytes from 64 columns to
-// the next 64, `stride` = from 8 values of K to the next 8.
+// wgmma's description of an operand in shared memory, 128-byte swizzle (PTX ISA 9.7.15.5.1.2, "matrix descriptor": bits
+// 0-13 address, 16-29 leading and 32-45 stride byte offset, each in 16 bytes, 49-51 base offset, 62-63 swizzle = 1).
+// K contiguous, ((8, m), (8, 2)) : ((64, SBO), (1, 8)): `stride` = 1024 bytes from 8 rows to the next 8, `lead` unused,
+// 1 by convention; 16 values of K further is 32 bytes further. Columns contiguous, ((8, 8, m), (8, k)) :
+// ((1, 8, LBO), (64, SBO)): `lead` = bytes from 64 columns to the next 64, `stride` = from 8 values of K to the next 8.
+// The base offset is 0 because every pattern of 1024 bytes begins at a multiple of 1024.
 __device__ __forceinline__ uint64_t wgmma_operand(const void* p, int lead, int stride) {
   return (uint64_t(1) << 62) | uint64_t(stride >> 4) << 32 | uint64_t(lead >> 4) << 16 | (smem_u32(p) & 0x3ffff) >> 4;
 }

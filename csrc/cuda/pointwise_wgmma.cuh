@@ -95,6 +95,8 @@ __device__ __forceinline__ void multiply_tile(HopperShared<LAST>& shared, WarpTi
   }
   wgmma_wait<0>();
   if (signals) barrier_arrive(&shared.empty[(n - 1) % kHopperStages]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) wgmma_results(acc.v[i]);
 }
 #endif
 

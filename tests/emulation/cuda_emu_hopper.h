@@ -141,6 +141,7 @@ inline void tma_load(void* to, const TensorMap& map, Barrier* b, int c0, int c1,
 }
 
 inline void wgmma_fence() {}
+inline void wgmma_results(float (&)[16][4]) {}
 inline void wgmma_commit() {
   auto& s = emu_block();
   s.groups[emu_thread()].push_back(std::move(s.open[emu_thread()]));

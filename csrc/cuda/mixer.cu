@@ -35,10 +35,11 @@ int launch_as(const mixer::Args& p, void* stream) {
 }  // namespace
 
 bool mixer_fits(const Shape& s, int64_t c_out, int kh, int kw) {
-  // a place in a plane is 32 bits wide
+  // a place in a plane is 32 bits wide; the kernel has no static arrays, so that all of a block's shared memory is its
+  // own
   return s.dtype != kFloat32 && !s.channels_last && std::max(kh, kw) <= mixer::kTaps &&
          std::max(s.c, c_out) <= mixer::kMostChannels && static_cast<int64_t>(s.h) * s.w < 1 << 30 && s.n < 1 << 30 &&
-         mixer::shared_bytes(depth_of(s.c)) <= max_dynamic_shared();
+         mixer::shared_bytes(depth_of(s.c)) <= most_shared_of_block();
 }
 
 int64_t mixer_tiles(const Shape& s) { return s.n * ceil_div(s.h, mixer::kTile) * ceil_div(s.w, mixer::kTile); }

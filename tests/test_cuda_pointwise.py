@@ -453,14 +453,15 @@ def test_where_tf32_is_allowed_torch_takes_it(monkeypatch):
 def test_the_choice_can_be_forced(monkeypatch):
     pointwise_gemm.forced_gemm.cache_clear()
     try:
-        for value, expected in (("fused", True), ("torch", False), ("auto", False)):
+        for value, expected in (("fused", True), ("layer", True), ("torch", False), ("auto", False)):
             monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
             pointwise_gemm.forced_gemm.cache_clear()
             # a CPU tensor, as in the emulation: torch's unless asked
             assert pointwise_gemm.use_fused(torch.empty(1, 8, 8, 8), 2) is expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
         pointwise_gemm.forced_gemm.cache_clear()
-        with pytest.raises(ValueError, match="CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got 'cutlass'"):
+        message = "CONVMIXER_CUDA_GEMM must be auto, fused, wgmma, torch or layer, got 'cutlass'"
+        with pytest.raises(ValueError, match=message):
             pointwise_gemm.forced_gemm()
     finally:
         pointwise_gemm.forced_gemm.cache_clear()

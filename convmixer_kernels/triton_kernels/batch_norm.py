@@ -24,7 +24,7 @@ from . import tuning
 from .common import (
     activate,
     affine,
-    backward_vectors,
+    backward_vectors_of,
     channel_vector,
     narrow,
     preactivation_grad,
@@ -177,7 +177,7 @@ def grad_prologue_kernel(
     else:
         sum_dy = channel_vector(sum_dy_ptr, c, c_ok, 0.0)
         sum_dy_hhat = channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0)
-    mean, scale, mean_dy, factor = backward_vectors(
+    mean, scale, mean_dy, factor = backward_vectors_of(
         mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST
     )
     sum_da = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)

@@ -150,8 +150,21 @@ def affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST: tl.conste
 
 
 @triton.jit
-def backward_vectors(mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST: tl.constexpr):
-    """mean, scale, and, 0 where the statistics were constants (sums of 0), mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
+def backward_vectors(
+    mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST: tl.constexpr
+):
+    """mean, scale, and, 0 where the statistics were constants, mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
+    mean = channel_vector(mean_ptr, c, c_ok, 0.0)
+    rstd = _rstd(var_ptr, eps, c, c_ok, FAST)
+    scale = rstd * channel_vector(gamma_ptr, c, c_ok, 1.0)
+    mean_dy = _wide(channel_vector(sum_dy_ptr, c, c_ok, 0.0), FAST) / count
+    factor = channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0) * rstd / count
+    return mean, scale.to(tl.float32), mean_dy.to(tl.float32), factor.to(tl.float32)
+
+
+@triton.jit
+def backward_vectors_of(mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST: tl.constexpr):
+    """backward_vectors of sums in registers. (Loaded before the rest, the sums make sm_100's products spill.)"""
     mean = channel_vector(mean_ptr, c, c_ok, 0.0)
     rstd = _rstd(var_ptr, eps, c, c_ok, FAST)
     scale = rstd * channel_vector(gamma_ptr, c, c_ok, 1.0)

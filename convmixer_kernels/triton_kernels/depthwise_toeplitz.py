@@ -26,7 +26,6 @@ from .common import (
     activate,
     affine,
     backward_vectors,
-    channel_vector,
     dot,
     narrow,
     positions,
@@ -280,9 +279,8 @@ def weight_grad_kernel(
         pitch = channels.to(tl.int64)
     first_value = c if CHANNELS_LAST else c * PLANE
     always = c >= 0
-    sum_dy, sum_dy_hhat = channel_vector(sum_dy_ptr, c, always, 0.0), channel_vector(sum_dy_hhat_ptr, c, always, 0.0)
     mean, scale, mean_dy, factor = backward_vectors(
-        mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, always, FAST
+        mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, always, FAST
     )
     out = tl.arange(0, BH * BW)
     grad = tl.zeros((UR * BK, BH * BW), tl.float32)

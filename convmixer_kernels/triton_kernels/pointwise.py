@@ -23,7 +23,6 @@ from .common import (
     activate,
     affine,
     backward_vectors,
-    channel_vector,
     dot,
     moments,
     narrow,
@@ -174,10 +173,8 @@ def gemm_kernel(
         offset = x_start + first * x_pitch
         x = tl.load(x_ptr + offset + x_at, mask=ok, other=0.0)
         if PROLOGUE:
-            sum_dy = channel_vector(sum_dy_ptr, first + k, k_ok, 0.0)
-            sum_dy_hhat = channel_vector(sum_dy_hhat_ptr, first + k, k_ok, 0.0)
             mean, scale, mean_dy, factor = backward_vectors(
-                mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, first + k, k_ok, FAST
+                mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, first + k, k_ok, FAST
             )
             a = tl.load(a_ptr + offset + x_at, mask=ok, other=0.0).to(tl.float32)
             da = preactivation_grad(
@@ -275,9 +272,8 @@ def weight_grad_kernel(
     y_pitch = 1 if Y_LAST else plane
     c_ok, k_ok = c < n_size, k < k_size
     if PROLOGUE:
-        sum_dy, sum_dy_hhat = channel_vector(sum_dy_ptr, c, c_ok, 0.0), channel_vector(sum_dy_hhat_ptr, c, c_ok, 0.0)
         mean, scale, mean_dy, factor = backward_vectors(
-            mean_ptr, var_ptr, gamma_ptr, sum_dy, sum_dy_hhat, eps, count, c, c_ok, FAST
+            mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST
         )
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     sum_da = tl.zeros((BLOCK_N,), tl.float32)
@@ -315,8 +311,10 @@ def weight_grad_kernel(
     start = partials_ptr + part * n_size * k_size
     at = start + first_c * k_size + first_k + (lane_c * k_size)[:, None] + lane_k[None, :]
     tl.store(at, acc, mask=c_ok[:, None] & k_ok[None, :])
+    # nested: a compile-time condition and one of run time
     if bias_partials_ptr is not None:
-        tl.store(bias_partials_ptr + part * n_size + c, sum_da, mask=c < tl.where(tile % blocks_k == 0, n_size, 0))
+        if tile % blocks_k == 0:
+            tl.store(bias_partials_ptr + part * n_size + c, sum_da, mask=c_ok)
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------

@@ -182,7 +182,6 @@ CASES = (
 )  # fmt: skip
 
 
-
 def _large(k: int, steps: int, groups: int, blocks: tuple[int, int, int]) -> tuple[Case, ...]:
     """The kernels of k x k filters, k > 9: `steps` of 16 window columns, `groups` of kernel rows in the weight gradient.
 

@@ -224,7 +224,7 @@ def _large(k: int, steps: int, groups: int, blocks: tuple[int, int, int]) -> tup
     )  # fmt: skip
 
 
-CASES += _large(13, 2, 3, (5, 4, 1)) + _large(31, 3, 6, (5, 4, 1))
+CASES += _large(13, 2, 3, (5, 4, 1)) + _large(31, 3, 6, (5, 3, 1))
 
 _PATH_KEYS = ("HMMA", "STG.128", "LDGSTS.128", "LDG.128")
 

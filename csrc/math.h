@@ -56,7 +56,7 @@ CONVMIXER_HD float activation_grad(float x) {
   if constexpr (ACT == 0) {
     return 1.f;
   } else if constexpr (ACT == 1) {
-    return x > 0.f ? 1.f : 0.f;
+    return x <= 0.f ? 0.f : 1.f;
   } else if constexpr (ACT == 2) {
     const float cdf = 0.5f * (1.f + erff(x * 0.70710678118654752f));
     return cdf + x * (expf(-0.5f * x * x) * 0.39894228040143268f);
@@ -107,7 +107,7 @@ CONVMIXER_D ValueAndGrad fast_activation_and_grad(float x) {
   if constexpr (ACT == 0) {
     return {x, 1.f};
   } else if constexpr (ACT == 1) {
-    return {max_nan(x, 0.f), x > 0.f ? 1.f : 0.f};
+    return {max_nan(x, 0.f), x <= 0.f ? 0.f : 1.f};
   } else if constexpr (ACT == 2) {
     // act' = Phi(x) + x phi(x) = 1/2 + sign(x) (1/2 - u) with u = Phi(-t) - t phi(t)
     const float t = fabsf(x), tail = fast_normal_tail(t);

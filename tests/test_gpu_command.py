@@ -94,7 +94,8 @@ def test_the_first_backend_is_measured_everywhere():
     assert gpu_ops.operator_runs(["triton"]) == [(case, "triton") for case in cases]
     both = gpu_ops.operator_runs(["cuda", "triton"])
     assert both[: len(cases)] == [(case, "cuda") for case in cases]
-    assert {case.op for case, backend in both[len(cases) :]} == set(gpu_ops._PASSES)
+    # a layer in one kernel is cuda's alone
+    assert {case.op for case, backend in both[len(cases) :]} == set(gpu_ops._PASSES) - {"mixer_eval"}
     assert {backend for _, backend in both[len(cases) :]} == {"triton"}
 
 

@@ -38,14 +38,15 @@ constexpr int kBatchX = 4, kBatchD = 3;
 // x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
 template <int CHANNELS, class T>
 __device__ __forceinline__ void load_x(const Plan& p, const Unit& u, const T* x, int first, int step, T* tile) {
+  constexpr int BATCH = CHANNELS == 1 ? kBatchX : 3;  // 4 of two channels spill beside the accumulators (sm_80)
   const Strides& s = p.strides;
   const int pairs = p.x_pitch / 2, count = u.images * u.x_rows * pairs;
 #pragma unroll 1
-  for (int start = first; start < count; start += kBatchX * step) {
-    uint32_t values[kBatchX][CHANNELS];
-    int target[kBatchX];
+  for (int start = first; start < count; start += BATCH * step) {
+    uint32_t values[BATCH][CHANNELS];
+    int target[BATCH];
 #pragma unroll
-    for (int j = 0; j < kBatchX; ++j) {
+    for (int j = 0; j < BATCH; ++j) {
       const int i = start + j * step;
       if (i < count) {
         const int row = int(p.x_pairs.div(i)), pair = i - row * pairs, image = image_of(p, row);
@@ -56,7 +57,7 @@ __device__ __forceinline__ void load_x(const Plan& p, const Unit& u, const T* x,
       }
     }
 #pragma unroll
-    for (int j = 0; j < kBatchX; ++j) {
+    for (int j = 0; j < BATCH; ++j) {
       if (start + j * step < count) {
 #pragma unroll
         for (int k = 0; k < CHANNELS; ++k) {

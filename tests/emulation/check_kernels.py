@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from convmixer_kernels.backends import cuda, reference
 from convmixer_kernels.backends import pointwise_gemm as gemm
-from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.backends.base import MixerEval, Norm
 from convmixer_kernels.testing import relative_error
 
 ORDERS = ("0", "1", "7")
@@ -158,7 +158,8 @@ def mixer() -> None:
             z = reference.depthwise_eval(x, *lower[:2], "gelu", lower[2], True)
             return reference.pointwise_eval(z, *upper[:2], "gelu", upper[2])
 
-        mine, exact = cuda.mixer_eval(x, lower, upper, "gelu", True), two(*map(_double, (x, lower, upper)))
+        mine = cuda.mixer_eval(x, (MixerEval("gelu", lower, upper),), True)
+        exact = two(*map(_double, (x, lower, upper)))
         error, allowed = relative_error(mine, exact), relative_error(two(x, lower, upper), exact)
         if not error <= 4 * allowed + ROOM[torch.bfloat16]:
             raise Wrong(f"mixer_eval {shape}: error {error:.2e}, reference {allowed:.2e}")

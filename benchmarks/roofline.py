@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """FLOPs and bytes that a ConvMixer cannot avoid, and the time that this machine needs for them at least.
 
-FLOPs are nominal: 2 per multiply-add, padding taps included. A floor adds, on a CPU, the time of 18 multiply-adds per
-exact GELU (what a vector erf costs). A training step does every convolution three times (forward, input gradient,
-weight gradient), except that the images need no gradient, and GELU and its derivative once each. Bytes are the
-activation passes that no fusion within one block saves: eval reads and writes once a block; training has 9 passes
-forward, 16 backward and 1 to rebuild what the second block read. An operator's passes stand in ops.py.
+FLOPs are nominal: 2 per multiply-add, padding taps included. A floor leaves those taps out and adds, on a CPU, the
+time of 18 multiply-adds per exact GELU (what a vector erf costs). A training step does every convolution three times
+(forward, input gradient, weight gradient), except that the images need no gradient, and GELU and its derivative once
+each. Bytes are the activation passes that no fusion within one block saves: eval reads and writes once a block;
+training has 9 passes forward, 16 backward and 1 to rebuild what the second block read. An operator's passes stand in ops.py.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ class Peaks(NamedTuple):
 
     flops: float  # of a GEMM, per second
     bandwidth: float  # of a copy, bytes read and written per second
+
+
+def taps_inside(height: int, width: int, kernel: int) -> float:
+    """The share of a depthwise convolution's taps that meet the image and not its padding."""
+
+    def inside(size: int) -> int:
+        before = (kernel - 1) // 2
+        return sum(min(i, before) + 1 + min(size - 1 - i, kernel - 1 - before) for i in range(size))
+
+    return inside(height) * inside(width) / (height * width * kernel**2)
 
 
 def multiply_adds(case: Case, batch: int, training: bool) -> int:
@@ -57,7 +67,9 @@ def floor_seconds(
     case: Case, batch: int, training: bool, dtype: torch.dtype, device: torch.device, peaks: Peaks
 ) -> float:
     """The least time that the arithmetic or the bytes take, whichever is longer."""
-    slots = multiply_adds(case, batch, training)
+    size = case.image_size // case.patch_size
+    depthwise = batch * size**2 * case.dim * case.depth * case.kernel_size**2 * (3 if training else 1)
+    slots = multiply_adds(case, batch, training) - depthwise * (1 - taps_inside(size, size, case.kernel_size))
     if case.activation == "gelu" and device.type == "cpu":
         slots += _GELU_MULTIPLY_ADDS * activations(case, batch) * (2 if training else 1)
     return max(2 * slots / peaks.flops, activation_bytes(case, batch, training, dtype.itemsize) / peaks.bandwidth)
@@ -102,7 +114,7 @@ def operator_floor(case: OpCase, device: torch.device, peaks: MachinePeaks) -> F
         channels = (c if case.has_depthwise else 0) + (case.out if case.has_pointwise else 0) or c
         arithmetic += 2 * _GELU_MULTIPLY_ADDS * OPERATORS[case.op].activations * n * h * w * channels / peaks.fma
     if on_cpu or not sixteen:
-        arithmetic += depthwise / peaks.fma
+        arithmetic += depthwise * taps_inside(h, w, case.kernel) / peaks.fma
     size = operator_bytes(case)
     bound = "bytes" if size / peaks.copy >= arithmetic else "arithmetic"
     return Floor(size, depthwise + pointwise, max(size / peaks.copy, arithmetic), bound)

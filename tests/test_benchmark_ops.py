@@ -344,7 +344,8 @@ def test_bytes_by_hand():
 def test_floors_by_hand():
     peaks = machine.MachinePeaks(copy=1e9, fma=2e9, gemm={"float32": 1e9, "bfloat16": 1e9}, fma_source="")
     case = shapes.OpCase("layer_eval", "sweep", (1, 10, 10, 10), 9)
-    arithmetic = 2 * 1000 * 81 / 2e9 + 2 * 1000 * 10 / 2e9 + 36 * 1000 * 2 / 2e9
+    # of 10 rows and 10 columns of 9 taps, 70 taps each are inside
+    arithmetic = 2 * 10 * 70 * 70 / 2e9 + 2 * 1000 * 10 / 2e9 + 36 * 1000 * 2 / 2e9
     floor = roofline.operator_floor(case, CPU, peaks)
     assert (floor.bytes, floor.flops, floor.bound) == (8000, 182_000, "arithmetic")
     assert floor.seconds == pytest.approx(arithmetic)

@@ -225,9 +225,20 @@ def test_counters_equal_numbers_by_hand():
     assert roofline.activation_bytes(TINY, 3, training=True, itemsize=4) == 192 * 64 * 2 * 4 * 26
     cpu, slow, narrow = torch.device("cpu"), roofline.Peaks(1e9, 1e12), roofline.Peaks(1e15, 1e9)
     floor = roofline.floor_seconds(TINY, 3, False, torch.float32, cpu, slow)
-    assert floor == pytest.approx(2 * (1_942_464 + 18 * 61_440) / 1e9)
+    # of 8 rows and 8 columns of 3 taps, 2 taps each are outside
+    outside = 2 * 192 * 64 * (9 - 22 * 22 / 64)
+    assert floor == pytest.approx(2 * (1_942_464 - outside + 18 * 61_440) / 1e9)
     floor = roofline.floor_seconds(TINY, 3, True, torch.float32, cpu, narrow)
     assert floor == pytest.approx(192 * 64 * 2 * 4 * 26 / 1e9)
+
+
+def test_taps_inside_the_image():
+    """Against a convolution of ones, which counts them."""
+    for height, width, kernel in ((5, 7, 3), (4, 4, 9), (6, 3, 4), (1, 1, 31), (8, 8, 1)):
+        ones = torch.ones(1, 1, height, width)
+        counted = torch.nn.functional.conv2d(ones, torch.ones(1, 1, kernel, kernel), padding="same").sum()
+        share = roofline.taps_inside(height, width, kernel)
+        assert share * height * width * kernel**2 == pytest.approx(counted.item())
 
 
 def test_published_models_have_the_published_parameters(monkeypatch):

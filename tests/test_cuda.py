@@ -391,6 +391,15 @@ def test_non_finite_values_go_through(activation, dtype, memory_format, device):
     assert torch.equal(statistics, torch.stack(reference.norm_backward(dy, a, activation, norm)).isfinite())
 
 
+def test_relu_lets_the_gradient_of_a_nan_through(device):
+    """As torch's own backward does; behind a constant norm nothing else sees the NaN."""
+    (a, dy), norm = _inputs((1, 8, 4, 8), torch.float32, "contiguous", device)
+    a[0, 1, 1, 2:4] = float("nan")
+    one = torch.ones(8, 1, 1, 1, device=device)
+    ours = cuda.depthwise_input_grad(dy, a, one, "relu", norm, None, False)
+    assert relative_error(ours, reference.depthwise_input_grad(dy, a, one, "relu", norm, None, False).double()) < 1e-6
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_bits_do_not_change_between_runs(memory_format, device):
     (dy, a, x), norm = _inputs((4, 8, 16, 16), torch.bfloat16, memory_format, device, count=3)

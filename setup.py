@@ -48,10 +48,12 @@ BUILT = {
 class BuildExt(build_ext):
     """Hands the objects and the link to ninja, which redoes only what changed."""
 
-    def build_extension(self, ext):
+    def build_extensions(self):
+        _build.run_ninja([self._module(ext) for ext in self.extensions], Path(self.build_temp).resolve())
+
+    def _module(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(self.build_temp).resolve() / ext.name
         link = [cxx, "-shared", "-o", "$out", "$in"]
         if ext.name.endswith("_cuda"):
             objects = _build.cuda_objects(cxx, nvcc, archs)
@@ -61,7 +63,7 @@ class BuildExt(build_ext):
         else:
             objects = _build.cpu_objects(cxx)
             link.append("-fopenmp")
-        _build.run_ninja(objects, directory, link, output)
+        return _build.Module(ext.name.rpartition(".")[2], objects, link, output)
 
 
 class BuildPy(build_py):

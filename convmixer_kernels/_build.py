@@ -43,11 +43,24 @@ NVCC_FLAGS = [
 ]
 
 
+#: Bindings only hand arguments on, and templates make them slow to compile.
+BINDING_FLAGS = ["-O1"]
+
+
 class Object(NamedTuple):
     """One object file: `command` compiles `source` to `$out` and writes a depfile to `$out.d`."""
 
     source: Path
     command: list[str]
+
+
+class Module(NamedTuple):
+    """A native module: the command `link` + objects gives `output`."""
+
+    name: str
+    objects: list[Object]
+    link: list[str]
+    output: Path
 
 
 def source_digest() -> str:
@@ -121,10 +134,10 @@ def gencode_flags(archs: Iterable[str]) -> list[str]:
     return flags
 
 
-def _binding_includes() -> list[str]:
+def _binding_flags() -> list[str]:
     import pybind11
 
-    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    return [*BINDING_FLAGS, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
 
 def cpu_instruction_sets() -> list[str]:
@@ -139,7 +152,7 @@ def cpu_objects(cxx: str) -> list[Object]:
     compile_command = [*cxx.split(), *CXX_FLAGS, *defines, "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     objects = [Object(CSRC / "cpu" / f"isa_{name}.cpp", [*compile_command, *ISA_FLAGS[name]]) for name in sets]
     objects.append(Object(CSRC / "cpu" / "isa.cpp", compile_command))
-    objects.append(Object(CSRC / "cpu" / "module.cpp", [*compile_command, *_binding_includes()]))
+    objects.append(Object(CSRC / "cpu" / "module.cpp", [*compile_command, *_binding_flags()]))
     return objects
 
 
@@ -148,13 +161,14 @@ def cuda_objects(cxx: str, nvcc: Path, archs: list[str]) -> list[Object]:
     device = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs)]
     device += ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     objects = [Object(path, device) for path in sorted((CSRC / "cuda").glob("*.cu"))]
-    host = [*cxx.split(), *CXX_FLAGS, *_binding_includes(), "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+    host = [*cxx.split(), *CXX_FLAGS, *_binding_flags(), "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     objects.append(Object(CSRC / "cuda" / "module.cpp", host))
     return objects
 
 
-def run_ninja(objects: list[Object], directory: Path, link: list[str], output: Path) -> None:
-    """Compile `objects` in `directory` and link them to `output` with the command `link` + objects; ninja redoes what changed.
+def run_ninja(modules: list[Module], directory: Path) -> None:
+    """Compile and link the modules in `directory`, in one run, so that no core waits for the last object of one of them; ninja
+    redoes what changed.
 
     Raises:
         subprocess.CalledProcessError: a compile failed; its output has been printed.
@@ -166,14 +180,16 @@ def run_ninja(objects: list[Object], directory: Path, link: list[str], output: P
     def escape(text: str | Path) -> str:
         return str(text).replace("$ ", "$$ ").replace(" ", "$ ").replace(":", "$:")
 
-    lines, names = ["ninja_required_version = 1.5"], []
-    for i, item in enumerate(objects):
-        name = directory / f"{item.source.stem}.o"
-        names.append(name)
-        lines += [f"rule compile{i}", f"  command = {' '.join(item.command)}", "  depfile = $out.d", "  deps = gcc"]
-        lines.append(f"build {escape(name)}: compile{i} {escape(item.source)}")
-    lines += ["rule link", f"  command = {' '.join(link)}"]
-    lines.append(f"build {escape(output)}: link {' '.join(map(escape, names))}")
+    lines = ["ninja_required_version = 1.5"]
+    for module in modules:
+        names = []
+        for i, item in enumerate(module.objects):
+            name, rule = directory / module.name / f"{item.source.stem}.o", f"compile_{module.name}_{i}"
+            names.append(name)
+            lines += [f"rule {rule}", f"  command = {' '.join(item.command)}", "  depfile = $out.d", "  deps = gcc"]
+            lines.append(f"build {escape(name)}: {rule} {escape(item.source)}")
+        lines += [f"rule link_{module.name}", f"  command = {' '.join(module.link)}"]
+        lines.append(f"build {escape(module.output)}: link_{module.name} {' '.join(map(escape, names))}")
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(directory), "-j", jobs], check=True)

@@ -211,17 +211,18 @@ def _graph(inputs: Inputs) -> tuple[bytes, list[dict[str, object]]]:
 def _onnxruntime(inputs: Inputs) -> Calls:
     graph, arrays = _graph(inputs)
     try:
-        runtime = require("onnxruntime")
+        runtime, state = require("onnxruntime"), require("onnxruntime.capi.onnxruntime_pybind11_state")
     except MissingPackage as error:
         raise Absent(str(error)) from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     # its pool would otherwise go on spinning on the cores that the next implementation is timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Fail, NotImplemented, InvalidGraph, ...: its refusals have no base class of their own
+    refusals = tuple(c for c in vars(state).values() if isinstance(c, type) and issubclass(c, Exception))
     try:
         session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # its refusals (Fail, NotImplemented, InvalidGraph, ...) have no base class but this
+    except refusals as error:
         raise Absent(f"failed: {first_line(error)}") from error
     return [lambda a=a: (torch.from_numpy(session.run(None, a)[0]),) for a in arrays]
 

@@ -382,20 +382,14 @@ def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCa
 
 
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    together = (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and type(x) in _PLAIN_TENSORS
-        and functional.runs_mixer_layers(x)
-    )
-    if not together:
-        for module in children:
-            x = module(x)
-        return x
+    evaluates = not torch.is_grad_enabled()
     at = 0
     while at < len(children):
-        layers = _evaluated_together(children[at:], x)
-        y = functional.evaluate_mixer_layers(x, layers) if len(layers) > 1 else None
+        layers, y = [], None
+        candidate = evaluates and type(children[at]) is MixerLayer and type(x) in _PLAIN_TENSORS
+        if candidate and functional.may_evaluate_mixer_layers(x):
+            layers = _evaluated_together(children[at:], x)
+            y = functional.evaluate_mixer_layers(x, layers) if len(layers) > 1 else None
         taken = max(len(layers), 1)
         if y is None:
             y = x

@@ -228,10 +228,14 @@ class MixerArguments(NamedTuple):
     activation: str
 
 
-def runs_mixer_layers(x: Tensor) -> bool:
-    """Whether evaluate_mixer_layers may do more for x than calling mixer_layer again and again."""
-    name = dispatch.requested_backend("mixer_layer", None) or dispatch.automatic_order(x.device.type)[0]
-    return hasattr(dispatch.load(name), "mixer_eval")
+def may_evaluate_mixer_layers(x: Tensor) -> bool:
+    """Whether evaluate_mixer_layers can do more for layers of x's width than calling mixer_layer again and again: a quick answer."""
+    if torch.compiler.is_compiling() or x.dim() != 4 or x.numel() == 0:
+        return False
+    backend = dispatch.load(
+        dispatch.requested_backend("mixer_layer", None) or dispatch.automatic_order(x.device.type)[0]
+    )
+    return hasattr(backend, "mixer_eval") and backend.mixer_may_fit(x)
 
 
 def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor | None:
@@ -252,8 +256,9 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
     checks.check_input(op, x)
     if torch.compiler.is_compiling() or _transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
         return None
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return None  # the first layer makes the one copy that this takes
     evaluated, backend = [], None
-    x = _dense(x)[0]
     for layer in layers:
         blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
         checks.check_options(op, layer.activation, False, 0.0, layer.eps)

@@ -258,7 +258,9 @@ def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
         raise Fail("no kernel for this\nat all")
 
     runtime = types.SimpleNamespace(
-        SessionOptions=lambda: types.SimpleNamespace(add_session_config_entry=lambda *a: None), InferenceSession=session
+        SessionOptions=lambda: types.SimpleNamespace(add_session_config_entry=lambda *a: None),
+        InferenceSession=session,
+        Fail=Fail,
     )
     monkeypatch.setattr(peers, "_graph", lambda inputs: (b"", []))
     monkeypatch.setattr(peers, "require", lambda name: runtime)

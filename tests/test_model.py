@@ -17,6 +17,7 @@ from torch import nn
 
 import convmixer_kernels
 from convmixer import ConvMixer, MixerLayer, MixerSequential, reference
+from convmixer_kernels import functional
 from convmixer_kernels.backends import cpu
 
 
@@ -359,6 +360,14 @@ def test_layers_together_refuse_what_a_layer_refuses():
         for one in (model, ref):
             with pytest.raises((RuntimeError, ValueError), match=r"channels|C_in"):
                 one(image())
+
+
+def test_what_does_not_fit_is_left_to_the_layers_at_once(monkeypatch):
+    """Images beyond a core's cache: no layer is looked at twice."""
+    model, x = make_pair()[0].eval(), features(size=80)
+    monkeypatch.setattr(functional, "evaluate_mixer_layers", lambda *a: pytest.fail("it was asked"))
+    with torch.no_grad():
+        assert torch.equal(model[3:5](x), nn.Sequential(*model[3:5])(x))
 
 
 def test_layers_together_run_on_the_backend_that_is_asked_for(runs):

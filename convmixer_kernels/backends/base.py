@@ -21,7 +21,8 @@ Conventions that hold for every primitive of every backend:
   In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
 * A backend may offer ``mixer_eval(x, layers, residual)``, layers a non-empty sequence of :class:`MixerEval`: for each layer
   pointwise_eval of depthwise_eval without tensors between them; None where separate calls are faster or it cannot run. The bits are
-  those of separate calls, but for the order in which a GPU's tensor cores add the products of one instruction.
+  those of separate calls, but for the order in which a GPU's tensor cores add the products of one instruction. With it comes
+  ``mixer_may_fit(x)``: False, quickly, where mixer_eval would give None for layers of x's width whatever they are.
 * A backend may offer ``depthwise_block_backward`` and ``pointwise_block_backward(dy, a, x, weight, bias, activation, norm,
   batch_statistics, residual, needs)``: the gradients of x, weight, bias and the norm's weight and bias in their dtypes, None where
   `needs` (a bool for each) is False, in fewer launches than the primitives; None instead of a tuple where the calls are as good.

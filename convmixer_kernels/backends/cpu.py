@@ -211,6 +211,11 @@ def pointwise_train(
     return a, mean, var
 
 
+def mixer_may_fit(x: Tensor) -> bool:
+    """Whether mixer_eval is worth asking for layers of x's width."""
+    return native is not None and x.dtype in _CODES and native.mixer_fits(*_shape(x), torch.get_num_threads())
+
+
 def mixer_eval(
     x: Tensor,  # (N, C, H, W)
     layers: Sequence[MixerEval],

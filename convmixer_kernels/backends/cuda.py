@@ -431,6 +431,14 @@ def pointwise_eval(
     return y
 
 
+def mixer_may_fit(x: Tensor) -> bool:
+    """Whether mixer_eval is worth asking for layers of x's width."""
+    native = _native()
+    if native.module is None or x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous():
+        return False
+    return gemm.use_one_kernel(x, x.shape[1], native.module.mixer_tiles(*_shape(x)))
+
+
 def mixer_eval(
     x: Tensor,  # (N, C, H, W)
     layers: Sequence[MixerEval],

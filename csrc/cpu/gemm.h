@@ -9,33 +9,46 @@ constexpr int kGemmColumns = 2 * V;
 constexpr int64_t kGemmDepth = 256;
 static_assert(kGemmRows <= V, "a panel row of A is stored as one vector");
 
+// One k: right is a row of B, row r of A's column lies at a[r * STEP].
+template <int R, int NV, int STEP>
+VEC_INLINE void multiply_step(const float* a, const float* b, Vec (&acc)[R][NV]) {
+  Vec right[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; v++) right[v] = *reinterpret_cast<const Vec*>(b + v * V);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    const Vec left = splat(a[r * STEP]);
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) acc[r][v] = fma(left, right[v], acc[r][v]);
+  }
+}
 template <int R, int NV>
-void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
-  Vec acc[R][NV];
+VEC_INLINE void clear(Vec (&acc)[R][NV]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) acc[r][v] = splat(0.f);
   }
-  for (int64_t k = 0; k < depth; k++, a += R, b += NV * V) {
-    Vec right[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) right[v] = *reinterpret_cast<const Vec*>(b + v * V);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const Vec left = splat(a[r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) acc[r][v] = fma(left, right[v], acc[r][v]);
-    }
-  }
+}
+// Vector v of row r to c[r * row + v * vector], or added to it.
+template <int R, int NV>
+VEC_INLINE void put(const Vec (&acc)[R][NV], float* c, int64_t row, int64_t vector, bool add) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) {
-      Vec* to = reinterpret_cast<Vec*>(c + r * ldc + v * V);
+      Vec* to = reinterpret_cast<Vec*>(c + r * row + v * vector);
       *to = add ? *to + acc[r][v] : acc[r][v];
     }
   }
+}
+
+template <int R, int NV>
+void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+  Vec acc[R][NV];
+  clear(acc);
+  for (int64_t k = 0; k < depth; k++, a += R, b += NV * V) multiply_step<R, NV, 1>(a, b, acc);
+  put(acc, c, ldc, V, add);
 }
 using Multiply = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);
 
@@ -63,33 +76,12 @@ inline void multiply_panels(const float* a, int rows, const float* b, int vector
 template <int R, int NV>
 void multiply_planes(const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool add) {
   Vec acc[R][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) acc[r][v] = splat(0.f);
-  }
+  clear(acc);
   for (; depth > 0; depth -= V, a += stride) {
     const int lanes = static_cast<int>(smaller(V, depth));
-    for (int k = 0; k < lanes; k++, b += NV * V) {
-      Vec right[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) right[v] = *reinterpret_cast<const Vec*>(b + v * V);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const Vec left = splat(a[r * V + k]);
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[r][v] = fma(left, right[v], acc[r][v]);
-      }
-    }
+    for (int k = 0; k < lanes; k++, b += NV * V) multiply_step<R, NV, V>(a + k, b, acc);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) {
-      Vec* to = reinterpret_cast<Vec*>(c + v * stride + r * V);
-      *to = add ? *to + acc[r][v] : acc[r][v];
-    }
-  }
+  put(acc, c, V, stride, add);
 }
 using MultiplyPlanes = void (*)(const float*, int64_t, const float*, int64_t, float*, bool);
 

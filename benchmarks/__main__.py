@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib
 import json
@@ -28,7 +27,7 @@ COMMANDS = {"ops": "benchmarks.suite", "compare": "benchmarks.compare", "report"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all right, 1 a result is wrong, 2 it could not run."""
+    """Exit status: 0 all right, 1 a result is wrong, 2 it could not run, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
@@ -43,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         # What a user can cause (a package, a file, a backend that cannot run this) is told without a traceback.
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
     _print_table(document)
     wrong = [(row, tensor) for row in document["results"] for tensor in row["wrong"]]
     for row, tensor in wrong:
@@ -56,9 +58,6 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     """Measure everything that the options ask for; returns what --json writes."""
     device = torch.device(options.device)
     picture = photo.load_photo(options.image)
-    backend = contextlib.nullcontext()
-    if options.backend is not None:
-        backend = convmixer_kernels.use_backend(options.backend)
     document: dict[str, object] = {
         "environment": environment.describe(device, options.backend),
         "quick": options.quick,
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     }
     cases = [models.CASES[name] for name in options.models]
     work = sum(_work(case, options) for case in cases) * len(options.dtype)
-    with backend, progress_bar(work) as progress:
+    with models.backend(options.backend), progress_bar(work) as progress:
         for dtype in (DTYPES[name] for name in options.dtype):
             peaks = roofline.measure_peaks(device, dtype)
             for case in cases:
@@ -120,12 +119,14 @@ def _run_case(
         comparisons = accuracy.compare(exact[mode], theirs[mode], mine[mode], dtype)
         row = _row(case, batch, mode, dtype, options.layout, comparisons)
         if row["passed"]:
-            calls = {"reference": _call(eager, images, cotangent, mode), "ours": _call(ours, images, cotangent, mode)}
-            timings = timing.interleaved(
-                calls,
+            timings = models.time_in_new_process(
+                {"reference": eager, "ours": ours},
+                images,
+                cotangent,
+                training=mode == "train",
+                backend=options.backend,
                 repeats=options.repeats,
                 warmup=_warmup(options),
-                device=device,
                 on_call=lambda name, mode=mode: progress(f"{case.label}, {mode}: timing", _cost(case, batch, mode)),
             )
             flops = 2 * roofline.multiply_adds(case, batch, mode == "train")
@@ -174,21 +175,6 @@ def _timing_fields(measured: timing.Timing, flops: int, floor: float) -> dict[st
         "gflops": flops / measured.median / 1e9,
         "percent_of_floor": 100 * floor / measured.median,
     }
-
-
-def _call(model: nn.Module, images: Tensor, cotangent: Tensor, mode: str) -> Callable[[], object]:
-    """What is timed: as a user runs it, so the images need no gradient."""
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            model(images)
-
-    def training_step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(images).backward(cotangent)
-
-    model.train(mode == "train")
-    return training_step if mode == "train" else evaluate
 
 
 # ---- how much work there is, for the progress bar -----------------------------------------------------------------

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The models that are measured, and their weights."""
+"""The models that are measured, their weights, and their times."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 import convmixer
 import convmixer.reference
+import convmixer_kernels
+from benchmarks import timing
 
 
 class CheckpointError(ValueError):
@@ -121,3 +125,65 @@ def ours_like(case: Case, reference: nn.Sequential) -> nn.Sequential:
     model = case.build(convmixer.ConvMixer).to(parameter.device, parameter.dtype)
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
+
+
+def time_in_new_process(
+    models: Mapping[str, nn.Module],
+    images: Tensor,  # (N, 3, H, W)
+    cotangent: Tensor,  # (N, n_classes), of the loss sum(output * cotangent)
+    *,
+    training: bool,
+    backend: str | None,
+    repeats: int,
+    warmup: int,
+    on_call: Callable[[str], None],
+) -> dict[str, timing.Timing]:
+    """Times of `models`, interleaved, in a process that does nothing else: as a program that serves, or that trains.
+
+    Args:
+        training: a forward and a backward pass; else a forward pass without gradients.
+        backend: of this package, or None: its own choice.
+        repeats, warmup, on_call: as in `timing.interleaved`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "computation.pt")
+        torch.save((models, images, cotangent), path)
+        return timing.in_new_process(
+            _time, path, training, backend, repeats, warmup, torch.get_num_threads(), on_call=on_call
+        )
+
+
+def _time(
+    path: Path,
+    training: bool,
+    backend_name: str | None,
+    repeats: int,
+    warmup: int,
+    threads: int,
+    on_call: Callable[[str], None],
+) -> dict[str, timing.Timing]:
+    torch.set_num_threads(threads)
+    models, images, cotangent = torch.load(path, weights_only=False)  # this program's own file, modules included
+    calls = {name: _call(model, images, cotangent, training) for name, model in models.items()}
+    with backend(backend_name):
+        return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device, on_call=on_call)
+
+
+def backend(name: str | None) -> contextlib.AbstractContextManager[None]:
+    """A context in which this package computes on the backend `name`, or on its own choice."""
+    return contextlib.nullcontext() if name is None else convmixer_kernels.use_backend(name)
+
+
+def _call(model: nn.Module, images: Tensor, cotangent: Tensor, training: bool) -> Callable[[], None]:
+    """What is timed: as a user runs it, so the images need no gradient."""
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(images)
+
+    def training_step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(images).backward(cotangent)
+
+    model.train(training)
+    return training_step if training else evaluate

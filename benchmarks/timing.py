@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Timing several implementations call by call in one run, so that all of them see the same noise."""
+"""Timing several implementations call by call in one run, so that all of them see the same noise; in a new process."""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import multiprocessing.connection
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 class Timing(NamedTuple):
@@ -83,3 +88,54 @@ def interleaved(
         if collecting:
             gc.enable()
     return {name: summarise(measured) for name, measured in seconds.items()}
+
+
+def in_new_process(
+    work: Callable[..., Result], *arguments: object, on_call: Callable[[str], None] | None = None
+) -> Result:
+    """`work(*arguments, on_call=...)`, computed in a new process that has done nothing before but import torch.
+
+    What an earlier computation leaves behind changes the times of a later one: glibc keeps the memory that a training step
+    has freed, and hands it to an evaluation that would take page faults for every tensor in a process of its own.
+
+    Args:
+        work: a function of a module's top level; it and `arguments` and its result must be picklable.
+        on_call: told here what `work` tells its own.
+
+    Raises:
+        Exception: the one that `work` raised.
+        RuntimeError: the process ended without a result.
+    """
+    # Forked from a process that has imported torch and never computed, so without its threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            kind, value = receiver.recv()
+            if kind == "result":
+                return value
+            if kind == "error":
+                raise value
+            if on_call is not None:
+                on_call(value)
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"a process that was timing ended with exit status {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+
+
+def _send(sender: multiprocessing.connection.Connection, work: Callable[..., object], arguments: tuple) -> None:
+    # Control-C reaches this process too; whoever waits for the result ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        message = ("result", work(*arguments, on_call=lambda name: sender.send(("call", name))))
+    except Exception as error:  # whatever it is, it is raised again where the result was asked for
+        message = ("error", error)
+    sender.send(message)

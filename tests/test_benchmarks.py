@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +68,16 @@ def test_checks_times_prints_and_writes(tmp_path, capsys, layout):
     found = document["environment"]
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
+
+
+def test_as_a_user_runs_it():
+    """A process times each row; it cannot take what it runs from the module that `python -m` starts."""
+    arguments = ["--models", "256/8@32", "--batch", "1", "--repeats", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(environment.__file__).parent.parent)
+    assert ran.returncode == 0, ran.stderr
+    assert "ConvMixer-256/8, 32x32, batch 1" in ran.stdout
+    assert "Traceback" not in ran.stderr
 
 
 def test_quick_says_what_it_leaves_out(tmp_path, capsys):
@@ -213,6 +225,29 @@ def test_timing_interleaves_in_alternating_order():
     assert "".join(calls) == "abbaab"
     assert found["a"].repeats == 2
     assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 1.8, 4.2, 5)
+
+
+def in_another(what: str, *, on_call) -> tuple[int, int]:
+    """What a test has another process do."""
+    if what == "raise":
+        raise NotImplementedError("not here")
+    if what == "die":
+        os._exit(3)
+    for name in "ab":
+        on_call(name)
+    return os.getpid(), os.getppid()
+
+
+def test_a_new_process_for_every_computation(capfd):
+    calls = []
+    found = [timing.in_new_process(in_another, "work", on_call=calls.append) for _ in range(2)]
+    assert len({os.getpid(), *(pid for pid, _ in found)}) == 3
+    assert calls == ["a", "b"] * 2
+    with pytest.raises(NotImplementedError, match="not here"):
+        timing.in_new_process(in_another, "raise")
+    with pytest.raises(RuntimeError, match="ended with exit status 3"):
+        timing.in_new_process(in_another, "die")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_counters_equal_numbers_by_hand():

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""python -m benchmarks.gpu_confirm: what can be tested of it without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import accuracy, gpu, gpu_confirm, models, report
+
+TINY = models.Case(16, 2, 3, 4, 16, "gelu", 4, batch=8, quick_batch=2, quick_training=False)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(models, "CASES", {gpu_confirm.SMALL: TINY, gpu_confirm.LARGE: TINY})
+
+
+@pytest.fixture
+def run(tmp_path):
+    return gpu.Run(tmp_path / "confirm.json", float("inf"))
+
+
+def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_confirm.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_one_that_fails_or_raises_is_written_down_and_the_others_go_on(run, capsys):
+    def raises():
+        raise RuntimeError("out of memory\nand more")
+
+    chosen = {"a": lambda: {"ok": False, "unequal": ["x"]}, "b": raises, "c": lambda: {"ok": True, "runs": 3}}
+    assert gpu_confirm.confirm(run, chosen) == 1
+    found = json.loads(run.path.read_text())
+    assert found["a"] == {"ok": False, "unequal": ["x"]}
+    assert found["b"] == {"ok": False, "error": "RuntimeError: out of memory"}
+    assert found["c"] == {"ok": True, "runs": 3}
+    printed = capsys.readouterr().out.splitlines()
+    assert [("NOT OK" in line, line.split()[0]) for line in printed] == [(True, "a"), (True, "b"), (False, "c")]
+    assert gpu_confirm.confirm(run, {"c": chosen["c"]}) == 0
+
+
+def test_determinism_is_of_every_bit(monkeypatch):
+    found = gpu_confirm.determinism("cpu", runs=3)
+    assert found == {"ok": True, "runs": 3, "unequal": [], "nondeterministic_in_torch": []}
+    honest, calls, before = accuracy.training_step, [], torch.are_deterministic_algorithms_enabled()
+
+    def last_bit(*arguments):
+        results = honest(*arguments)
+        calls.append(None)
+        if len(calls) == 3:
+            results["gradient of 3.1.weight"].view(torch.int16).view(-1)[7] ^= 1
+        return results
+
+    monkeypatch.setattr(accuracy, "training_step", last_bit)
+    found = gpu_confirm.determinism("cpu", runs=3)
+    assert not found["ok"]
+    assert found["unequal"] == ["gradient of 3.1.weight"]
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def _event(name: str, start: int, end: int) -> SimpleNamespace:
+    time_range = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, time_range=time_range, device_type=torch.autograd.DeviceType.CPU)
+
+
+def test_only_calls_that_wait_and_only_within_the_range():
+    waiting = ["cudaDeviceSynchronize", "cudaMemcpy", "cudaMalloc", "cudaStreamSynchronize", "hipEventSynchronize"]
+    going_on = ["cudaLaunchKernel", "cudaMemcpyAsync", "cudaMallocAsync", "cudaStreamWaitEvent", "cudaEventRecord"]
+    events = [_event(gpu_confirm._MEASURED, 10, 20)]
+    events += [_event(name, 12, 13) for name in waiting + going_on]
+    events += [_event("cudaDeviceSynchronize", 5, 6), _event("cudaDeviceSynchronize", 21, 22)]
+    assert gpu_confirm.waiting_among(events) == sorted(waiting)
+
+
+def test_the_profiler_of_this_torch_gives_such_events():
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=activities) as profiler,
+        torch.profiler.record_function(gpu_confirm._MEASURED),
+    ):
+        torch.ones(3).sum().item()
+    assert gpu_confirm.waiting_among(profiler.events()) == []
+    names = {event.name for event in profiler.events()}
+    assert {gpu_confirm._MEASURED, "aten::sum", "aten::item"} <= names
+
+
+@pytest.mark.parametrize("ours, last, ok", [(0.1, 0.5, True), (0.2, 0.5, True), (0.3, 0.5, False), (0.1, 2.0, False)])
+def test_a_curve_is_held_against_the_distance_of_eagers_two_layouts(monkeypatch, ours, last, ok):
+    off = {"eager": 0.0, "ours": ours, "eager channels_last": 0.1}
+    monkeypatch.setattr(
+        gpu_confirm, "_train", lambda model, name, *rest: [value + off[name] for value in (1.0, 0.75, last)]
+    )
+    found = gpu_confirm.training_curve("cpu", steps=3, batch=2)
+    assert found["ok"] is ok
+    assert found["mean_distance"] == pytest.approx(ours)
+
+
+def test_a_model_learns_the_task():
+    found = gpu_confirm.training_curve("cpu", steps=40, batch=8)
+    assert {len(curve) for curve in found["curves"].values()} == {40}
+    assert found["last_tenth"] < found["first_tenth"]
+    assert found["curves"]["ours"][0] == pytest.approx(found["curves"]["eager"][0], rel=2**-7)
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_report_is_not_confused_by_its_file(run, tmp_path, capsys):
+    run.note("kind", "confirm")
+    run.note("environment", {"date": "2999-01-01"})
+    assert report._kind(json.loads(run.path.read_text())) == "confirm"
+    assert report.main([str(run.path), "--readme", str(tmp_path / "README.md")]) == 2
+    assert "not a file of benchmarks" in capsys.readouterr().err
+
+
+def test_names_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        gpu_confirm.main(["--help"])
+    assert "training_graph" in capsys.readouterr().out
+    assert sys.modules["benchmarks.gpu_confirm"].CONFIRMATIONS.keys() >= {"forward_graph", "reduce_overhead"}

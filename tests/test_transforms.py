@@ -60,6 +60,49 @@ def test_strided_parameters_and_statistics(op, training, backend):
     assert all((buffer[..., 1] == 7).all() for buffer in buffers)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_weight_gradients_have_the_weights_strides(op, backend):
+    """A contiguous weight of a channels_last model has strides of its own, and DDP compares those of the gradient."""
+    _, x, tensors, dy = _inputs(op)
+    weights = [t.to(memory_format=torch.channels_last).requires_grad_() for t in tensors if t.dim() == 4]
+    given = iter(weights)
+    y = getattr(ck, op)(x, *(next(given) if t.dim() == 4 else t for t in tensors), backend=backend)
+    for weight, gradient in zip(weights, torch.autograd.grad(y, weights, dy), strict=True):
+        assert weight.is_contiguous()
+        assert weight.stride() != torch.empty(weight.shape).stride()
+        assert gradient.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_changes_between_forward_and_backward(op, training, backend):
+    """As in eager: of a weight they raise, a bias may change, and the gradients are the same."""
+    _, x, tensors, dy = _inputs(op, training)
+    options = {"backend": backend} if op == "depthwise_conv2d" else {"backend": backend, "training": training}
+    results = []
+    for change in (False, True):
+        leaves = [x, *(t.clone() for t in tensors)]
+        differentiable = [t.requires_grad_() for i, t in enumerate(leaves) if i == 0 or (i - 1) % 6 < 4]
+        y = getattr(ck, op)(*leaves, **options)
+        if change:
+            with torch.no_grad():
+                for i, t in enumerate(leaves[1:]):
+                    if i % 6 in (1, 3):
+                        t.add_(1)
+        results.append(torch.autograd.grad(y, differentiable, dy))
+    assert all(map(torch.equal, *results))
+    for i in (0, 2, 6, 8):
+        if i < len(tensors):
+            leaves = [x, *(t.clone().requires_grad_(j % 6 < 4) for j, t in enumerate(tensors))]
+            y = getattr(ck, op)(*leaves, **options)
+            with torch.no_grad():
+                leaves[1 + i].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(dy)
+
+
 def _dual(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent

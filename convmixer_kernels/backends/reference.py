@@ -48,12 +48,9 @@ def activate(a: Tensor, activation: str) -> Tensor:
 
 
 def _activation_grad(a: Tensor, activation: str) -> Tensor:
-    """act'(a), elementwise, in a's dtype (relu'(0) = 0 as in torch)."""
+    """act'(a) of a GELU or the identity, elementwise, in a's dtype."""
     if activation == "identity":
         return torch.ones_like(a)
-    if activation == "relu":
-        # a NaN lets the gradient through, as in torch's own backward
-        return (~(a <= 0)).to(a.dtype)
     if activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
         return cdf + a * torch.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi))
@@ -89,6 +86,9 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
             hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
+    if activation == "relu":
+        # 0 where relu is, whatever dh, and dh where a is NaN: as torch's threshold_backward
+        return da.masked_fill(h <= 0, 0.0)
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
@@ -167,10 +167,10 @@ def update_running_statistics(
 ) -> None:
     """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
     if running_mean is not None:
-        running_mean.copy_(torch.lerp(_wide(running_mean), mean, momentum))
+        running_mean.copy_((1 - momentum) * _wide(running_mean) + momentum * mean)
     if running_var is not None:
         unbiased = var * (count / max(count - 1, 1))
-        running_var.copy_(torch.lerp(_wide(running_var), unbiased, momentum))
+        running_var.copy_((1 - momentum) * _wide(running_var) + momentum * unbiased)
 
 
 def normalize(

@@ -6,8 +6,9 @@
 // 24 loads feed 144 FMAs (k = 9); finished rows pass through a dense strip in L1, where the epilogue runs before they
 // are scattered to memory. Bound by FMAs: k*k for each output, against 20 operations of GELU.
 
-// T columns of the sum of kh rows of (chunks * KX + rest) taps. `row` is the plane's row stride in floats. Sums of more
-// than kSumTaps products are taken in parts, which keeps the rounding of large kernels small.
+// T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. `row` is the plane's row stride in floats. Sums
+// of more than kSumTaps products are taken in parts, which keeps the rounding of large kernels small, and the bias comes
+// last: as the start of the sum a large one would round every product at its own scale.
 constexpr int kSumTaps = 100;
 template <int KX, int T>
 void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
@@ -15,7 +16,7 @@ void convolve(const float* plane, int64_t row, const float* w, int kh, int chunk
   int next_sum = part;
   Vec acc[T];
 #pragma GCC unroll 16
-  for (int o = 0; o < T; o++) acc[o] = bias;
+  for (int o = 0; o < T; o++) acc[o] = splat(0.f);
   for (int ky = 0; ky < kh; ky++) {
     if (ky == next_sum) {
       next_sum += part;
@@ -54,7 +55,7 @@ void convolve(const float* plane, int64_t row, const float* w, int kh, int chunk
 #pragma GCC unroll 16
   for (int o = 0; o < T; o++) {
     Vec* sum = reinterpret_cast<Vec*>(to) + o;
-    *sum = kh > part ? *sum + acc[o] : acc[o];
+    *sum = (kh > part ? *sum + acc[o] : acc[o]) + bias;
   }
 }
 using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);

@@ -311,9 +311,7 @@ class MixerFunction(Function):
         blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
         y, a, statistics = mixer_forward(backend, x, blocks, running, options)
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs[1] or needs[5] else None, *a, w1, g1, w2, g2, *statistics[0], *statistics[1]
-        )
+        ctx.save_for_backward(x if needs[1] or needs[5] else None, *a, w1, g1, w2, g2, *statistics[0], *statistics[1])
         # z is rebuilt with h1's values of now
         ctx.biases = _unsaved(b1), None if h1 is None else h1.detach().clone(), _unsaved(b2), _unsaved(h2)
         ctx.options, ctx.backend = options, backend

@@ -80,6 +80,8 @@ def match_format(dy: Tensor, like: Tensor) -> Tensor:
 
 
 def _in_format(dy: Tensor, contiguous: bool) -> Tensor:
+    if dy._is_zerotensor():
+        dy = dy.clone()  # it has no memory
     # a negative view's memory holds the opposite values
     return dy.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 

@@ -40,6 +40,18 @@ def test_negative_views(op, backend):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_tensors_without_memory(op):
+    """torch keeps none for a tensor that it knows to be 0."""
+    case, x, tensors, _ = _inputs(op)
+    nothing = torch._efficientzerotensor(x.shape)
+    assert torch.equal(ours(case, nothing, tensors, None), ours(case, torch.zeros_like(x), tensors, None))
+    x.requires_grad_()
+    y = ours(case, x, tensors, None)
+    y.backward(torch._efficientzerotensor(y.shape))
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS[:3])

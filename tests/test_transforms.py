@@ -75,12 +75,17 @@ def test_strided_parameters_and_statistics(op, training, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_weight_gradients_have_the_weights_strides(op, backend):
-    """A contiguous weight of a channels_last model has strides of its own, and DDP compares those of the gradient."""
+    """A contiguous weight of a channels_last model has strides of its own, and DDP compares those of the gradient. The
+    result and x's gradient keep x's format beside it."""
     _, x, tensors, dy = _inputs(op)
+    x.requires_grad_()
     weights = [t.to(memory_format=torch.channels_last).requires_grad_() for t in tensors if t.dim() == 4]
     given = iter(weights)
     y = getattr(ck, op)(x, *(next(given) if t.dim() == 4 else t for t in tensors), backend=backend)
-    for weight, gradient in zip(weights, torch.autograd.grad(y, weights, dy), strict=True):
+    dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+    assert y.is_contiguous()
+    assert dx.is_contiguous()
+    for weight, gradient in zip(weights, gradients, strict=True):
         assert weight.is_contiguous()
         assert weight.stride() != torch.empty(weight.shape).stride()
         assert gradient.stride() == weight.stride()

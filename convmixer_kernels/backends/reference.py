@@ -97,7 +97,13 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
     # (torch 2.13: 31x31, channels_last), and float32 is no slower there
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+    y = F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+    return _in_format_of(x, y)
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's memory format: F.conv2d takes the weight's where that has the strides of channels_last."""
+    return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
 # ---- primitives -------------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def depthwise_input_grad(
     bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
     padded = F.pad(da, (right, left, bottom, top))
     dx = F.conv2d(padded, weight.flip(2, 3).to(da.dtype), groups=dy.shape[1])
-    return (dx + dy if residual else dx).to(dy.dtype)
+    return _in_format_of(dy, (dx + dy if residual else dx).to(dy.dtype))
 
 
 def depthwise_weight_grad(
@@ -254,7 +260,7 @@ def pointwise_backward(
     dx = dw = db = None
     if needs[0]:
         wide = _wide(dy).dtype
-        dx = F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype)
+        dx = _in_format_of(dy, F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype))
     if needs[1]:
         rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)

@@ -78,5 +78,7 @@ def _resembles_layer(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Sequential) or len(module) < 2 or not isinstance(module[1], nn.Conv2d):
         return False
+    if module[0] is None:
+        return False
     inner = list(module[0].children())
     return len(inner) == 1 and isinstance(inner[0], nn.Sequential) and isinstance(next(iter(inner[0]), None), nn.Conv2d)

@@ -22,6 +22,9 @@ from .reference import Residual
 # exact classes: a subclass of Tensor may give its operations another meaning
 _PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# what a convolution or norm holds in the place that its class gives it, None included
+_PARAMETERS = frozenset({"weight", "bias"})
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 class MixerLayer(nn.Sequential):
@@ -32,8 +35,8 @@ class MixerLayer(nn.Sequential):
 
     It runs its modules one by one, exactly as nn.Sequential, whenever that could be told apart: other children (a slice
     of a layer, a replaced norm, a parametrization), a hook on an inner module or on all modules, an input that the
-    kernels do not take (float64, unbatched, a tensor subclass), tracing, a torch.func transform, forward-mode
-    differentiation.
+    kernels do not take (float64, unbatched, a tensor subclass), tracing, torch.export, a torch.func transform,
+    forward-mode differentiation.
 
     One thing is less than the reference's: the operator is differentiable once, and a second time raises RuntimeError.
     """
@@ -160,7 +163,11 @@ def _block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -
         return f"its {kind} activation is {activation!r}"
     if _is_altered(conv) or _is_altered(activation) or _is_altered(norm):
         return f"a module of its {kind} block has a hook or its own forward"
-    if "weight" not in conv._parameters or "weight" not in norm._parameters or "running_mean" not in norm._buffers:
+    if not (
+        conv._parameters.keys() >= _PARAMETERS
+        and norm._parameters.keys() >= _PARAMETERS
+        and norm._buffers.keys() >= _STATISTICS
+    ):
         return f"a tensor of its {kind} block is not a parameter or buffer of its module"
     channels = conv.in_channels
     if kind == "depthwise":
@@ -273,6 +280,8 @@ def _takes(x: object, blocks: tuple[Block, Block]) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
+    if torch.compiler.is_exporting():
+        return False  # a program that runs without this package
     dtype, device = x.dtype, x.device.type
     # autocast casts float32 weights to its dtype; without it nn.Conv2d wants weights of x's dtype
     wide = dtype
@@ -382,7 +391,7 @@ def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCa
 
 
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    evaluates = not torch.is_grad_enabled()
+    evaluates = not torch.is_grad_enabled() and torch._C._get_tracing_state() is None
     at = 0
     while at < len(children):
         layers, y = [], None

@@ -80,8 +80,17 @@ def match_format(dy: Tensor, like: Tensor) -> Tensor:
 
 
 def _in_format(dy: Tensor, contiguous: bool) -> Tensor:
+    if dy._is_zerotensor():
+        dy = dy.clone()  # it has no memory
     # a negative view's memory holds the opposite values
     return dy.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+
+
+def _strided_like(dw: Tensor, weight: Tensor) -> Tensor:
+    """dw with the weight's strides: a contiguous weight may have those of channels_last, and DDP wants them of a gradient."""
+    if dw.stride() == weight.stride() or not dw.is_contiguous():
+        return dw
+    return dw.as_strided(weight.shape, weight.stride())
 
 
 def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
@@ -160,7 +169,7 @@ def block_backward(
         dx, dw, db = backend.pointwise_backward(dy, a, x, block.weight, block.bias, *chain, tuple(needs[:3]))
     dgamma = sums[1].to(block.norm_weight.dtype) if needs[3] else None
     dbeta = sums[0].to(block.norm_bias.dtype) if needs[4] else None
-    return dx, dw if needs[1] else None, db if needs[2] else None, dgamma, dbeta
+    return dx, _strided_like(dw, block.weight) if needs[1] else None, db if needs[2] else None, dgamma, dbeta
 
 
 # ---- mixer_layer ------------------------------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ def convolution_backward(
     if needs[1] or needs[2]:
         source = dy if x is None else x
         dw, db = backend.depthwise_weight_grad(dy, None, source, weight, bias, "identity", None, None)
-    return dx, dw if needs[1] else None, db if needs[2] else None
+    return dx, _strided_like(dw, weight) if needs[1] else None, db if needs[2] else None
 
 
 # ---- autograd Functions -----------------------------------------------------------------------------------------------
@@ -263,6 +272,11 @@ def _once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]
     return wrapped
 
 
+def _unsaved(bias: Tensor | None) -> Tensor | None:
+    """A bias for its presence and dtype, which is all that a backward asks of it: it may change in between, as in eager."""
+    return None if bias is None else bias.detach()
+
+
 class BlockFunction(Function):
     """depthwise_block and pointwise_block in eager mode."""
 
@@ -270,15 +284,16 @@ class BlockFunction(Function):
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, running, kind, options, backend):
         block = Block(weight, bias, norm_weight, norm_bias)
         y, a, statistics = block_forward(backend, x, kind, block, running, options)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, *block, *statistics)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, weight, norm_weight, *statistics)
+        ctx.biases = _unsaved(bias), _unsaved(norm_bias)
         ctx.kind, ctx.options, ctx.backend = kind, options, backend
         return y
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, dy):
-        x, a, *rest = ctx.saved_tensors
-        block, statistics = Block(*rest[:4]), Statistics(*rest[4:])
+        x, a, weight, norm_weight, *statistics = ctx.saved_tensors
+        block, statistics = Block(weight, ctx.biases[0], norm_weight, ctx.biases[1]), Statistics(*statistics)
         needs = ctx.needs_input_grad[:5]
         grads = block_backward(ctx.backend, dy, ctx.kind, x, a, block, statistics, ctx.options, needs)
         return (
@@ -298,18 +313,19 @@ class MixerFunction(Function):
         blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
         y, a, statistics = mixer_forward(backend, x, blocks, running, options)
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs[1] or needs[5] else None, *a, *blocks[0], *blocks[1], *statistics[0], *statistics[1]
-        )
+        ctx.save_for_backward(x if needs[1] or needs[5] else None, *a, w1, g1, w2, g2, *statistics[0], *statistics[1])
+        # z is rebuilt with h1's values of now
+        ctx.biases = _unsaved(b1), None if h1 is None else h1.detach().clone(), _unsaved(b2), _unsaved(h2)
         ctx.options, ctx.backend = options, backend
         return y
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, dy):
-        x, a1, a2, *rest = ctx.saved_tensors
-        blocks = Block(*rest[:4]), Block(*rest[4:8])
-        statistics = Statistics(*rest[8:10]), Statistics(*rest[10:])
+        x, a1, a2, w1, g1, w2, g2, *rest = ctx.saved_tensors
+        b1, h1, b2, h2 = ctx.biases
+        blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
+        statistics = Statistics(*rest[:2]), Statistics(*rest[2:])
         needs = ctx.needs_input_grad[:9]
         grads = mixer_backward(ctx.backend, dy, x, (a1, a2), blocks, statistics, ctx.options, needs)
         return (
@@ -325,16 +341,17 @@ class ConvolutionFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, backend):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.bias = _unsaved(bias)
         ctx.contiguous, ctx.backend = x.is_contiguous(), backend
         return convolution_forward(backend, x, weight, bias)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, bias, needs)
+        grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, ctx.bias, needs)
         return (
             *grads,
             None,  # backend

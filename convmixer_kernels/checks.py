@@ -25,6 +25,8 @@ def check_input(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got x.dtype={x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{op}: x must be a dense (strided) tensor, got x.layout={x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{op}: x must be a dense tensor, got a nested one")
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got x.shape={x.shape}")
     if 0 in x.shape[1:]:
@@ -40,6 +42,8 @@ def check_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
     if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in _SIXTEEN_BIT):
         allowed = f"{x.dtype} or torch.float32" if x.dtype in _SIXTEEN_BIT else f"{x.dtype}"
         raise TypeError(f"{op}: {name} must be {allowed} where x is {x.dtype}, got {name}.dtype={t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {name}.layout={t.layout}")
     if t.device != x.device:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {name}.device={t.device}")
 
@@ -109,13 +113,18 @@ def check_norm(
         raise ValueError(f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}")
 
 
+def check_bool(op: str, name: str, value: bool) -> None:
+    """A bool, not a number or a tensor that could pass for one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {name}={value!r}")
+
+
 def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> None:
     """activation must be known, training a bool, momentum and eps finite numbers, eps not negative."""
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"{op}: activation must be one of {known}, got activation={activation!r}")
-    if not isinstance(training, bool):
-        raise TypeError(f"{op}: training must be a bool, got training={training!r}")
+    check_bool(op, "training", training)
     for name, value in (("momentum", momentum), ("eps", eps)):
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")

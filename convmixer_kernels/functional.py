@@ -90,6 +90,7 @@ def depthwise_block(
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x_given, (x, block) = x, _autocast(x, block)
     checks.check_options(op, activation, training, momentum, eps)
+    checks.check_bool(op, "residual", residual)
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
@@ -392,6 +393,8 @@ def _autocast(x: Tensor, *blocks: Block) -> tuple:
 
 def _dense(x: Tensor, *blocks: Block) -> tuple:
     """x contiguous or channels_last, whichever it is already or its strides resemble, and the parameters contiguous."""
+    if not torch.compiler.is_compiling() and x._is_zerotensor():
+        x = x.clone()  # it has no memory
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         resembles = x.shape[1] > 1 and x.stride(1) == 1
         x = x.contiguous(memory_format=torch.channels_last if resembles else torch.contiguous_format)
@@ -413,6 +416,7 @@ def _direct(*tensors: Tensor | None) -> bool:
         and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
         and all(t is None or t.is_contiguous() for t in tensors[1:])
         and tensors[0].device.type != "meta"
+        and not tensors[0]._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
     )

@@ -25,7 +25,11 @@ def build_info() -> dict[str, object]:
     Returns:
         A dictionary of plain values: "version", "python", "platform", "torch", "threads", "gpus" (list of str), "backends" (name -> its
         build information, with "available" and "detail"), "operators" (device type -> operator -> {"backend": name, "not": {name: reason}},
-        for a float32 tensor with a 9x9 or 1x1 kernel). `python -m convmixer_kernels` prints it.
+        for a float32 tensor with a 9x9 or 1x1 kernel; None where the backend that CONVMIXER_BACKEND or use_backend asks for
+        cannot run it). `python -m convmixer_kernels` prints it.
+
+    Raises:
+        ValueError, RuntimeError: an environment variable of this package has an unknown value.
     """
     gpus = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
@@ -48,7 +52,8 @@ def _operator(device: str, op: str) -> dict[str, object]:
     weights = {"depthwise": torch.empty(8, 1, 9, 9, device=device), "pointwise": torch.empty(8, 8, 1, 1, device=device)}
     x = torch.empty(1, 8, 16, 16, device=device)
     chosen, reasons = None, {}
-    for name in dispatch.automatic_order(device):
+    requested = dispatch.requested_backend(op, None)
+    for name in dispatch.automatic_order(device) if requested is None else (requested,):
         backend = dispatch.load(name)
         reason = next((r for p in _PRIMITIVES[op] if (r := backend.can_run(p, x, weights[p])) is not None), None)
         if reason is None:
@@ -73,6 +78,6 @@ def describe() -> str:
     for device, operators in info["operators"].items():
         lines += ["", f"on a {device} tensor (float32):"]
         for op, choice in operators.items():
-            lines.append(f"  {op:<17} runs on {choice['backend']}")
+            lines.append(f"  {op:<17} runs on {choice['backend'] or 'nothing: another backend was asked for by name'}")
             lines += [f"  {'':<17} not {name}: {reason}" for name, reason in choice["not"].items()]
     return "\n".join(lines)

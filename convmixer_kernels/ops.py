@@ -59,7 +59,7 @@ def _statistics_like(x: Tensor, channels: int, wanted: bool) -> tuple[Tensor, Te
 
 def _parameter_grads_like(parameters: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor) -> tuple[Tensor, ...]:
     return tuple(
-        dy.new_empty(p.shape, dtype=p.dtype) if need and p is not None else dy.new_empty(0)
+        torch.empty_like(p) if need and p is not None else dy.new_empty(0)
         for p, need in zip(parameters, needs, strict=True)
     )
 

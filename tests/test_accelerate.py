@@ -145,6 +145,9 @@ def test_a_model_without_layers():
     report = accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Linear(2, 2)), nn.Sequential()))
     assert (report.accelerated, report.skipped) == (0, [])
     assert str(report) == "accelerated 0 mixer layers: found none"
+    absent = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3))
+    absent[0] = None
+    assert accelerate(nn.Sequential(absent)).accelerated == 0
     with pytest.raises(TypeError, match=r"accelerate: model must be an nn\.Module, got list"):
         accelerate([layer()])
 

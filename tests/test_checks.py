@@ -35,6 +35,15 @@ BAD = [
         TypeError,
         "weight must be",
     ),
+    ("x", lambda: torch.nested.nested_tensor([torch.randn(8, 5, 5)] * 2), {}, TypeError, "x must be a dense tensor"),
+    (
+        "weight",
+        lambda: torch.randn(8, 1, 3, 3).to_mkldnn(),
+        {},
+        TypeError,
+        "weight must be a dense .* got weight.layout",
+    ),
+    ("bias", lambda: torch.randn(8).to_sparse(), {}, TypeError, "bias must be a dense .* got bias.layout"),
     ("weight", lambda: torch.randn(8, 1, 3), {}, ValueError, r"weight must be \(C, 1, kH, kW\)"),
     ("weight", lambda: torch.randn(4, 1, 3, 3), {}, ValueError, r"C = x.shape\[1\] = 8, got weight.shape=torch.Size"),
     ("weight", lambda: None, {}, TypeError, "weight must be a torch.Tensor, got None"),
@@ -48,17 +57,20 @@ BAD = [
     ("eps", lambda: float("nan"), {}, ValueError, "eps must be finite"),
     ("momentum", lambda: None, {}, TypeError, "momentum must be a number"),
     ("training", lambda: 1, {}, TypeError, "training must be a bool"),
+    ("residual", lambda: "no", {}, TypeError, "residual must be a bool, got residual='no'"),
     ("backend", lambda: "tpu", {}, ValueError, "backend must be one of reference, cpu, cuda, triton, got 'tpu'"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("name,value,dtypes,error,message", BAD, ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_argument(name, value, dtypes, error, message):
     arguments = {"x": torch.randn(2, 8, 5, 5), **_block(), "training": True}
     arguments[name] = value()
     for other, dtype in dtypes.items():
         arguments[other] = arguments[other].to(dtype)
-    before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_nested}
+    before = {n: t.clone() for n, t in tensors.items() if t.device.type == "cpu"}
     with pytest.raises(error, match=message):
         ck.depthwise_block(**arguments)
     for n, t in before.items():

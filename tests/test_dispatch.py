@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -59,6 +60,24 @@ def test_available_backends_and_info():
     printed = subprocess.run([sys.executable, "-m", "convmixer_kernels"], capture_output=True, text=True, check=True)
     assert f"convmixer-kernels {ck.__version__}" in printed.stdout
     assert "mixer_layer       runs on cpu" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "out", "error"),
+    [
+        ("CONVMIXER_BACKEND", "reference", "mixer_layer       runs on reference", ""),
+        ("CONVMIXER_BACKEND", "fast", "", "CONVMIXER_BACKEND must be one of reference, cpu, cuda, triton, got 'fast'"),
+        ("CONVMIXER_CPU_ISA", "sse9", "", "CONVMIXER_CPU_ISA is not a known instruction set"),
+    ],
+    ids=lambda v: v[:16],
+)
+def test_the_command_heeds_the_environment(variable, value, out, error):
+    command = [sys.executable, "-m", "convmixer_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, variable: value})
+    assert out in done.stdout
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (done.returncode == 0) == (not error)
 
 
 class _Counting:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -276,6 +277,33 @@ def plain_attribute(layer):
     layer[1].weight = weight
 
 
+def _as_plain_attribute(module, name):
+    value = getattr(module, name)
+    delattr(module, name)
+    setattr(module, name, value if value is None else value.detach())
+
+
+def plain_convolution_bias(layer):
+    _as_plain_attribute(layer[1], "bias")
+
+
+def convolution_bias_deleted(layer):
+    del layer[0].fn[0].bias
+    layer[0].fn[0].bias = None
+
+
+def plain_norm_bias(layer):
+    _as_plain_attribute(layer[3], "bias")
+
+
+def plain_running_var(layer):
+    _as_plain_attribute(layer[0].fn[2], "running_var")
+
+
+def plain_counter(layer):
+    _as_plain_attribute(layer[3], "num_batches_tracked")
+
+
 def group_norm(layer):
     layer[3] = nn.GroupNorm(4, DIM)
 
@@ -374,6 +402,11 @@ ALTERATIONS = [
     own_forward,
     own_forward_of_the_residual,
     plain_attribute,
+    plain_convolution_bias,
+    convolution_bias_deleted,
+    plain_norm_bias,
+    plain_running_var,
+    plain_counter,
     group_norm,
     group_norm_inside,
     silu,
@@ -560,10 +593,22 @@ def test_tracing_scripting_and_export_see_the_modules(calls):
         "torch.jit.trace": torch.jit.trace(model, image(), check_trace=False),
         "torch.jit.script": torch.jit.script(model),
         "torch.export": torch.export.export(model, (image(),)).module(),
+        "torch.export, strict": torch.export.export(model, (image(),), strict=True).module(),
     }
     assert calls == []
+    for name in ("torch.export", "torch.export, strict"):
+        assert "convmixer" not in programs[name].code, name
     for name, program in programs.items():
         torch.testing.assert_close(program(image()), expected, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_without_gradients_warns_of_nothing():
+    model = make_pair()[0].eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        program = torch.jit.trace(model, image(), check_trace=False)
+        torch.testing.assert_close(program(image(5)), model(image(5)))
 
 
 @MODES

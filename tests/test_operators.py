@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Case, check_case
+from helpers import Case, assert_twice_eager, check_case, eager, make_inputs, ours, run
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -156,3 +156,60 @@ def test_gradcheck_float64(op, training, activation):
 
     inputs = [x.requires_grad_(), *(tensors[i].clone().requires_grad_() for i in leaves)]
     assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("op", ["depthwise_block", "pointwise_block"])
+def test_values_that_are_not_finite_with_relu(op, value, backend):
+    """Where relu is 0 its gradient is, beside a NaN too; an infinite mean makes the running mean infinite, not NaN
+    (but on the reference backend, whose mean comes with the variance)."""
+    case = Case(op, (3, 64, 5, 6), (3, 3), activation="relu")
+    x, tensors, dy = make_inputs(case)
+    x[1, 1, 2, 3] = value
+    exact = run(lambda x, t: eager(case, x, t), x.double(), [t.double() for t in tensors], dy.double())
+    results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy)
+    for name in ("dx", "running_mean") if backend == "cpu" else ("dx",):
+        assert not exact[name].isfinite().all()
+        masked = [torch.where(t.isfinite(), 0.0, t.double()) for t in (results[name], exact[name])]
+        torch.testing.assert_close(*masked, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [(3, 3), (9, 9), (16, 31)], ids=str)
+def test_a_bias_larger_than_the_sum(kernel, memory_format, backend):
+    """It must not round each product at its own scale: eager adds it last."""
+    case = Case("depthwise_conv2d", (2, 48, 9, 13), kernel, memory_format=memory_format)
+    x, (weight, bias), _ = make_inputs(case)
+    tensors = [weight, 8 * bias]
+    exact = eager(case, x.double(), [t.double() for t in tensors])
+    assert_twice_eager(str(case), ours(case, x, tensors, backend), eager(case, x, tensors), exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_weight_gradients_of_small_images(memory_format, backend):
+    """Eager adds up the few hundred products of a tap in short sums. Eight seeds, each by itself."""
+    case = Case("depthwise_conv2d", (2, 16, 16, 16), (5, 5), memory_format=memory_format)
+    for seed in range(8):
+        x, tensors, dy = make_inputs(case, seed)
+        exact = run(lambda x, t: eager(case, x, t), x.double(), [t.double() for t in tensors], dy.double() + 5)
+        baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy + 5)
+        results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy + 5)
+        assert_twice_eager(f"seed {seed}", *(r["dweight"] for r in (results, baseline, exact)))
+
+
+def test_a_small_bias_does_not_shift_the_mean():
+    """Added last as a whole, it rounds alike for all sums of a binade, and the mean of values around 0 shows it."""
+    case = Case("depthwise_block", (4, 48, 16, 16), (3, 3), activation="identity")
+    x, tensors, _ = make_inputs(case)
+    tensors[1] *= 0.01
+    for t, value in ((tensors[4], 0.0), (tensors[5], 1.0)):
+        t.fill_(value)
+    results = []
+    for call, dtype in ((ours, torch.float32), (eager, torch.float32), (eager, torch.float64)):
+        changed = [t.to(dtype, copy=True) for t in tensors]
+        call(case, x.to(dtype), changed, *([None] if call is ours else []))
+        results.append(changed[4])
+    assert_twice_eager("running_mean", *results)

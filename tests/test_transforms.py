@@ -40,6 +40,18 @@ def test_negative_views(op, backend):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("op", OPERATORS)
+def test_tensors_without_memory(op):
+    """torch keeps none for a tensor that it knows to be 0."""
+    case, x, tensors, _ = _inputs(op)
+    nothing = torch._efficientzerotensor(x.shape)
+    assert torch.equal(ours(case, nothing, tensors, None), ours(case, torch.zeros_like(x), tensors, None))
+    x.requires_grad_()
+    y = ours(case, x, tensors, None)
+    y.backward(torch._efficientzerotensor(y.shape))
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS[:3])
@@ -58,6 +70,54 @@ def test_strided_parameters_and_statistics(op, training, backend):
         assert_twice_eager(f"tensor {i}", t, *others)
     assert torch.equal(y, ours(case, x, dense, backend))
     assert all((buffer[..., 1] == 7).all() for buffer in buffers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_weight_gradients_have_the_weights_strides(op, backend):
+    """A contiguous weight of a channels_last model has strides of its own, and DDP compares those of the gradient. The
+    result and x's gradient keep x's format beside it."""
+    _, x, tensors, dy = _inputs(op)
+    x.requires_grad_()
+    weights = [t.to(memory_format=torch.channels_last).requires_grad_() for t in tensors if t.dim() == 4]
+    given = iter(weights)
+    y = getattr(ck, op)(x, *(next(given) if t.dim() == 4 else t for t in tensors), backend=backend)
+    dx, *gradients = torch.autograd.grad(y, [x, *weights], dy)
+    assert y.is_contiguous()
+    assert dx.is_contiguous()
+    for weight, gradient in zip(weights, gradients, strict=True):
+        assert weight.is_contiguous()
+        assert weight.stride() != torch.empty(weight.shape).stride()
+        assert gradient.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_changes_between_forward_and_backward(op, training, backend):
+    """As in eager: of a weight they raise, a bias may change, and the gradients are the same."""
+    _, x, tensors, dy = _inputs(op, training)
+    options = {"backend": backend} if op == "depthwise_conv2d" else {"backend": backend, "training": training}
+    results = []
+    for change in (False, True):
+        leaves = [x, *(t.clone() for t in tensors)]
+        differentiable = [t.requires_grad_() for i, t in enumerate(leaves) if i == 0 or (i - 1) % 6 < 4]
+        y = getattr(ck, op)(*leaves, **options)
+        if change:
+            with torch.no_grad():
+                for i, t in enumerate(leaves[1:]):
+                    if i % 6 in (1, 3):
+                        t.add_(1)
+        results.append(torch.autograd.grad(y, differentiable, dy))
+    assert all(map(torch.equal, *results))
+    for i in (0, 2, 6, 8):
+        if i < len(tensors):
+            leaves = [x, *(t.clone().requires_grad_(j % 6 < 4) for j, t in enumerate(tensors))]
+            y = getattr(ck, op)(*leaves, **options)
+            with torch.no_grad():
+                leaves[1 + i].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(dy)
 
 
 def _dual(function, x, tangent):

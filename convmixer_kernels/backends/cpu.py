@@ -328,7 +328,7 @@ def depthwise_weight_grad(
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    dw = torch.empty_like(weight)
     db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device="cpu")
     native.depthwise_weight_grad(
         dy.data_ptr(),
@@ -362,7 +362,7 @@ def pointwise_backward(
     da = torch.empty_like(dy, dtype=torch.float32)
     source = _pointwise_output(dy, weight.transpose(0, 1)) if x is None else x
     dx = torch.empty_like(source) if needs[0] else None
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device="cpu") if needs[1] else None
+    dw = torch.empty_like(weight) if needs[1] else None
     db = torch.empty(bias.shape, dtype=bias.dtype, device="cpu") if needs[2] and bias is not None else None
     native.pointwise_backward(
         dy.data_ptr(),

@@ -48,12 +48,9 @@ def activate(a: Tensor, activation: str) -> Tensor:
 
 
 def _activation_grad(a: Tensor, activation: str) -> Tensor:
-    """act'(a), elementwise, in a's dtype (relu'(0) = 0 as in torch)."""
+    """act'(a) of a GELU or the identity, elementwise, in a's dtype."""
     if activation == "identity":
         return torch.ones_like(a)
-    if activation == "relu":
-        # a NaN lets the gradient through, as in torch's own backward
-        return (~(a <= 0)).to(a.dtype)
     if activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
         return cdf + a * torch.exp(-0.5 * a * a) * (1 / math.sqrt(2 * math.pi))
@@ -89,6 +86,9 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
             hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
+    if activation == "relu":
+        # 0 where relu is, whatever dh, and dh where a is NaN: as torch's threshold_backward
+        return da.masked_fill(h <= 0, 0.0)
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
@@ -97,7 +97,13 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
     # (torch 2.13: 31x31, channels_last), and float32 is no slower there
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+    y = F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+    return _in_format_of(x, y)
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's memory format: F.conv2d takes the weight's where that has the strides of channels_last."""
+    return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
 
 
 # ---- primitives -------------------------------------------------------------------------------------------------
@@ -167,10 +173,10 @@ def update_running_statistics(
 ) -> None:
     """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
     if running_mean is not None:
-        running_mean.copy_(torch.lerp(_wide(running_mean), mean, momentum))
+        running_mean.copy_((1 - momentum) * _wide(running_mean) + momentum * mean)
     if running_var is not None:
         unbiased = var * (count / max(count - 1, 1))
-        running_var.copy_(torch.lerp(_wide(running_var), unbiased, momentum))
+        running_var.copy_((1 - momentum) * _wide(running_var) + momentum * unbiased)
 
 
 def normalize(
@@ -211,7 +217,7 @@ def depthwise_input_grad(
     bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
     padded = F.pad(da, (right, left, bottom, top))
     dx = F.conv2d(padded, weight.flip(2, 3).to(da.dtype), groups=dy.shape[1])
-    return (dx + dy if residual else dx).to(dy.dtype)
+    return _in_format_of(dy, (dx + dy if residual else dx).to(dy.dtype))
 
 
 def depthwise_weight_grad(
@@ -254,7 +260,7 @@ def pointwise_backward(
     dx = dw = db = None
     if needs[0]:
         wide = _wide(dy).dtype
-        dx = F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype)
+        dx = _in_format_of(dy, F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype))
     if needs[1]:
         rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)

@@ -6,16 +6,20 @@
 // 24 loads feed 144 FMAs (k = 9); finished rows pass through a dense strip in L1, where the epilogue runs before they
 // are scattered to memory. Bound by FMAs: k*k for each output, against 20 operations of GELU.
 
-// T columns of the sum of kh rows of (chunks * KX + rest) taps. `row` is the plane's row stride in floats. Sums of more
-// than kSumTaps products are taken in parts, which keeps the rounding of large kernels small.
+// T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. `row` is the plane's row stride in floats.
+// Sums of more than kSumTaps products are taken in parts, which keeps the rounding of large kernels small. For the same
+// end the bias's upper half comes last: a large bias at the start would round each product at its own scale. Its lower
+// half starts the sum: added last, it would round alike for all sums of a binade, and the channel's mean would be off.
 constexpr int kSumTaps = 100;
 template <int KX, int T>
 void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
   const int part = 1 + kSumTaps / (chunks * KX + rest);
   int next_sum = part;
+  const Vec upper = (Vec)((IVec)bias & static_cast<int>(0xffff0000));
+  const Vec lower = upper == bias ? splat(0.f) : bias - upper;
   Vec acc[T];
 #pragma GCC unroll 16
-  for (int o = 0; o < T; o++) acc[o] = bias;
+  for (int o = 0; o < T; o++) acc[o] = lower;
   for (int ky = 0; ky < kh; ky++) {
     if (ky == next_sum) {
       next_sum += part;
@@ -54,7 +58,7 @@ void convolve(const float* plane, int64_t row, const float* w, int kh, int chunk
 #pragma GCC unroll 16
   for (int o = 0; o < T; o++) {
     Vec* sum = reinterpret_cast<Vec*>(to) + o;
-    *sum = kh > part ? *sum + acc[o] : acc[o];
+    *sum = (kh > part ? *sum + acc[o] : acc[o]) + upper;
   }
 }
 using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);

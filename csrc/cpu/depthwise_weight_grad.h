@@ -25,33 +25,38 @@ __attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const V
 }
 
 // RY kernel rows of KX taps, over `rows` rows of w columns; `row` is x's stride in vectors, `taps` dw's row length.
+// Sums of more than kSumPositions products are taken in parts of whole rows, which keeps their rounding small.
+constexpr int64_t kSumPositions = 96;
 template <int RY, int KX>
 void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, float* dw, int taps) {
-  Vec acc[RY][KX];
+  const int64_t part = larger(1, kSumPositions / w);
+  for (int64_t y0 = 0; y0 < rows; y0 += part) {
+    Vec acc[RY][KX];
 #pragma GCC unroll 8
-  for (int r = 0; r < RY; r++) {
+    for (int r = 0; r < RY; r++) {
 #pragma GCC unroll 16
-    for (int k = 0; k < KX; k++) acc[r][k] = splat(0.f);
-  }
-  for (int64_t y = 0; y < rows; y++) {
-    const Vec* vx = reinterpret_cast<const Vec*>(x) + y * row;
-    const Vec* vda = reinterpret_cast<const Vec*>(da) + y * w;
-    int64_t c = 0;
-    for (; c + kGradTile <= w; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
-    if constexpr (kGradTile > 8) {
-      if ((w & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
+      for (int k = 0; k < KX; k++) acc[r][k] = splat(0.f);
     }
-    if constexpr (kGradTile > 4) {
-      if ((w & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
+    for (int64_t y = y0; y < smaller(y0 + part, rows); y++) {
+      const Vec* vx = reinterpret_cast<const Vec*>(x) + y * row;
+      const Vec* vda = reinterpret_cast<const Vec*>(da) + y * w;
+      int64_t c = 0;
+      for (; c + kGradTile <= w; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
+      if constexpr (kGradTile > 8) {
+        if ((w & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
+      }
+      if constexpr (kGradTile > 4) {
+        if ((w & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
+      }
+      if ((w & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
+      if ((w & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
     }
-    if ((w & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
-    if ((w & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < RY; r++) {
-    Vec* to = reinterpret_cast<Vec*>(dw) + r * taps;
+    for (int r = 0; r < RY; r++) {
+      Vec* to = reinterpret_cast<Vec*>(dw) + r * taps;
 #pragma GCC unroll 16
-    for (int k = 0; k < KX; k++) to[k] += acc[r][k];
+      for (int k = 0; k < KX; k++) to[k] += acc[r][k];
+    }
   }
 }
 using CorrelateRows = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int);

@@ -162,6 +162,8 @@ VEC_INLINE Vec gradient(Vec dy, Vec a, const Affine& f, bool sums) {
   Vec h, d;
   activate_with_grad<A>(a, h, d);
   const Vec centred = sums ? fma(f.row[kMean] - h, f.row[kSlope], dy - f.row[kOffset]) : dy;
+  // 0 where relu is, whatever dh: as torch's threshold_backward.
+  if constexpr (A == kRelu) return a <= splat(0.f) ? splat(0.f) : centred * f.row[kScale];
   return centred * f.row[kScale] * d;
 }
 
@@ -191,11 +193,11 @@ inline Moments moments(double count, double shift, double sum, double squares) {
   const double mean = sum / count;
   return {count, mean, squares - (mean - shift) * (mean - shift) * count};
 }
-// Chan, Golub and LeVeque's merge.
+// Chan, Golub and LeVeque's merge; of an infinite mean the weighted sum is infinite too, where a + delta would be NaN.
 inline void merge(Moments& a, const Moments& b) {
   if (b.count == 0) return;
   const double total = a.count + b.count, delta = b.mean - a.mean;
-  a.mean += delta * (b.count / total);
+  a.mean = a.mean * (a.count / total) + b.mean * (b.count / total);
   a.m2 += b.m2 + delta * delta * (a.count * b.count / total);
   a.count = total;
 }
@@ -208,7 +210,7 @@ inline void finish_statistics(const Statistics& s, int64_t c, const Moments& m) 
   const auto update = [&](const MutableParam& running, double value) {
     if (running.data == nullptr) return;
     const double old = static_cast<double>(param_at({running.data, running.dtype}, c));
-    set_param(running, c, static_cast<float>(old + s.momentum * (value - old)));
+    set_param(running, c, static_cast<float>((1 - s.momentum) * old + s.momentum * value));
   };
   update(s.running_mean, m.mean);
   update(s.running_var, var * (m.count / (m.count > 1 ? m.count - 1 : 1)));

@@ -290,6 +290,8 @@ def _takes(x: object, blocks: tuple[Block, Block]) -> bool:
             return False
         wide = torch.float32
     for conv, _, norm in blocks:
+        if not norm.eps > 0:
+            return False  # F.batch_norm refuses it in training, and if negative in evaluation
         for t in conv._parameters.values():
             if t is not None and (type(t) not in _PLAIN_TENSORS or (t.dtype is not dtype and t.dtype is not wide)):
                 return False
@@ -371,6 +373,7 @@ def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCa
     op, weight, bias = "pointwise_block", w2["weight"], w2["bias"]
     checks.check_pointwise_convolution(op, "", x, weight, bias)
     checks.check_norm(op, "", x, weight.shape[0], *second.tensors, second.settings[0])
+    checks.check_options(op, pointwise.activation, *second.settings)
     z = functional.depthwise_block(
         x,
         w1["weight"],

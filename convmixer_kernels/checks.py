@@ -120,7 +120,7 @@ def check_bool(op: str, name: str, value: bool) -> None:
 
 
 def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> None:
-    """activation must be known, training a bool, momentum and eps finite numbers, eps not negative."""
+    """activation must be known, training a bool, momentum and eps finite numbers, eps not negative, in training positive."""
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"{op}: activation must be one of {known}, got activation={activation!r}")
@@ -132,3 +132,5 @@ def check_options(op: str, activation: str, training: bool, momentum: float, eps
             raise ValueError(f"{op}: {name} must be finite, got {name}={value!r}")
     if eps < 0:
         raise ValueError(f"{op}: eps must not be negative, got eps={eps!r}")
+    if training and eps == 0:
+        raise ValueError(f"{op}: eps must be positive in training, got eps={eps!r}")

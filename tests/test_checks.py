@@ -54,6 +54,7 @@ BAD = [
     ("running_var", lambda: None, {}, ValueError, "must both be tensors or both be None"),
     ("activation", lambda: "swish", {}, ValueError, "one of gelu, gelu_tanh, identity, relu, got activation='swish'"),
     ("eps", lambda: -1.0, {}, ValueError, "eps must not be negative"),
+    ("eps", lambda: 0.0, {}, ValueError, "eps must be positive in training, got eps=0.0"),
     ("eps", lambda: float("nan"), {}, ValueError, "eps must be finite"),
     ("momentum", lambda: None, {}, TypeError, "momentum must be a number"),
     ("training", lambda: 1, {}, TypeError, "training must be a bool"),

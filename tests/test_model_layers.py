@@ -501,8 +501,18 @@ def one_running_statistic(layer):
     layer.eval()[3].running_var = None
 
 
+def eps_of_zero(layer):
+    layer[3].eps = 0.0
+
+
+def negative_eps_in_evaluation(layer):
+    layer.eval()[3].eps = -1e-5
+
+
 @pytest.mark.parametrize(
-    "change", [half_norm, half_running_statistics, one_running_statistic], ids=lambda f: f.__name__
+    "change",
+    [half_norm, half_running_statistics, one_running_statistic, eps_of_zero, negative_eps_in_evaluation],
+    ids=lambda f: f.__name__,
 )
 def test_norms_that_the_reference_refuses_are_refused_alike(calls, change):
     layer, ref = (m[3] for m in make_pair())
@@ -525,16 +535,21 @@ def wrong_pointwise_norm(layer):
     layer[3].bias = nn.Parameter(torch.zeros(DIM + 1))
 
 
+def infinite_pointwise_momentum(layer):
+    layer[3].momentum = float("inf")
+
+
 @pytest.mark.parametrize(
     ("change", "x", "message"),
     [
+        (infinite_pointwise_momentum, features(), "pointwise_block: momentum must be finite"),
         (lambda layer: None, features()[:, :8], "mixer_layer: depthwise_weight must be"),
         (lambda layer: None, features(1, 1), "mixer_layer: training needs more than one value per channel"),
         (cumulative_average, features(1, 1), "mixer_layer: training needs more than one value per channel"),
         (wrong_pointwise_weight, features(), "mixer_layer: pointwise_weight must be"),
         (wrong_pointwise_norm, features(), "pointwise_block: norm_bias must be"),
     ],
-    ids=["channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
+    ids=["pointwise-momentum", "channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
 )
 def test_a_call_that_raises_changes_nothing(change, x, message):
     layer = make_pair()[0][3]

@@ -14,6 +14,28 @@ namespace {
 
 using namespace fma;
 
+// Where a block may use 227 KB, the tensor-core kernels' plans fit and 16-bit tensors do not come here: no code is
+// compiled for them.
+constexpr int64_t kAllPlansFit = 227 << 10;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100
+template <class T>
+constexpr bool kCompiled = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kCompiled = true;
+#endif
+bool can_launch(const Shape& s) { return s.dtype == kFloat32 || most_shared_of_block() < kAllPlansFit; }
+
+// Blocks on a multiprocessor that registers are held down for. GPUs with 100 KB of shared memory hold 3 of k = 9's
+// tiles, so that their 168 registers are free, and 128 would spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+template <class L>
+constexpr int kBlocks = L::kTaps == 9 && !L::kChannelsLast ? 3 : 512 / L::kThreads;
+#else
+template <class L>
+constexpr int kBlocks = 512 / L::kThreads;
+#endif
+
 struct Tiling {
   int across, down;      // patches of a tile
   int images, channels;  // planes of a block
@@ -318,9 +340,10 @@ __device__ __noinline__ void settle_input_grad(const DepthwiseInputGrad& p, cons
 }
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
+__global__ void __launch_bounds__(L::kThreads, kBlocks<L>)
     depthwise_forward_tile(const __grid_constant__ DepthwiseForward p, const __grid_constant__ Tiling t,
                            const bool vector) {
+  if constexpr (!kCompiled<T>) return;
   DYN_SHARED(float, weights);
   float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
   float* const tile = weights + t.weights + 4 * t.channels;
@@ -428,9 +451,10 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
 }
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
+__global__ void __launch_bounds__(L::kThreads, kBlocks<L>)
     depthwise_input_grad_tile(const __grid_constant__ DepthwiseInputGrad p, const __grid_constant__ Tiling t,
                               const bool vector) {
+  if constexpr (!kCompiled<T>) return;
   DYN_SHARED(float, weights);
   float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
   float* const tile = weights + t.weights + 4 * t.channels;
@@ -487,6 +511,7 @@ int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw) {
 }
 
 int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
+  if (!can_launch(p.shape)) return static_cast<int>(cudaErrorInvalidConfiguration);
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);
@@ -496,6 +521,7 @@ int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
 }
 
 int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream) {
+  if (!can_launch(p.shape)) return static_cast<int>(cudaErrorInvalidConfiguration);
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);

@@ -266,7 +266,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fma: NaN beside the filter in the input gradient", "depthwise_fma.cu", "depthwise_fma",
-        "nan_input_grad_float32_channels_last", "if (trace != trace && has_zeros<L>(t)) settle_input_grad", "if (false) settle_input_grad",
+        "nan_input_grad_float32", "if (trace != trace && has_zeros<L>(t)) settle_input_grad", "if (false) settle_input_grad",
     ),
     Mutation(
         "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",

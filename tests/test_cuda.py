@@ -401,6 +401,53 @@ def test_relu_lets_the_gradient_of_a_nan_through(device):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=str)
+def test_gradients_beside_a_special_value_behind_constant_statistics(special, dtype, memory_format, device):
+    """act(a) does not enter then: only act'(a) does, and where that is finite so are the gradients."""
+    (dy, a, x), norm = _inputs((2, 8, 9, 16), dtype, memory_format, device, count=3)
+    a[0, 1, 4, 7], a[1, 2, 0, 15] = special, special
+    weight, bias = torch.randn(8, 1, 5, 5, device=device), torch.randn(8, device=device)
+    matrix = torch.randn(8, 8, 1, 1, device=device, dtype=dtype)
+    for activation in ("identity", "relu"):
+
+        def gradients(backend, *tensors, activation=activation) -> list[Tensor]:
+            dy, a, x, weight, bias, matrix = tensors
+            return [
+                backend.depthwise_input_grad(dy, a, weight, activation, norm, None, True),
+                *backend.depthwise_weight_grad(dy, a, x, weight, bias, activation, norm, None),
+                *backend.pointwise_backward(dy, a, x, matrix, bias, activation, norm, None, (True, True, True)),
+            ]
+
+        tensors = dy, a, x, weight, bias, matrix
+        for ours, expected in zip(gradients(cuda, *tensors), gradients(reference, *tensors), strict=True):
+            assert expected.isfinite().all()
+            assert relative_error(ours, expected.double()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 1), (4, 4), (3, 6), (9, 9), (2, 13), (17, 18)], ids=str)
+@pytest.mark.parametrize("special", [math.nan, math.inf], ids=str)
+def test_a_special_value_reaches_the_outputs_under_the_filter_alone(special, kernel, dtype, memory_format, device):
+    """Filters are padded with zeros, to widths that are unrolled and to Toeplitz matrices; 0 times a special value is NaN."""
+    (x, dy, a), norm = _inputs((2, 8, 9, 40), dtype, memory_format, device, count=3)
+    for t in (x, dy):
+        t[0, 1, 4, 17], t[1, 2, 8, 39], t[1, 3, 0, 0] = special, -special, special
+    weight, bias = torch.randn(8, 1, *kernel, device=device), torch.randn(8, device=device)
+    for results in (
+        lambda backend: backend.depthwise_eval(x, weight, bias, "relu", norm, True),
+        lambda backend: backend.depthwise_train(x, weight, bias, "relu", None, None, 0.1)[0],
+        lambda backend: backend.depthwise_input_grad(dy, a, weight, "gelu", norm, None, True),
+    ):
+        ours, expected = results(cuda), results(reference)
+        finite = expected.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        assert torch.equal(ours.isnan(), expected.isnan())
+        assert relative_error(ours[finite], expected[finite].double()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_bits_do_not_change_between_runs(memory_format, device):
     (dy, a, x), norm = _inputs((4, 8, 16, 16), torch.bfloat16, memory_format, device, count=3)
     weight, bias = torch.randn(8, 1, 9, 9, device=device), torch.randn(8, device=device)

@@ -14,6 +14,28 @@ namespace {
 
 using namespace fma;
 
+// Where a block may use 227 KB, the tensor-core kernels' plans fit and 16-bit tensors do not come here: no code is
+// compiled for them.
+constexpr int64_t kAllPlansFit = 227 << 10;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100
+template <class T>
+constexpr bool kCompiled = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kCompiled = true;
+#endif
+bool can_launch(const Shape& s) { return s.dtype == kFloat32 || most_shared_of_block() < kAllPlansFit; }
+
+// Blocks on a multiprocessor that registers are held down for. GPUs with 100 KB of shared memory hold 3 of k = 9's
+// tiles, so that their 168 registers are free, and 128 would spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+template <class L>
+constexpr int kBlocks = L::kTaps == 9 && !L::kChannelsLast ? 3 : 512 / L::kThreads;
+#else
+template <class L>
+constexpr int kBlocks = 512 / L::kThreads;
+#endif
+
 struct Tiling {
   int across, down;      // patches of a tile
   int images, channels;  // planes of a block
@@ -259,9 +281,69 @@ struct Position {
   }
 };
 
+// ---- Inf and NaN: the zeros around a filter's rows multiply the neighbours of its taps
+// -------------------------------
+
+template <class L>
+__device__ __forceinline__ bool has_zeros(const Tiling& t) {
+  return t.filter.kw != (L::kChunked ? static_cast<int>(t.by_row.divisor) : L::kTaps);
+}
+// trace + 0 * v: turns and stays NaN where a value is not finite.
+__device__ __forceinline__ float trace_finite(float trace, const float (&v)[kColumns]) {
+#pragma unroll
+  for (int q = 0; q < kColumns; ++q) trace = fmaf(0.f, v[q], trace);
+  return trace;
+}
+
+// Settles the thread's stored values of `out` that are NaN: f(sum of the filter's own taps, the patch's row and column,
+// the value's place). It finds everything again: the kernels have no register to keep for it.
+template <class T, class L, class F>
+__device__ __forceinline__ void settle_nan(T* out, const Shape& s, const Tiling& t, const float* weights, const F& f) {
+  constexpr int kTap = L::kChannelsLast ? L::kLanes + 1 : 1;
+  const Position<L> at(t, s);
+  const float* const row = at.row(weights + t.weights + 4 * t.channels, t.box);
+  weights += L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor);
+  const int first = at.patch.across * kColumns + L::kShift + t.filter.front;
+#pragma unroll 1
+  for (int o = 0; o < kRows * kColumns; ++o) {
+    const int r = o / kColumns, q = o % kColumns;
+    if (at.y + r >= s.h || at.x + q >= s.w) continue;
+    const int64_t place = at.offset(s, r) + q * (L::kChannelsLast ? s.c : 1);
+    if (to_float(out[place]) == to_float(out[place])) continue;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int i = 0; i < t.filter.kh; ++i) {
+      const float* const w = weights + (i * static_cast<int>(t.by_row.divisor) + t.filter.front) * kTap;
+#pragma unroll 1
+      for (int j = 0; j < t.filter.kw; ++j)
+        sum = fmaf(w[j * kTap], row[(r + i) * t.box.pitch + column_offset<L>(t.box, first + q + j)], sum);
+    }
+    out[place] = from_float<T>(f(sum, at, place));
+  }
+}
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
-    depthwise_forward_tile(const DepthwiseForward p, const Tiling t, const bool vector) {
+__device__ __noinline__ void settle_forward(const DepthwiseForward& p, const Tiling& t, const float* weights) {
+  settle_nan<T, L>(static_cast<T*>(p.y), p.shape, t, weights, [&](float v, const Position<L>& at, int64_t place) {
+    const float4 k = reinterpret_cast<const float4*>(weights + t.weights)[at.patch.channel];
+    v += k.x;
+    if (p.partials != nullptr) return v;
+    dispatch_activation(p.activation, [&](auto act) { v = activation<decltype(act)::value>(v); });
+    v = (v - k.y) * k.z + k.w;
+    return p.residual ? v + to_float(static_cast<const T*>(p.x)[place]) : v;
+  });
+}
+template <class T, class L>
+__device__ __noinline__ void settle_input_grad(const DepthwiseInputGrad& p, const Tiling& t, const float* weights) {
+  settle_nan<T, L>(static_cast<T*>(p.dx), p.shape, t, weights, [&](float v, const Position<L>&, int64_t place) {
+    return p.residual ? v + to_float(static_cast<const T*>(p.dy)[place]) : v;
+  });
+}
+
+template <class T, class L>
+__global__ void __launch_bounds__(L::kThreads, kBlocks<L>)
+    depthwise_forward_tile(const __grid_constant__ DepthwiseForward p, const __grid_constant__ Tiling t,
+                           const bool vector) {
+  if constexpr (!kCompiled<T>) return;
   DYN_SHARED(float, weights);
   float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
   float* const tile = weights + t.weights + 4 * t.channels;
@@ -299,6 +381,7 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   }
   T* const y = static_cast<T*>(p.y);
   const bool training = p.partials != nullptr;
+  float trace = 0.f;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -306,8 +389,13 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
       acc[r][q] += k.x;
       if (training) acc[r][q] = to_float(from_float<T>(acc[r][q]));
     }
-    if (training && at.active && at.y + r < s.h) at.store(y + at.offset(s, r), acc[r], s, vector);
+    if (training && at.active && at.y + r < s.h) {
+      at.store(y + at.offset(s, r), acc[r], s, vector);
+      trace = trace_finite(trace, acc[r]);
+    }
   }
+  // the statistics are not settled: where a product is NaN, so is a value of the channel, or it is infinite
+  if (trace != trace && has_zeros<L>(t)) settle_forward<T, L>(p, t, weights);
   dispatch_activation(p.activation, [&](auto act) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -335,7 +423,9 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
         }
       }
       at.store(y + at.offset(s, r), acc[r], s, vector);
+      trace = trace_finite(trace, acc[r]);
     }
+    if (trace != trace && has_zeros<L>(t)) settle_forward<T, L>(p, t, weights);
     return;
   }
 
@@ -361,8 +451,10 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
 }
 
 template <class T, class L>
-__global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
-    depthwise_input_grad_tile(const DepthwiseInputGrad p, const Tiling t, const bool vector) {
+__global__ void __launch_bounds__(L::kThreads, kBlocks<L>)
+    depthwise_input_grad_tile(const __grid_constant__ DepthwiseInputGrad p, const __grid_constant__ Tiling t,
+                              const bool vector) {
+  if constexpr (!kCompiled<T>) return;
   DYN_SHARED(float, weights);
   float4* const constants = reinterpret_cast<float4*>(weights + t.weights);
   float* const tile = weights + t.weights + 4 * t.channels;
@@ -385,13 +477,16 @@ __global__ void __launch_bounds__(L::kThreads, 512 / L::kThreads)
   convolve<L>(
       acc, at.row(tile, t.box), at.patch.across,
       weights + (L::kChannelsLast ? at.patch.channel : at.patch.channel * static_cast<int>(t.by_filter.divisor)), t);
+  float trace = 0.f;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (at.y + r >= s.h) break;
     const int64_t offset = at.offset(s, r);
     if (p.residual) at.add(acc[r], static_cast<const T*>(p.dy) + offset, s, vector);
     at.store(static_cast<T*>(p.dx) + offset, acc[r], s, vector);
+    trace = trace_finite(trace, acc[r]);
   }
+  if (trace != trace && has_zeros<L>(t)) settle_input_grad<T, L>(p, t, weights);
 }
 
 template <class K, class P>
@@ -416,6 +511,7 @@ int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw) {
 }
 
 int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
+  if (!can_launch(p.shape)) return static_cast<int>(cudaErrorInvalidConfiguration);
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);
@@ -425,6 +521,7 @@ int depthwise_forward_fma(const DepthwiseForward& p, void* stream) {
 }
 
 int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream) {
+  if (!can_launch(p.shape)) return static_cast<int>(cudaErrorInvalidConfiguration);
   return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);

@@ -375,25 +375,26 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
 
 // Calls f(T(), Layout()) for a shape and a filter. Tensor cores serve the common 16-bit cases: the rest makes do with
 // chunks.
-template <class F>
-int dispatch(const Shape& s, int kh, int kw, F&& f) {
-  const auto layout = [&](auto type, auto last) {
+template <class T, class F>
+int dispatch_layout(const Shape& s, int kh, int kw, F&& f) {
+  const auto layout = [&](auto last) {
     constexpr bool kLast = decltype(last)::value;
-    if constexpr (sizeof(type) == 4) {
+    if constexpr (sizeof(T) == 4) {
       // a tall filter's channels_last tile fits in shared memory only with few channels
       const bool fits = kw <= 9 && !(kLast && kh > 13);
-      if (fits && kw <= 3) return f(type, Layout<kLast, 3>());
-      if (fits && kw <= 5) return f(type, Layout<kLast, 5>());
-      if (fits && kw <= 7) return f(type, Layout<kLast, 7>());
-      if (fits) return f(type, Layout<kLast, 9>());
+      if (fits && kw <= 3) return f(T(), Layout<kLast, 3>());
+      if (fits && kw <= 5) return f(T(), Layout<kLast, 5>());
+      if (fits && kw <= 7) return f(T(), Layout<kLast, 7>());
+      if (fits) return f(T(), Layout<kLast, 9>());
     }
-    return f(type, Layout<kLast, 4>());
+    return f(T(), Layout<kLast, 4>());
   };
-  const auto dtype = [&](auto last) {
-    if (s.dtype == kFloat32) return layout(float(), last);
-    return s.dtype == kFloat16 ? layout(__half(), last) : layout(__nv_bfloat16(), last);
-  };
-  return s.channels_last ? dtype(std::true_type()) : dtype(std::false_type());
+  return s.channels_last ? layout(std::true_type()) : layout(std::false_type());
+}
+template <class F>
+int dispatch(const Shape& s, int kh, int kw, F&& f) {
+  if (s.dtype == kFloat32) return dispatch_layout<float>(s, kh, kw, f);
+  return s.dtype == kFloat16 ? dispatch_layout<__half>(s, kh, kw, f) : dispatch_layout<__nv_bfloat16>(s, kh, kw, f);
 }
 
 }  // namespace convmixer::fma

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left] and db[c] = sum of da, in
-// float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel. A block walks tiles of some
+// float32 arithmetic: float32 tensors, contiguous and channels_last, any kernel. A block walks tiles of some
 // channels' images, x with its halo and da in shared memory, each read once. A thread owns a strip of 8 columns and
 // kFilterRows x kTaps taps in registers: going down it keeps kFilterRows rows of da and reads one row of x, 8 and 16
 // floats for 8 kFilterRows kTaps FMAs (216 for k = 9). At its end the block adds up its threads in order and leaves one
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 int64_t depthwise_weight_grad_fma_workspace(const Shape& shape, int kh, int kw) {
   int64_t parts = 0;
-  dispatch(shape, kh, kw, [&](auto, auto layout) {
+  dispatch_layout<float>(shape, kh, kw, [&](auto, auto layout) {
     parts = tiling_of<decltype(layout)>(shape, kh, kw).parts;
     return 0;
   });
@@ -240,7 +240,7 @@ int64_t depthwise_weight_grad_fma_workspace(const Shape& shape, int kh, int kw) 
 }
 
 int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream) {
-  return dispatch(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
+  return dispatch_layout<float>(p.shape, p.kh, p.kw, [&](auto type, auto layout) {
     using T = decltype(type);
     using L = decltype(layout);
     const Tiling t = tiling_of<L>(p.shape, p.kh, p.kw);

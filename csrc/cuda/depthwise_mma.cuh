@@ -133,7 +133,9 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
         const float a = at(p.a, row, column);
         dispatch_activation(p.activation, [&](auto code) {
           constexpr int act = decltype(code)::value;
-          v = fmaf(k.scale, v, fmaf(k.slope, activation<act>(a), k.shift)) * activation_grad<act>(a);
+          // slope is 0 without sums, but act(a) may be infinite
+          const float of_sums = p.sums.dy == nullptr ? 0.f : fmaf(k.slope, activation<act>(a), k.shift);
+          v = fmaf(k.scale, v, of_sums) * activation_grad<act>(a);
         });
         v = to_float(from_float<T>(v));
       }
@@ -147,9 +149,10 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
   return p.residual ? sum + at(p.x, y, x) : sum;
 }
 
-// Toeplitz matrices multiply a value also by zeros, so that one Inf or NaN spoils up to 16 S columns, and the fast
-// activations turn Inf into NaN. The block looks through its channels' outputs for NaN again and settles each one by
-// the definition; called only where a thread saw an output that is not finite.
+// Toeplitz matrices multiply a value also by zeros, so that one Inf or NaN spoils up to 16 S columns, the fast
+// activations turn Inf into NaN, and grad_through_block multiplies an infinite act(a) by a slope of 0. The block looks
+// through its channels' outputs for NaN again and settles each one by the definition; called only where a thread saw an
+// output that is not finite.
 template <class T, bool GRAD, bool CL>
 __device__ __noinline__ void settle_nan(const Args& p, int c, int split, int lane, int lanes) {
   const Plan& q = p.plan;

@@ -131,10 +131,12 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
         if (o.from >= o.to) return;
         const int channels = plan.c - c0 - o.channel;
         copy_octet<T, G>(raw, x, o, channels, plan.c, plan.granule == 8);
-        if (!transforms) return;
+        if constexpr (GRAD) {
+          if (!transforms) return;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (i >= o.from && i < o.to) prefetch_l2(a + o.index + static_cast<int64_t>(i) * plan.c);
+          for (int i = 0; i < 8; ++i)
+            if (i >= o.from && i < o.to) prefetch_l2(a + o.index + static_cast<int64_t>(i) * plan.c);
+        }
       });
     }
     cp_async_commit();

@@ -94,8 +94,8 @@ struct DepthwiseWeightGrad {
 int64_t depthwise_weight_grad_workspace(const Shape& shape, int kh, int kw);
 int depthwise_weight_grad(const DepthwiseWeightGrad& p, void* stream);
 
-// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and 16-bit ones where no tensor-core kernel
-// fits
+// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and, but for the weight gradient, 16-bit
+// ones where no tensor-core kernel fits
 int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw);
 int depthwise_forward_fma(const DepthwiseForward& p, void* stream);
 int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream);

@@ -100,9 +100,11 @@ struct GradPrologueOp {
   template <int ACT>
   __device__ __forceinline__ float element(const Channel& k, float dy, float a, float (&stat)[2]) const {
     const ValueAndGrad h = elementwise::activate_and_grad<ACT, T>(a);
-    const float da = fmaf(k.slope, h.value - k.mean, fmaf(k.scale, dy, k.offset)) * h.grad;
-    stat[0] = da;
-    return da;
+    float dh = fmaf(k.scale, dy, k.offset);
+    // slope is 0 without sums, but h may be infinite
+    if (sums.dy != nullptr) dh = fmaf(k.slope, h.value - k.mean, dh);
+    stat[0] = dh * h.grad;
+    return stat[0];
   }
 };
 

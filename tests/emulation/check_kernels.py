@@ -222,6 +222,25 @@ def _weight_grad(dtype: torch.dtype, last: bool) -> None:
         _compare("depthwise_weight_grad", dtype, dy, a, x, weight, sums[0], "gelu", norm, sums)
 
 
+def _same_nan(primitive: str, *arguments) -> None:
+    mine, theirs = (getattr(backend, primitive)(*arguments).isnan() for backend in (cuda, reference))
+    if not torch.equal(mine, theirs):
+        raise Wrong(f"{primitive} {tuple(arguments[0].shape)}: {int(mine.sum())} NaN, reference {int(theirs.sum())}")
+
+
+def _nan_forward(dtype: torch.dtype, last: bool) -> None:
+    for (x, *_), norm, _, weight in _depthwise(dtype, last):
+        x[0, 1, 2, 3] = float("nan")
+        _same_nan("depthwise_eval", x, weight, norm.bias, "gelu", norm, True)
+
+
+def _nan_input_grad(dtype: torch.dtype, last: bool) -> None:
+    for (dy, a, _), norm, _, weight in _depthwise(dtype, last):
+        # behind constant statistics act(a) does not count, and relu lets the gradient of a NaN through
+        a[0, 1, -1, -1], dy[0, 1, 0, 0] = float("nan"), float("nan")
+        _same_nan("depthwise_input_grad", dy, a, weight, "relu", norm, None, True)
+
+
 CHECKS = {
     "normalize": normalize,
     "norm_backward": norm_backward,
@@ -238,7 +257,7 @@ for _name, _dtype, _last in (
     ("bfloat16", torch.bfloat16, False),
     ("bfloat16_channels_last", torch.bfloat16, True),
 ):
-    for _primitive in (_forward, _input_grad, _weight_grad, _pointwise_forward):
+    for _primitive in (_forward, _input_grad, _weight_grad, _pointwise_forward, _nan_forward, _nan_input_grad):
         CHECKS[f"{_primitive.__name__[1:]}_{_name}"] = lambda p=_primitive, d=_dtype, last=_last: p(d, last)
 
 

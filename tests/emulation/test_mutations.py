@@ -106,7 +106,7 @@ MUTATIONS = [
     ),
     Mutation(
         "prologue: derivative without the scale's slope", "pointwise.cu", "pointwise", "pointwise_grad",
-        "fmaf(k.slope, h.value - k.mean, fmaf(k.scale, dy, k.offset))", "fmaf(k.scale, dy, k.offset)",
+        "if (sums.dy != nullptr) dh = fmaf(k.slope, h.value - k.mean, dh);", "",
     ),
     Mutation(
         "prologue: a channel's parts", "pointwise.cu", "pointwise", "pointwise_grad",
@@ -235,6 +235,14 @@ MUTATIONS = [
         "shared memory: static arrays not counted", "device.cuh", "depthwise_weight_grad", "weight_grad_bfloat16",
         "bytes + kStaticShared <= 48 * 1024", "bytes <= 48 * 1024",
     ),
+    Mutation(
+        "input gradient: NaN not settled", "depthwise_mma.cuh", "depthwise_input_grad", "nan_input_grad_bfloat16",
+        "if (value != value) *out", "if (false) *out",
+    ),
+    Mutation(
+        "input gradient: act(a) of constant statistics", "depthwise_mma.cuh", "depthwise_input_grad",
+        "nan_input_grad_bfloat16_channels_last", "p.sums.dy == nullptr ? 0.f : fmaf", "fmaf",
+    ),
     # depthwise on FMA units
     Mutation(
         "fma: copies not awaited", "depthwise_fma.cu", "depthwise_fma", "forward_float32",
@@ -251,6 +259,14 @@ MUTATIONS = [
     Mutation(
         "fma: a patch's last row not counted", "depthwise_fma.cu", "depthwise_fma", "forward_float32",
         "(rows[0] + rows[1]) + (rows[2] + rows[3])", "(rows[0] + rows[1]) + rows[2]",
+    ),
+    Mutation(
+        "fma: NaN beside the filter in the forward", "depthwise_fma.cu", "depthwise_fma", "nan_forward_float32",
+        "trace != trace && has_zeros<L>(t)) settle_forward<T, L>(p, t, weights);\n    return;", "false) return;\n    return;",
+    ),
+    Mutation(
+        "fma: NaN beside the filter in the input gradient", "depthwise_fma.cu", "depthwise_fma",
+        "nan_input_grad_float32", "if (trace != trace && has_zeros<L>(t)) settle_input_grad", "if (false) settle_input_grad",
     ),
     Mutation(
         "fma weight gradient: copies not awaited", "depthwise_fma_weight_grad.cu", "depthwise_fma_weight_grad",

@@ -247,19 +247,26 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
   }
 }
 
-// da of positions [p0, p1) into the cursor; dy and a pass through two dense strips of `strip` positions each.
-constexpr int64_t kGradStrip = 128;
+// da of positions [p0, p1) into the cursor. Contiguous tensors are read along their channels, a run of each in turn
+// while the next one's is on its way, and da goes through a strip [channel][kStripRow] to the plane.
+constexpr int64_t kGradStrip = 256, kStripRow = kGradStrip + V, kStripFloats = V * kStripRow;
 template <typename T, int A>
 inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affine& f, bool sums, int64_t n, int64_t c0,
-                            int cn, int64_t p0, int64_t p1, float* strips, Cursor to) {
-  if (a == nullptr) return gather(s, dy, n, c0, cn, p0, p1, to);
-  if (s.channels_last && cn == V) {
-    const int64_t start = n * s.h * s.w * s.c + c0;
+                            int cn, int64_t p0, int64_t p1, float* strip, Cursor to) {
+  if (a == nullptr) {
+    gather(s, dy, n, c0, cn, p0, p1, to);
+    return;
+  }
+  const int64_t hw = s.h * s.w;
+  if (s.channels_last) {
+    const int64_t start = n * hw * s.c + c0;
     for (int64_t p = p0; p < p1;) {
       const int64_t run = smaller(to.width - to.column, p1 - p);
       for (int64_t i = 0; i < run; i++) {
         const int64_t at = start + (p + i) * s.c;
-        reinterpret_cast<Vec*>(to.p)[i] = gradient<A>(load(dy + at), load(a + at), f, sums);
+        Vec* v = reinterpret_cast<Vec*>(to.p) + i;
+        *v = cn == V ? gradient<A>(load(dy + at), load(a + at), f, sums)
+                     : gradient<A>(load_n(dy + at, cn), load_n(a + at, cn), f, sums);
       }
       p += run;
       to.p += run * V + to.gap;
@@ -267,22 +274,26 @@ inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affin
     }
     return;
   }
-  Vec* vdy = reinterpret_cast<Vec*>(strips);
-  Vec* va = vdy + kGradStrip;
   for (int64_t p = p0; p < p1; p += kGradStrip) {
-    const int64_t end = smaller(p + kGradStrip, p1);
-    gather(s, dy, n, c0, cn, p, end, dense(strips));
-    gather(s, a, n, c0, cn, p, end, dense(strips + kGradStrip * V));
-    for (int64_t i = 0; i < end - p;) {
-      const int64_t run = smaller(to.width - to.column, end - p - i);
-      for (int64_t j = 0; j < run; j++) {
-        reinterpret_cast<Vec*>(to.p)[j] = gradient<A>(vdy[i + j], va[i + j], f, sums);
+    const int64_t positions = smaller(kGradStrip, p1 - p);
+    for (int i = 0; i < cn; i++) {
+      Affine channel;
+      for (int k = 0; k < kRows; k++) channel.row[k] = splat(f.row[k][i]);
+      const T* from_dy = dy + (n * s.c + c0 + i) * hw + p;
+      const T* from_a = a + (n * s.c + c0 + i) * hw + p;
+      float* row = strip + i * kStripRow;
+      int64_t j = 0;
+      for (; j + V <= positions; j += V) {
+        store(row + j, gradient<A>(load(from_dy + j), load(from_a + j), channel, sums));
+        prefetch(from_dy + j, hw);
+        prefetch(from_a + j, hw);
       }
-      i += run;
-      to.p += run * V;
-      to.column += run;
-      if (to.column == to.width) to.column = 0, to.p += to.gap;
+      if (j < positions) {
+        const int count = static_cast<int>(positions - j);
+        store(row + j, gradient<A>(load_n(from_dy + j, count), load_n(from_a + j, count), channel, sums));
+      }
     }
+    to = gather(Shape{1, V, 1, kStripRow, kFloat32, false}, strip, 0, 0, cn, 0, positions, to);
   }
 }
 
@@ -447,10 +458,10 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* planes = static_cast<float*>(
-        scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats) + 2 * kGradStrip * V) * 4));
+        scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats) + kStripFloats) * 4));
     if (planes != nullptr) zero(planes, together * plane_floats);
     float* strips = planes + together * plane_floats;
-    float* grad_strips = strips + together * strip_floats;
+    float* grad_strip = strips + together * strip_floats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) {
       pack_weights(p.weight, s.c, taps, b * V, true, weights + b * V * taps);
@@ -476,7 +487,7 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
             const int64_t c0 = item.c0 + g * V;
             gather_gradient<T, decltype(act)::value>(
                 s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
-                y0 * s.w, y1 * s.w, grad_strips, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+                y0 * s.w, y1 * s.w, grad_strip, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
           });
         });
         convolve_rows(

@@ -126,12 +126,12 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* plane = static_cast<float*>(
-        scratch(1, static_cast<size_t>((plane_floats + da_floats + 2 * kGradStrip * V + taps * V) * 4)));
+    float* plane =
+        static_cast<float*>(scratch(1, static_cast<size_t>((plane_floats + da_floats + kStripFloats + taps * V) * 4)));
     if (plane != nullptr) zero(plane, plane_floats);
     float* da = plane + plane_floats;
-    float* strips = da + da_floats;
-    float* image = strips + 2 * kGradStrip * V;
+    float* strip = da + da_floats;
+    float* image = strip + kStripFloats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) fill_table(p.norm, p.sums, s, b * V, table);
 #pragma omp for schedule(dynamic)
@@ -159,7 +159,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
                    window.row(plan, s, plane, y0, window.first));
             with_activation(p.activation, [&](auto act) {
               gather_gradient<T, decltype(act)::value>(s, static_cast<const T*>(p.dy), static_cast<const T*>(p.a),
-                                                       affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strips,
+                                                       affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strip,
                                                        dense(da));
             });
           });

@@ -221,11 +221,22 @@ inline void convolve_row(const Plan& plan, const Shape& s, const float* from, in
   }
 }
 
-// Runs the micro-kernels over the item's output rows; each block's strip goes through finish(block, p0, p1, strip),
-// then all blocks' strips through emit(block, p0, p1, strip); p are positions in the image.
+// An item's input, in steps of a row of a block each.
+template <typename T>
+inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const T* x) {
+  const int64_t y0 = larger(0, item.y0 - plan.top), y1 = smaller(s.h, item.y1 + plan.kh - 1 - plan.top);
+  const int64_t positions = (y1 - y0) * s.w, channels = smaller(item.blocks * V, s.c - item.c0);
+  const int64_t steps = (item.y1 - item.y0) * item.blocks, hw = s.h * s.w;
+  if (s.channels_last) return Ahead(x + (item.n * hw + y0 * s.w) * s.c + item.c0, positions, channels, s.c, steps);
+  return Ahead(x + (item.n * s.c + item.c0) * hw + y0 * s.w, channels, positions, hw, steps);
+}
+
+// Runs the micro-kernels over the item's output rows, `ahead` a step with each; each block's strip goes through
+// finish(block, p0, p1, strip), then all blocks' strips through emit(block, p0, p1, strip); p are positions in the
+// image.
 template <typename Finish, typename Emit>
 inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const float* planes, const float* weights,
-                          const float* biases, float* strips, Finish finish, Emit emit) {
+                          const float* biases, float* strips, Ahead ahead, Finish finish, Emit emit) {
   // Of the shape alone, not of item.blocks: statistics are summed strip by strip.
   const int64_t strip_rows = s.channels_last ? larger(1, plan.strip_rows / kMostTogether) : plan.strip_rows;
   for (int64_t r0 = item.y0; r0 < item.y1; r0 += strip_rows) {
@@ -236,6 +247,7 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
       const Vec bias = biases == nullptr ? splat(0.f) : load(biases + c0);
       float* strip = strips + g * plan.strip_floats(s.w);
       for (int64_t r = r0; r < r1; r++) {
+        ahead.step();
         convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r, weights + c0 * plan.kh * plan.kw, bias,
                      strip + (r - r0) * s.w * V);
       }
@@ -327,7 +339,7 @@ struct DepthwiseTables {
 // One item of the forward; partials is [image, row tile][channel] in training. The item's planes, then its strips.
 template <typename T>
 inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const DepthwiseTables& tables, const Item& item,
-                           int64_t together, float* planes, Moments* partials) {
+                           const Ahead& ahead, int64_t together, float* planes, Moments* partials) {
   const Shape& s = p.shape;
   const int64_t plane_floats = plan.plane_floats();
   float* strips = planes + together * plane_floats;
@@ -354,7 +366,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
         Vec* v = reinterpret_cast<Vec*>(to);
         for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
       };
-      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
       return;
     }
     LaneSums sum[kMostTogether], squares[kMostTogether];
@@ -381,7 +393,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
       sum[g] = total;
       squares[g] = total_squares;
     };
-    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
     for (int g = 0; g < item.blocks; g++) {
       for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
         partials[item.part * s.c + item.c0 + g * V + l] =
@@ -406,6 +418,7 @@ int depthwise_forward(const DepthwiseForward& p) {
   int failed = 0;
   const int threads = depthwise_threads(s, tables.taps, p.threads);
   const int64_t together = blocks_together(plan, s, plane_floats * 4, threads);
+  const int64_t items = parts * ceil_div(plan.blocks, together);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -415,15 +428,21 @@ int depthwise_forward(const DepthwiseForward& p) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) tables.fill(p, b);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < parts * ceil_div(plan.blocks, together); i++) {
+    for (int64_t i = 0; i < items; i++) {
       if (planes == nullptr) {
 #pragma omp atomic write
         failed = 1;
         continue;
       }
       const Item item(plan, s, i, together);
-      with_dtype(s.dtype,
-                 [&](auto tag) { depthwise_item<decltype(tag)>(p, plan, tables, item, together, planes, partials); });
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        // Threads take turns: what this one takes next is about so many items further.
+        const Ahead ahead = i + threads < items
+                                ? input_of(plan, s, Item(plan, s, i + threads, together), static_cast<const T*>(p.x))
+                                : Ahead();
+        depthwise_item<T>(p, plan, tables, item, ahead, together, planes, partials);
+      });
     }
     if (training && failed == 0) {
 #pragma omp for schedule(static)
@@ -491,7 +510,7 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
           });
         });
         convolve_rows(
-            plan, s, item, planes, weights, nullptr, strips, [](int, int64_t, int64_t, float*) {},
+            plan, s, item, planes, weights, nullptr, strips, Ahead(), [](int, int64_t, int64_t, float*) {},
             [&](int g, int64_t p0, int64_t p1, const float* from) {
               const int64_t c0 = item.c0 + g * V;
               scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0,

@@ -17,6 +17,30 @@ VEC_INLINE void prefetch(const T* p, int64_t ahead) {
       reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<size_t>(ahead) * sizeof(T)));
 }
 
+// Brings rows of memory near, some lines at a time, while arithmetic leaves the memory idle.
+class Ahead {
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, at_ = 0, bytes_ = 0, stride_ = 0, lines_ = 0;
+
+ public:
+  Ahead() = default;
+  // `rows` rows of `count` elements, `ld` elements apart, in `steps` steps.
+  template <typename T>
+  Ahead(const T* p, int64_t rows, int64_t count, int64_t ld, int64_t steps)
+      : row_(reinterpret_cast<const char*>(p)),
+        rows_(rows),
+        bytes_(count * static_cast<int64_t>(sizeof(T))),
+        stride_(ld * static_cast<int64_t>(sizeof(T))),
+        lines_(ceil_div(rows * ceil_div(bytes_, 64), steps)) {}
+  void step() {
+    for (int64_t i = 0; i < lines_ && rows_ > 0; i++) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ >= bytes_) at_ = 0, row_ += stride_, rows_--;
+    }
+  }
+};
+
 // Positions [p0, p1) (y * W + x) of image n, channels [c0, c0 + cn), cn <= V; lanes from cn on are 0. Returns the
 // cursor to what follows.
 template <typename T>

@@ -12,6 +12,8 @@ constexpr int64_t kDepthChunk = 512, kItemBytes = 256 * 1024;
 static_assert(kDepthChunk % kGemmDepth == 0, "chunks must not change the order of sums");
 constexpr int64_t kTileFloats = kGemmRows * kGemmColumns;
 
+constexpr int64_t kLeastItems = 16;
+
 // How positions are cut into items; depends on the shape only.
 struct Items {
   bool channels_last;
@@ -23,8 +25,9 @@ struct Items {
     positions = channels_last ? s.n * s.h * s.w : s.h * s.w;
     const int64_t unit = channels_last ? kGemmRows : kGemmColumns;
     const int64_t fit = smaller(larger(1, kItemBytes / (4 * smaller(depth, kDepthChunk) * unit)), 16);
-    // Equal items, and enough of them to share among threads.
-    const int64_t wanted = ceil_div(positions, fit * unit);
+    // Equal items, and enough of them to share among threads; of a single image too.
+    const int64_t wanted =
+        larger(ceil_div(positions, fit * unit), smaller(ceil_div(positions, unit), ceil_div(kLeastItems, images)));
     size = ceil_div(ceil_div(positions, wanted), unit) * unit;
     per_image = ceil_div(positions, size);
   }

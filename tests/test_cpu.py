@@ -94,14 +94,15 @@ def test_unknown_instruction_set():
     )
 
 
-# of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position; and, not in
-# one call, more threads than images and an image beyond the cache
+# of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position, one image that
+# threads share; and, not in one call, more threads than images and an image beyond the cache
 MIXER_SHAPES = [
     ((4, 20, 7, 5), 33, (9, 9)),
     ((3, 17, 17, 17), 17, (4, 7)),
     ((2, 5, 160, 140), 4, (31, 31)),
     ((6, 64, 16, 16), 100, (9, 9)),
     ((1, 20, 9, 9), 8, (5, 5)),
+    ((1, 37, 17, 16), 50, (9, 4)),
     ((5, 1, 6, 6), 3, (3, 3)),
     ((5, 3, 1, 1), 2, (3, 3)),
     ((2, 300, 24, 24), 8, (3, 3)),
@@ -128,7 +129,7 @@ def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
         z = cpu.depthwise_eval(x, *blocks[0][:2], activation, norms[0], residual)
         expected = cpu.pointwise_eval(z, *blocks[1][:2], activation, norms[1])
         options = autograd.Options(False, 0.1, 1e-5, activation, residual, False)
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y, _, _ = autograd.mixer_forward(cpu, x, blocks, tuple(running), options)
             assert torch.equal(y, expected)
@@ -157,8 +158,8 @@ def test_mixer_layer_evaluates_in_one_call(monkeypatch):
 def test_layers_of_different_shapes_in_one_call(dtype):
     """Kernels, widths and activations that change from layer to layer: margins are cleared anew, planes are enough."""
     kernels, channels = [(9, 9), (3, 3), (3, 3), (4, 7), (31, 1), (1, 1)], [20, 33, 33, 7, 40, 2, 16]
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(5, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
+    for memory_format, n in itertools.product((torch.contiguous_format, torch.channels_last), (5, 1)):
+        x = torch.randn(n, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
         layers = []
         for kernel, (c, c_out), activation in zip(
             kernels, itertools.pairwise(channels), itertools.cycle(ACTIVATIONS), strict=False

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Case, make_inputs, ours
+from helpers import Case, check_case, make_inputs, ours
 
 from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
@@ -71,7 +71,7 @@ def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", OTHER_SETS)
 def test_other_instruction_sets(isa):
     """A cross-section of the operators, and this file, under the narrower sets: the pick happens once a process."""
-    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_layers or test_deep or test_isa"
+    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_layers or test_deep or test_gradients or test_isa"
     result = _run(
         isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operators.py", __file__, "-k", selection
     )
@@ -94,14 +94,15 @@ def test_unknown_instruction_set():
     )
 
 
-# of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position; and, not in
-# one call, more threads than images and an image beyond the cache
+# of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position, one image that
+# threads share; and, not in one call, more threads than images and an image beyond the cache
 MIXER_SHAPES = [
     ((4, 20, 7, 5), 33, (9, 9)),
     ((3, 17, 17, 17), 17, (4, 7)),
     ((2, 5, 160, 140), 4, (31, 31)),
     ((6, 64, 16, 16), 100, (9, 9)),
     ((1, 20, 9, 9), 8, (5, 5)),
+    ((1, 37, 17, 16), 50, (9, 4)),
     ((5, 1, 6, 6), 3, (3, 3)),
     ((5, 3, 1, 1), 2, (3, 3)),
     ((2, 300, 24, 24), 8, (3, 3)),
@@ -128,7 +129,7 @@ def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
         z = cpu.depthwise_eval(x, *blocks[0][:2], activation, norms[0], residual)
         expected = cpu.pointwise_eval(z, *blocks[1][:2], activation, norms[1])
         options = autograd.Options(False, 0.1, 1e-5, activation, residual, False)
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y, _, _ = autograd.mixer_forward(cpu, x, blocks, tuple(running), options)
             assert torch.equal(y, expected)
@@ -157,8 +158,8 @@ def test_mixer_layer_evaluates_in_one_call(monkeypatch):
 def test_layers_of_different_shapes_in_one_call(dtype):
     """Kernels, widths and activations that change from layer to layer: margins are cleared anew, planes are enough."""
     kernels, channels = [(9, 9), (3, 3), (3, 3), (4, 7), (31, 1), (1, 1)], [20, 33, 33, 7, 40, 2, 16]
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(5, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
+    for memory_format, n in itertools.product((torch.contiguous_format, torch.channels_last), (5, 1)):
+        x = torch.randn(n, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
         layers = []
         for kernel, (c, c_out), activation in zip(
             kernels, itertools.pairwise(channels), itertools.cycle(ACTIVATIONS), strict=False
@@ -177,3 +178,59 @@ def test_layers_of_different_shapes_in_one_call(dtype):
             assert torch.isfinite(y).all()
             assert torch.equal(y, expected)
             assert y.stride() == expected.stride()
+
+
+# both sides of the widths up to which da never leaves the cache; images of one chunk and of several, more chunks than groups
+GRADIENT_SHAPES = [
+    ((3, 20, 17, 31), 288),
+    ((2, 288, 9, 5), 21),
+    ((2, 289, 16, 17), 24),
+    ((2, 24, 16, 17), 289),
+    ((35, 17, 16, 16), 33),
+    ((1, 5, 70, 71), 3),
+]
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "channels_out"), GRADIENT_SHAPES, ids=str)
+def test_gradients_of_products(shape, channels_out, memory_format):
+    """By the twice-eager rule; and the bits depend neither on the number of threads nor on which gradients are wanted."""
+    check_case(Case("pointwise_block", shape, (1, 1), channels_out, memory_format=memory_format), "cpu")
+    n, c, h, w = shape
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    weight, bias = torch.randn(channels_out, c, 1, 1), torch.randn(channels_out)
+    norm = Norm(torch.randn(channels_out), torch.rand(channels_out) + 0.1, torch.randn(channels_out), None, 1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        dy, a = (torch.randn(n, channels_out, h, w).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+        torch.set_num_threads(1)
+        sums = cpu.norm_backward(dy, a, "gelu", norm)
+        expected = cpu.pointwise_backward(dy, a, x, weight, bias, "gelu", norm, sums, (True, True, True))
+        for threads, needs in itertools.product((1, 2, 3), itertools.product((True, False), repeat=3)):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, cpu.norm_backward(dy, a, "gelu", norm), sums))
+            source = x if needs[1] else None
+            grads = cpu.pointwise_backward(dy, a, source, weight, bias, "gelu", norm, sums, needs)
+            for grad, wanted, full in zip(grads, needs, expected, strict=True):
+                assert torch.equal(grad, full) if wanted else grad is None
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "kernel"), [((5, 33, 16, 32), (3, 3)), ((2, 20, 31, 9), (5, 4)), ((9, 3, 40, 48), (3, 3))]
+)
+def test_gradients_of_depthwise_weights(shape, kernel, memory_format):
+    """As above, for the depthwise convolution."""
+    check_case(Case("depthwise_block", shape, kernel, memory_format=memory_format), "cpu")
+    layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    c = shape[1]
+    weight, bias = torch.randn(c, 1, *kernel), torch.randn(c)
+    norm = Norm(torch.randn(c), torch.rand(c) + 0.1, torch.randn(c), None, 1e-5)
+    x, a, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+    torch.set_num_threads(1)
+    sums = cpu.norm_backward(dy, a, "gelu", norm)
+    expected = cpu.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        grads = cpu.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums)
+        assert all(map(torch.equal, grads, expected))

@@ -359,7 +359,8 @@ def pointwise_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
     # float32 for 16-bit tensors too: rounding da would add to the error of both products
-    da = torch.empty_like(dy, dtype=torch.float32)
+    narrow = native.pointwise_is_narrow(*weight.shape[:2])
+    da = None if narrow else torch.empty_like(dy, dtype=torch.float32)
     source = _pointwise_output(dy, weight.transpose(0, 1)) if x is None else x
     dx = torch.empty_like(source) if needs[0] else None
     dw = torch.empty_like(weight) if needs[1] else None
@@ -372,7 +373,7 @@ def pointwise_backward(
         *_param(weight),
         _ACTIVATION_CODES[activation],
         *_norm_grad(norm, sums),
-        da.data_ptr(),
+        0 if da is None else da.data_ptr(),
         0 if dx is None else dx.data_ptr(),
         *_param(dw),
         *_param(db),

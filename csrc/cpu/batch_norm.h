@@ -20,15 +20,20 @@ inline int useful_threads(const Shape& s, int64_t cost, int threads) {
   return s.n * s.c * s.h * s.w * cost < 40000 ? 1 : threads;
 }
 
+// A few rows of channels_last memory at a time, so that neighbouring cache lines and the rows' pages are used together.
+constexpr int64_t kRowsTogether = 16;
+// How far ahead of a vector to prefetch: the same channels of the next rows. Contiguous memory is read in order.
+inline int64_t rows_ahead(const Shape& s) { return s.channels_last ? kRowsTogether * s.c : 512; }
+
 // Calls f(offset, full, count, affine) for each vector of an item; `full` is Int<V> where count is V.
 // Between begin() and end(c, first) all vectors belong to channel c (contiguous) or to V channels from c on
 // (channels_last); `first` says whether it is the item's first end for c.
 template <typename Begin, typename F, typename End>
-inline void for_each_vector(const Shape& s, const Split& split, int64_t item, const Norm& norm, const Sums& sums,
-                            const float* table, Begin begin, F f, End end) {
+inline void for_each_vector(const Shape& s, const Split& split, int64_t item, const float* table, Begin begin, F f,
+                            End end) {
   if (!s.channels_last) {
     const int64_t hw = s.h * s.w, c = item % s.c;
-    const Affine affine = affine_of_channel(norm, sums, s, c);
+    const Affine affine = channel_affine(table, padded(s.c), c);
     begin();
     int64_t p = 0;
     for (; p + V <= hw; p += V) f(item * hw + p, Int<V>{}, V, affine);
@@ -36,8 +41,6 @@ inline void for_each_vector(const Shape& s, const Split& split, int64_t item, co
     end(c, true);
     return;
   }
-  // A few rows at a time, so that neighbouring cache lines and the rows' pages are used together.
-  constexpr int64_t kRowsTogether = 16;
   const int64_t first = item * split.rows, last = smaller(first + split.rows, s.n * s.h * s.w);
   for (int64_t row = first; row < last; row += kRowsTogether) {
     const int64_t rows = smaller(kRowsTogether, last - row);
@@ -110,13 +113,14 @@ inline Vec keep(Vec x, int count) {
 template <typename Items, typename Finish>
 inline void run_items(const Shape& s, const Split& split, const Norm& norm, const Sums& sums, float* table, int threads,
                       bool finishes, Items items, Finish finish) {
+  // Small planes several at a time: threads that take turns at every few hundred values wait for each other.
+  const int64_t values = s.n * s.c * s.h * s.w / split.items;
+  const int64_t grain = larger(1, smaller(16384 / values, split.items / (8 * int64_t{threads})));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (s.channels_last) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < blocks_of(s.c); b++) fill_table(norm, sums, s, b * V, table);
-    }
-#pragma omp for schedule(dynamic, 4)
+    for (int64_t b = 0; b < blocks_of(s.c); b++) fill_table(norm, sums, s, b * V, table);
+#pragma omp for schedule(dynamic, grain)
     for (int64_t i = 0; i < split.items; i++) items(i);
     if (finishes) {
 #pragma omp for schedule(static)
@@ -132,6 +136,7 @@ constexpr int kFlush = 4;
 int normalize(const Normalize& p) {
   const Shape& s = p.shape;
   const Split split = split_of(s);
+  const int64_t ahead = rows_ahead(s);
   float* table = static_cast<float*>(scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)))));
   if (table == nullptr) return 1;
   with_dtype(s.dtype, [&](auto tag) {
@@ -143,11 +148,13 @@ int normalize(const Normalize& p) {
       constexpr int A = decltype(act)::value;
       const auto item = [&](int64_t i) {
         for_each_vector(
-            s, split, i, p.norm, kNoSums, table, [] {},
+            s, split, i, table, [] {},
             [&](int64_t at, auto full, int count, const Affine& f) {
               Vec v = normalized<A>(load_some(a + at, full, count), f, p.norm.present);
               if (residual != nullptr) v += load_some(residual + at, full, count);
               store_some(y + at, v, full, count);
+              prefetch(a + at, ahead);
+              if (residual != nullptr) prefetch(residual + at, ahead);
             },
             [](int64_t, bool) {});
       };
@@ -160,6 +167,7 @@ int normalize(const Normalize& p) {
 int norm_backward(const NormBackward& p) {
   const Shape& s = p.shape;
   const Split split = split_of(s);
+  const int64_t ahead = rows_ahead(s);
   char* memory = static_cast<char*>(
       scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + Partials::bytes(s, split, 2))));
   if (memory == nullptr) return 1;
@@ -174,7 +182,7 @@ int norm_backward(const NormBackward& p) {
       const auto item = [&](int64_t i) {
         LaneSums sum, product;
         for_each_vector(
-            s, split, i, p.norm, kNoSums, table,
+            s, split, i, table,
             [&] {
               sum.clear();
               product.clear();
@@ -182,6 +190,8 @@ int norm_backward(const NormBackward& p) {
             [&](int64_t at, auto full, int count, const Affine& f) {
               // Absent lanes hold g = 0, and a finite h.
               const Vec g = load_some(dy + at, full, count);
+              prefetch(dy + at, ahead);
+              prefetch(a + at, ahead);
               sum.add(g);
               product.add(g * (activate<A>(load_some(a + at, full, count)) - f.row[kMean]));
             },
@@ -204,6 +214,7 @@ int norm_backward(const NormBackward& p) {
 inline int pointwise_grad_prologue(const PointwiseBackward& p) {
   const Shape& s = p.shape;
   const Split split = split_of(s);
+  const int64_t ahead = rows_ahead(s);
   const bool sums = p.sums.dy != nullptr, wants_db = p.db.data != nullptr;
   char* memory = static_cast<char*>(
       scratch(0, static_cast<size_t>(float_bytes(kRows * padded(s.c)) + Partials::bytes(s, split, 1))));
@@ -220,9 +231,11 @@ inline int pointwise_grad_prologue(const PointwiseBackward& p) {
       const auto item = [&](int64_t i) {
         LaneSums sum;
         for_each_vector(
-            s, split, i, p.norm, p.sums, table, [&] { sum.clear(); },
+            s, split, i, table, [&] { sum.clear(); },
             [&](int64_t at, auto full, int count, const Affine& f) {
               Vec g = gradient<A>(load_some(dy + at, full, count), load_some(a + at, full, count), f, sums);
+              prefetch(dy + at, ahead);
+              prefetch(a + at, ahead);
               store_some(da + at, g, full, count);
               if (!s.channels_last && count < V) g = keep(g, count);
               sum.add(g);

@@ -225,11 +225,22 @@ inline void convolve_row(const Plan& plan, const Shape& s, const float* from, in
   }
 }
 
-// Runs the micro-kernels over the item's output rows; each block's strip goes through finish(block, p0, p1, strip),
-// then all blocks' strips through emit(block, p0, p1, strip); p are positions in the image.
+// An item's input, in steps of a row of a block each.
+template <typename T>
+inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const T* x) {
+  const int64_t y0 = larger(0, item.y0 - plan.top), y1 = smaller(s.h, item.y1 + plan.kh - 1 - plan.top);
+  const int64_t positions = (y1 - y0) * s.w, channels = smaller(item.blocks * V, s.c - item.c0);
+  const int64_t steps = (item.y1 - item.y0) * item.blocks, hw = s.h * s.w;
+  if (s.channels_last) return Ahead(x + (item.n * hw + y0 * s.w) * s.c + item.c0, positions, channels, s.c, steps);
+  return Ahead(x + (item.n * s.c + item.c0) * hw + y0 * s.w, channels, positions, hw, steps);
+}
+
+// Runs the micro-kernels over the item's output rows, `ahead` a step with each; each block's strip goes through
+// finish(block, p0, p1, strip), then all blocks' strips through emit(block, p0, p1, strip); p are positions in the
+// image.
 template <typename Finish, typename Emit>
 inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const float* planes, const float* weights,
-                          const float* biases, float* strips, Finish finish, Emit emit) {
+                          const float* biases, float* strips, Ahead ahead, Finish finish, Emit emit) {
   // Of the shape alone, not of item.blocks: statistics are summed strip by strip.
   const int64_t strip_rows = s.channels_last ? larger(1, plan.strip_rows / kMostTogether) : plan.strip_rows;
   for (int64_t r0 = item.y0; r0 < item.y1; r0 += strip_rows) {
@@ -240,6 +251,7 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
       const Vec bias = biases == nullptr ? splat(0.f) : load(biases + c0);
       float* strip = strips + g * plan.strip_floats(s.w);
       for (int64_t r = r0; r < r1; r++) {
+        ahead.step();
         convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r, weights + c0 * plan.kh * plan.kw, bias,
                      strip + (r - r0) * s.w * V);
       }
@@ -251,19 +263,26 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
   }
 }
 
-// da of positions [p0, p1) into the cursor; dy and a pass through two dense strips of `strip` positions each.
-constexpr int64_t kGradStrip = 128;
+// da of positions [p0, p1) into the cursor. Contiguous tensors are read along their channels, a run of each in turn
+// while the next one's is on its way, and da goes through a strip [channel][kStripRow] to the plane.
+constexpr int64_t kGradStrip = 256, kStripRow = kGradStrip + V, kStripFloats = V * kStripRow;
 template <typename T, int A>
 inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affine& f, bool sums, int64_t n, int64_t c0,
-                            int cn, int64_t p0, int64_t p1, float* strips, Cursor to) {
-  if (a == nullptr) return gather(s, dy, n, c0, cn, p0, p1, to);
-  if (s.channels_last && cn == V) {
-    const int64_t start = n * s.h * s.w * s.c + c0;
+                            int cn, int64_t p0, int64_t p1, float* strip, Cursor to) {
+  if (a == nullptr) {
+    gather(s, dy, n, c0, cn, p0, p1, to);
+    return;
+  }
+  const int64_t hw = s.h * s.w;
+  if (s.channels_last) {
+    const int64_t start = n * hw * s.c + c0;
     for (int64_t p = p0; p < p1;) {
       const int64_t run = smaller(to.width - to.column, p1 - p);
       for (int64_t i = 0; i < run; i++) {
         const int64_t at = start + (p + i) * s.c;
-        reinterpret_cast<Vec*>(to.p)[i] = gradient<A>(load(dy + at), load(a + at), f, sums);
+        Vec* v = reinterpret_cast<Vec*>(to.p) + i;
+        *v = cn == V ? gradient<A>(load(dy + at), load(a + at), f, sums)
+                     : gradient<A>(load_n(dy + at, cn), load_n(a + at, cn), f, sums);
       }
       p += run;
       to.p += run * V + to.gap;
@@ -271,22 +290,26 @@ inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affin
     }
     return;
   }
-  Vec* vdy = reinterpret_cast<Vec*>(strips);
-  Vec* va = vdy + kGradStrip;
   for (int64_t p = p0; p < p1; p += kGradStrip) {
-    const int64_t end = smaller(p + kGradStrip, p1);
-    gather(s, dy, n, c0, cn, p, end, dense(strips));
-    gather(s, a, n, c0, cn, p, end, dense(strips + kGradStrip * V));
-    for (int64_t i = 0; i < end - p;) {
-      const int64_t run = smaller(to.width - to.column, end - p - i);
-      for (int64_t j = 0; j < run; j++) {
-        reinterpret_cast<Vec*>(to.p)[j] = gradient<A>(vdy[i + j], va[i + j], f, sums);
+    const int64_t positions = smaller(kGradStrip, p1 - p);
+    for (int i = 0; i < cn; i++) {
+      Affine channel;
+      for (int k = 0; k < kRows; k++) channel.row[k] = splat(f.row[k][i]);
+      const T* from_dy = dy + (n * s.c + c0 + i) * hw + p;
+      const T* from_a = a + (n * s.c + c0 + i) * hw + p;
+      float* row = strip + i * kStripRow;
+      int64_t j = 0;
+      for (; j + V <= positions; j += V) {
+        store(row + j, gradient<A>(load(from_dy + j), load(from_a + j), channel, sums));
+        prefetch(from_dy + j, hw);
+        prefetch(from_a + j, hw);
       }
-      i += run;
-      to.p += run * V;
-      to.column += run;
-      if (to.column == to.width) to.column = 0, to.p += to.gap;
+      if (j < positions) {
+        const int count = static_cast<int>(positions - j);
+        store(row + j, gradient<A>(load_n(from_dy + j, count), load_n(from_a + j, count), channel, sums));
+      }
     }
+    to = gather(Shape{1, V, 1, kStripRow, kFloat32, false}, strip, 0, 0, cn, 0, positions, to);
   }
 }
 
@@ -320,7 +343,7 @@ struct DepthwiseTables {
 // One item of the forward; partials is [image, row tile][channel] in training. The item's planes, then its strips.
 template <typename T>
 inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const DepthwiseTables& tables, const Item& item,
-                           int64_t together, float* planes, Moments* partials) {
+                           const Ahead& ahead, int64_t together, float* planes, Moments* partials) {
   const Shape& s = p.shape;
   const int64_t plane_floats = plan.plane_floats();
   float* strips = planes + together * plane_floats;
@@ -347,7 +370,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
         Vec* v = reinterpret_cast<Vec*>(to);
         for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
       };
-      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
       return;
     }
     LaneSums sum[kMostTogether], squares[kMostTogether];
@@ -374,7 +397,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
       sum[g] = total;
       squares[g] = total_squares;
     };
-    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, finish, emit);
+    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
     for (int g = 0; g < item.blocks; g++) {
       for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
         partials[item.part * s.c + item.c0 + g * V + l] =
@@ -399,6 +422,7 @@ int depthwise_forward(const DepthwiseForward& p) {
   int failed = 0;
   const int threads = depthwise_threads(s, tables.taps, p.threads);
   const int64_t together = blocks_together(plan, s, plane_floats * 4, threads);
+  const int64_t items = parts * ceil_div(plan.blocks, together);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -408,15 +432,21 @@ int depthwise_forward(const DepthwiseForward& p) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) tables.fill(p, b);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < parts * ceil_div(plan.blocks, together); i++) {
+    for (int64_t i = 0; i < items; i++) {
       if (planes == nullptr) {
 #pragma omp atomic write
         failed = 1;
         continue;
       }
       const Item item(plan, s, i, together);
-      with_dtype(s.dtype,
-                 [&](auto tag) { depthwise_item<decltype(tag)>(p, plan, tables, item, together, planes, partials); });
+      with_dtype(s.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        // Threads take turns: what this one takes next is about so many items further.
+        const Ahead ahead = i + threads < items
+                                ? input_of(plan, s, Item(plan, s, i + threads, together), static_cast<const T*>(p.x))
+                                : Ahead();
+        depthwise_item<T>(p, plan, tables, item, ahead, together, planes, partials);
+      });
     }
     if (training && failed == 0) {
 #pragma omp for schedule(static)
@@ -451,10 +481,10 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* planes = static_cast<float*>(
-        scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats) + 2 * kGradStrip * V) * 4));
+        scratch(1, static_cast<size_t>(together * (plane_floats + strip_floats) + kStripFloats) * 4));
     if (planes != nullptr) zero(planes, together * plane_floats);
     float* strips = planes + together * plane_floats;
-    float* grad_strips = strips + together * strip_floats;
+    float* grad_strip = strips + together * strip_floats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) {
       pack_weights(p.weight, s.c, taps, b * V, true, weights + b * V * taps);
@@ -480,11 +510,11 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
             const int64_t c0 = item.c0 + g * V;
             gather_gradient<T, decltype(act)::value>(
                 s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
-                y0 * s.w, y1 * s.w, grad_strips, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+                y0 * s.w, y1 * s.w, grad_strip, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
           });
         });
         convolve_rows(
-            plan, s, item, planes, weights, nullptr, strips, [](int, int64_t, int64_t, float*) {},
+            plan, s, item, planes, weights, nullptr, strips, Ahead(), [](int, int64_t, int64_t, float*) {},
             [&](int g, int64_t p0, int64_t p1, const float* from) {
               const int64_t c0 = item.c0 + g * V;
               scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0,

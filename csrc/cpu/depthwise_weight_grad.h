@@ -3,7 +3,9 @@
 // left]; db = sum da. A work item is V channels of a group of images; x goes into a padded plane and da into a dense
 // one, as in depthwise.h, and for each kernel row up to 9 taps (or several rows of fewer) accumulate in registers over
 // a strip of rows that stays in L1: kGradTile da vectors in registers meet each x vector, 24 + 16 loads for 144 FMAs.
-// The number of groups depends on the shape only; strips, images and groups are added in a fixed order.
+// Contiguous 3x3 has too little to do for each transposed value: there lanes are columns, and a channel's x and da rows
+// meet as they lie in memory. The number of groups depends on the shape only; strips, images and groups are added in a
+// fixed order.
 
 // One row segment of T columns: acc[r][k] += da[o] * x[r][o + k]
 template <int RY, int KX, int T>
@@ -109,6 +111,119 @@ inline void correlate_strip(const float* x, int64_t row, const float* da, int64_
   }
 }
 
+// 3x3 along the rows of one channel of a contiguous tensor. A strip of da rows lies between two rows of zeros on either
+// side, each padded to vectors with zeros.
+struct Rows3x3 {
+  static constexpr int kTaps = 9;
+  int64_t vectors, rows;  // of a row, and of a strip
+  explicit Rows3x3(const Shape& s) : vectors(ceil_div(s.w, V)), rows(larger(1, smaller(s.h, 4096 / (vectors * V)))) {}
+  // Where padding to vectors costs less than transposing.
+  static bool fits(const Shape& s, int kh, int kw) {
+    return kh == 3 && kw == 3 && !s.channels_last && ceil_div(s.w, V) * V * 2 <= s.w * 3;
+  }
+  int64_t da_floats() const { return (rows + 4) * vectors * V; }
+  int64_t floats() const { return da_floats() + kTaps * V * V; }
+};
+
+// acc += an x row of w values times the strip's da rows below it, beside it (where `da` points) and above it.
+template <typename T>
+VEC_INLINE void correlate_row(Vec (&acc)[Rows3x3::kTaps], const T* x, int64_t w, const float* da, int64_t row) {
+  Vec left = splat(0.f), here = w >= V ? load(x) : load_n(x, static_cast<int>(w));
+  for (int64_t c = 0; c < w; c += V) {
+    const int64_t rest = w - c - V;
+    const Vec right = rest >= V ? load(x + c + V) : rest > 0 ? load_n(x + c + V, static_cast<int>(rest)) : splat(0.f);
+    const Vec values[3] = {last_and_first(left, here), here, second_and_on(here, right)};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+      const Vec g = *reinterpret_cast<const Vec*>(da + c + (1 - i) * row);
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; j++) acc[i * 3 + j] = fma(values[j], g, acc[i * 3 + j]);
+    }
+    left = here;
+    here = right;
+  }
+}
+
+// One channel of one image, to sums[tap * V]; returns its sum of da. What is zero in the buffer `da` stays so.
+template <typename T, int A>
+inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& plan, const Affine& f, int64_t channel,
+                                float* da, Vec* sums) {
+  const Shape& s = p.shape;
+  const int64_t hw = s.h * s.w, row = plan.vectors * V;
+  const T *from_dy = static_cast<const T*>(p.dy) + channel * hw, *from_x = static_cast<const T*>(p.x) + channel * hw;
+  const T* from_a = p.a == nullptr ? nullptr : static_cast<const T*>(p.a) + channel * hw;
+  const bool centred = p.sums.dy != nullptr;
+  LaneSums bias;
+  bias.clear();
+  Vec acc[Rows3x3::kTaps];
+#pragma GCC unroll 9
+  for (int t = 0; t < Rows3x3::kTaps; t++) acc[t] = splat(0.f);
+  const auto da_of = [&](int64_t at, auto full, int count) {
+    Vec g = load_some(from_dy + at, full, count);
+    prefetch(from_dy + at, hw);
+    if (from_a != nullptr) {
+      g = gradient<A>(g, load_some(from_a + at, full, count), f, centred);
+      prefetch(from_a + at, hw);
+    }
+    return g;
+  };
+  for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
+    const int64_t y1 = smaller(y0 + plan.rows, s.h);
+    for (int64_t y = y0; y < y1; y++) {
+      float* to = da + (y - y0 + 2) * row;
+      int64_t c = 0;
+      for (; c + V <= s.w; c += V) {
+        const Vec g = da_of(y * s.w + c, Int<V>{}, V);
+        *reinterpret_cast<Vec*>(to + c) = g;
+        bias.add(g);
+      }
+      if (c < s.w) {
+        const int count = static_cast<int>(s.w - c);
+        const Vec g = keep(da_of(y * s.w + c, Int<0>{}, count), count);
+        *reinterpret_cast<Vec*>(to + c) = g;
+        bias.add(g);
+      }
+    }
+    if (y1 - y0 < plan.rows) zero(da + (y1 - y0 + 2) * row, 2 * row);
+    for (int64_t y = larger(0, y0 - 1); y < smaller(y1 + 1, s.h); y++) {
+      correlate_row(acc, from_x + y * s.w, s.w, da + (y - y0 + 2) * row, row);
+      for (int64_t c = 0; c < s.w; c += V) prefetch(from_x + y * s.w + c, hw);
+    }
+  }
+#pragma GCC unroll 9
+  for (int t = 0; t < Rows3x3::kTaps; t++) sums[t * V] += acc[t];
+  return bias.total();
+}
+
+// dw (9 vectors) and db of the V channels from c0 on over images [n0, n1); `memory` holds plan.floats().
+inline void correlate_channels(const DepthwiseWeightGrad& p, int64_t c0, int64_t n0, int64_t n1, const float* table,
+                               float* memory, float* dw, double* db) {
+  const Shape& s = p.shape;
+  const Rows3x3 plan(s);
+  const int count = channels_of(s, c0);
+  zero(memory, plan.floats());
+  Vec* sums = reinterpret_cast<Vec*>(memory);  // [tap][channel]
+  float* da = memory + Rows3x3::kTaps * V * V;
+  for (int i = 0; i < V; i++) db[i] = 0;
+  for (int64_t n = n0; n < n1; n++) {
+    for (int i = 0; i < count; i++) {
+      const Affine f = channel_affine(table, padded(s.c), c0 + i);
+      with_dtype(s.dtype, [&](auto tag) {
+        with_activation(p.activation, [&](auto act) {
+          db[i] += correlate_channel<decltype(tag), decltype(act)::value>(p, plan, f, n * s.c + c0 + i, da, sums + i);
+        });
+      });
+    }
+  }
+  for (int t = 0; t < Rows3x3::kTaps; t++) {
+    Vec r[V], total = splat(0.f);
+    for (int i = 0; i < V; i++) r[i] = sums[t * V + i];
+    transpose(r);
+    for (int i = 0; i < V; i++) total += r[i];
+    reinterpret_cast<Vec*>(dw)[t] = total;
+  }
+}
+
 int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const Shape& s = p.shape;
   const Plan plan(s, p.kh, p.kw, false);
@@ -126,17 +241,18 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const int64_t plane_floats = plan.plane_floats(), da_floats = plan.rows * s.w * V;
   // Positions of a strip: da and k rows of x stay in L1.
   const int64_t strip_rows = larger(1, 256 / s.w);
+  const bool along_rows = Rows3x3::fits(s, p.kh, p.kw);
+  const int64_t own_floats = along_rows ? Rows3x3(s).floats() : plane_floats + da_floats + kStripFloats + taps * V;
   int failed = 0;
   const int threads = depthwise_threads(s, taps, p.threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* plane = static_cast<float*>(
-        scratch(1, static_cast<size_t>((plane_floats + da_floats + 2 * kGradStrip * V + taps * V) * 4)));
-    if (plane != nullptr) zero(plane, plane_floats);
+    float* plane = static_cast<float*>(scratch(1, static_cast<size_t>(own_floats) * 4));
+    if (plane != nullptr && !along_rows) zero(plane, plane_floats);
     float* da = plane + plane_floats;
-    float* strips = da + da_floats;
-    float* image = strips + 2 * kGradStrip * V;
+    float* strip = da + da_floats;
+    float* image = strip + kStripFloats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) fill_table(p.norm, p.sums, s, b * V, table);
 #pragma omp for schedule(dynamic)
@@ -150,10 +266,15 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       const int count = static_cast<int>(smaller(V, s.c - c0));
       const Affine affine = affine_at(table, stride, c0);
       float* dw = partials + item * V * taps;
+      const int64_t n0 = group * per_group, n1 = smaller(n0 + per_group, s.n);
+      if (along_rows) {
+        correlate_channels(p, c0, n0, n1, table, plane, dw, bias_partials + group * stride + c0);
+        continue;
+      }
       zero(dw, taps * V);
       LaneSums bias_sum;
       bias_sum.clear();
-      for (int64_t n = group * per_group; n < smaller((group + 1) * per_group, s.n); n++) {
+      for (int64_t n = n0; n < n1; n++) {
         zero(image, taps * V);
         for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
           const int64_t y1 = smaller(y0 + plan.rows, s.h);
@@ -164,7 +285,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
                    window.row(plan, s, plane, y0, window.first));
             with_activation(p.activation, [&](auto act) {
               gather_gradient<T, decltype(act)::value>(s, static_cast<const T*>(p.dy), static_cast<const T*>(p.a),
-                                                       affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strips,
+                                                       affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strip,
                                                        dense(da));
             });
           });

@@ -137,6 +137,11 @@ inline void pack(const Operand<T>& from, int64_t i0, int count, int64_t k0, int6
 #pragma GCC unroll 16
       for (int i = 0; i < V; i++) r[i] = i < count ? load_n(p + i * from.ld + k, depth) : splat(0.f);
     }
+    // The rows of the panel after this one: so many short runs are nothing that the hardware foresees.
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) {
+      if (i < count) prefetch(p + (count + i) * from.ld, k);
+    }
     transpose(r);
     if (depth == V) {
 #pragma GCC unroll 16
@@ -166,7 +171,21 @@ inline void pack_column_panel(const Operand<T>& from, int64_t n0, int64_t n1, in
 }
 template <typename T>
 inline void pack_columns(const Operand<T>& from, int64_t n0, int64_t n1, int64_t k0, int64_t k1, float* to) {
-  for (int64_t n = n0; n < n1; n += kGemmColumns) {
+  int64_t n = n0;
+  if (!from.k_contiguous) {
+    // All whole panels together, in the order of memory.
+    const int64_t whole = (n1 - n0) / kGemmColumns, stride = (k1 - k0) * kGemmColumns;
+    n += whole * kGemmColumns;
+    for (int64_t k = k0; k < k1; k++) {
+      const T* p = from.data + k * from.ld + n0;
+      float* row = to + (k - k0) * kGemmColumns;
+      for (int64_t i = 0; i < whole; i++, p += kGemmColumns, row += stride) {
+        store(row, load(p));
+        store(row + V, load(p + V));
+      }
+    }
+  }
+  for (; n < n1; n += kGemmColumns) {
     pack_column_panel(from, n, smaller(n + kGemmColumns, n1), k0, k1, to + (n - n0) * (k1 - k0));
   }
 }

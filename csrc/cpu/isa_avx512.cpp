@@ -24,15 +24,16 @@ namespace {
 #include "batch_norm.h"
 #include "gemm.h"
 #include "pointwise.h"
+#include "pointwise_backward.h"
 #include "depthwise.h"
 #include "depthwise_weight_grad.h"
 #include "mixer.h"
 // clang-format on
 }  // namespace
 
-const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad,
-                         normalize,     norm_backward,     pointwise_forward,    pointwise_backward,
-                         mixer_forward, mixer_fits,        activation_only};
+const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
+                         norm_backward, pointwise_forward, pointwise_backward,   pointwise_is_narrow,   mixer_forward,
+                         mixer_fits,    activation_only};
 
 }  // namespace cpu
 }  // namespace convmixer

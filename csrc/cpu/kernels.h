@@ -144,7 +144,7 @@ struct PointwiseBackward {
   int activation;
   Norm norm;
   Sums sums;
-  float* da;  // workspace of dy's layout
+  float* da;  // workspace of dy's layout; unused where pointwise_is_narrow
   void* dx;   // null: not wanted; so are dw and db
   MutableParam dw, db;
   int threads;
@@ -167,6 +167,7 @@ struct Kernels {
   int (*norm_backward)(const NormBackward&);
   int (*pointwise_forward)(const PointwiseForward&);
   int (*pointwise_backward)(const PointwiseBackward&);
+  bool (*pointwise_is_narrow)(int64_t c, int64_t c_in);
   int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, each on the one before
   bool (*mixer_fits)(const Shape& widest, int threads);             // whether mixer_forward beats calls for each block
   void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);

@@ -9,9 +9,42 @@ struct Cursor {
 };
 inline Cursor dense(float* p) { return {p, 0, int64_t{1} << 60, 0}; }
 
-// Positions [p0, p1) (y * W + x) of image n, channels [c0, c0 + cn), cn <= V; lanes from cn on are 0.
+// Of each channel this many elements ahead: V channels are more streams, a plane apart, than the hardware follows.
+constexpr int64_t kAhead = 64;
 template <typename T>
-inline void gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn, int64_t p0, int64_t p1, Cursor to) {
+VEC_INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<size_t>(ahead) * sizeof(T)));
+}
+
+// Brings rows of memory near, some lines at a time, while arithmetic leaves the memory idle.
+class Ahead {
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, at_ = 0, bytes_ = 0, stride_ = 0, lines_ = 0;
+
+ public:
+  Ahead() = default;
+  // `rows` rows of `count` elements, `ld` elements apart, in `steps` steps.
+  template <typename T>
+  Ahead(const T* p, int64_t rows, int64_t count, int64_t ld, int64_t steps)
+      : row_(reinterpret_cast<const char*>(p)),
+        rows_(rows),
+        bytes_(count * static_cast<int64_t>(sizeof(T))),
+        stride_(ld * static_cast<int64_t>(sizeof(T))),
+        lines_(ceil_div(rows * ceil_div(bytes_, 64), steps)) {}
+  void step() {
+    for (int64_t i = 0; i < lines_ && rows_ > 0; i++) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ >= bytes_) at_ = 0, row_ += stride_, rows_--;
+    }
+  }
+};
+
+// Positions [p0, p1) (y * W + x) of image n, channels [c0, c0 + cn), cn <= V; lanes from cn on are 0. Returns the
+// cursor to what follows.
+template <typename T>
+inline Cursor gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn, int64_t p0, int64_t p1, Cursor to) {
   const int64_t hw = s.h * s.w;
   if (s.channels_last) {
     const T* from = base + (n * hw + p0) * s.c + c0;
@@ -26,7 +59,7 @@ inline void gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn,
       to.p += run * V + to.gap;
       to.column = 0;
     }
-    return;
+    return to;
   }
   const T* from = base + (n * s.c + c0) * hw;
   for (int64_t p = p0; p < p1; p += V) {
@@ -34,7 +67,10 @@ inline void gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn,
     Vec r[V];
     if (cn == V && count == V) {
 #pragma GCC unroll 16
-      for (int i = 0; i < V; i++) r[i] = load(from + i * hw + p);
+      for (int i = 0; i < V; i++) {
+        r[i] = load(from + i * hw + p);
+        prefetch(from + i * hw + p, kAhead);
+      }
     } else {
       for (int i = 0; i < V; i++) r[i] = i < cn ? load_n(from + i * hw + p, count) : splat(0.f);
     }
@@ -53,6 +89,7 @@ inline void gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn,
       }
     }
   }
+  return to;
 }
 
 // The inverse of gather, from a dense plane; adds `residual`, a tensor of the same layout, where it is not null.
@@ -142,11 +179,10 @@ inline Affine affine_at(const float* table, int64_t stride, int64_t c0) {
   for (int i = 0; i < kRows; i++) f.row[i] = load(table + i * stride + c0);
   return f;
 }
-inline Affine affine_of_channel(const Norm& norm, const Sums& sums, const Shape& s, int64_t c) {
-  float values[kRows];
-  fill_affine(norm, sums, values_per_channel(s), c, s.c, values, 1);
+// One channel's values in all lanes.
+inline Affine channel_affine(const float* table, int64_t stride, int64_t c) {
   Affine f;
-  for (int i = 0; i < kRows; i++) f.row[i] = splat(values[i]);
+  for (int i = 0; i < kRows; i++) f.row[i] = splat(table[i * stride + c]);
   return f;
 }
 

@@ -3,13 +3,16 @@
 //   z = norm(act(depthwise(x))) + x,  x = norm(act(W z)),  and so on.
 // An image's activations stay in a core's L2, as planes [block of channels][position][V]: they are converted from the
 // tensor's layout once and back once a run, the depthwise convolution and the product both read and write planes, and
-// threads meet once a run. Bound by FMAs. The bits are those of one call for each block.
+// threads meet once a run. A single image's blocks and tiles are shared among the threads, which meet after every block
+// of the layers. Bound by FMAs. The bits are those of one call for each block.
 
 // Bytes of an image's planes; there are two sets of them in L2, beside the weights that stream through.
 constexpr int64_t kMixerBytes = 1024 * 1024;
 
 // c: the most channels that an image has between layers.
-bool mixer_fits(const Shape& s, int threads) { return s.n >= threads && s.c * s.h * s.w * 4 <= kMixerBytes; }
+bool mixer_fits(const Shape& s, int threads) {
+  return (s.n >= threads || s.n == 1) && s.c * s.h * s.w * 4 <= kMixerBytes;
+}
 
 // One layer's tables, which begin at `memory`; both blocks as of one image.
 struct MixerStage {
@@ -40,77 +43,121 @@ struct MixerStage {
         upper(pointwise, memory) {}
 };
 
-// z of all blocks from x; `plane` is one padded plane whose margins are 0. A block's planes are `stride` floats apart.
+// z of item i (of plan.blocks * plan.row_tiles) from x; `plane` is one padded plane whose margins are 0. A block's
+// planes are `stride` floats apart.
 template <typename T>
-inline void mixer_depthwise(const MixerStage& stage, const float* x, int64_t stride, float* plane, float* z) {
+inline void mixer_depthwise(const MixerStage& stage, int64_t i, const float* x, int64_t stride, float* plane,
+                            float* z) {
   const Plan& plan = stage.plan;
   const DepthwiseForward& p = stage.depthwise;
   const Shape& s = p.shape;
   const int64_t row = s.w * V;
+  const Item item(plan, s, i % plan.row_tiles * plan.blocks + i / plan.row_tiles, 1);
+  const float* from = x + item.c0 / V * stride;
+  float* to = z + item.c0 / V * stride;
+  const Window window = open_window(plan, s, plane, item.y0, item.y1);
+  for (int64_t y = window.first; y < window.last; y++) {
+    __builtin_memcpy(window.row(plan, s, plane, item.y0, y).p, from + y * row, static_cast<size_t>(row) * 4);
+  }
+  const Affine affine = affine_at(stage.lower.table, stage.lower.stride, item.c0);
+  const Vec bias = load(stage.lower.biases + item.c0);
   with_activation(p.activation, [&](auto act) {
     constexpr int A = decltype(act)::value;
-    for (int64_t i = 0; i < plan.blocks * plan.row_tiles; i++) {
-      const Item item(plan, s, i % plan.row_tiles * plan.blocks + i / plan.row_tiles, 1);
-      const float* from = x + item.c0 / V * stride;
-      float* to = z + item.c0 / V * stride;
-      const Window window = open_window(plan, s, plane, item.y0, item.y1);
-      for (int64_t y = window.first; y < window.last; y++) {
-        __builtin_memcpy(window.row(plan, s, plane, item.y0, y).p, from + y * row, static_cast<size_t>(row) * 4);
+    for (int64_t r0 = item.y0; r0 < item.y1; r0 += plan.strip_rows) {
+      const int64_t r1 = smaller(r0 + plan.strip_rows, item.y1);
+      for (int64_t r = r0; r < r1; r++) {
+        convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r,
+                     stage.lower.weights + item.c0 * stage.lower.taps, bias, to + r * row);
       }
-      const Affine affine = affine_at(stage.lower.table, stage.lower.stride, item.c0);
-      const Vec bias = load(stage.lower.biases + item.c0);
-      for (int64_t r0 = item.y0; r0 < item.y1; r0 += plan.strip_rows) {
-        const int64_t r1 = smaller(r0 + plan.strip_rows, item.y1);
-        for (int64_t r = r0; r < r1; r++) {
-          convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r,
-                       stage.lower.weights + item.c0 * stage.lower.taps, bias, to + r * row);
-        }
-        const Vec* residual = reinterpret_cast<const Vec*>(from + r0 * row);
-        Vec* v = reinterpret_cast<Vec*>(to + r0 * row);
-        for (int64_t j = 0; j < (r1 - r0) * s.w; j++) {
-          const Vec h = normalized<A>(v[j], affine, p.norm.present);
-          v[j] = rounded(p.residual ? h + residual[j] : h, T{});
-        }
+      const Vec* residual = reinterpret_cast<const Vec*>(from + r0 * row);
+      Vec* v = reinterpret_cast<Vec*>(to + r0 * row);
+      for (int64_t j = 0; j < (r1 - r0) * s.w; j++) {
+        const Vec h = normalized<A>(v[j], affine, p.norm.present);
+        v[j] = rounded(p.residual ? h + residual[j] : h, T{});
       }
     }
   });
 }
 
+// Tiles of y: column panel i / rows, row panel i % rows.
+inline int64_t mixer_tiles(const MixerStage& stage) {
+  const Shape& s = stage.pointwise.shape;
+  return RowPanels(s.h * s.w).panels * column_panels(s.c);
+}
 template <typename T>
-inline void mixer_pointwise(const MixerStage& stage, const float* z, int64_t stride, float* y) {
+inline void mixer_pointwise(const MixerStage& stage, int64_t i, const float* z, int64_t stride, float* y) {
   const PointwiseForward& p = stage.pointwise;
   const PointwiseTables& tables = stage.upper;
   const RowPanels rows(p.shape.h * p.shape.w);
+  const int64_t n = i / rows.panels * kGemmColumns, panel = i % rows.panels;
+  const int vectors = vectors_of(p.shape.c - n), height = rows.height(panel);
+  const MultiplyPlanes kernel = multiply_planes_for(height, vectors);
+  float* to = y + n / V * stride + rows.start(panel) * V;
+  for (int64_t k = 0; k < tables.depth; k += kGemmDepth) {
+    kernel(z + k / V * stride + rows.start(panel) * V, stride, tables.packed + n * tables.depth + k * vectors * V,
+           smaller(kGemmDepth, tables.depth - k), to, k > 0);
+  }
   with_activation(p.activation, [&](auto act) {
     constexpr int A = decltype(act)::value;
-    for (int64_t n = 0; n < p.shape.c; n += kGemmColumns) {
-      const int vectors = vectors_of(p.shape.c - n);
-      for (int64_t i = 0; i < rows.panels; i++) {
-        const MultiplyPlanes kernel = multiply_planes_for(rows.height(i), vectors);
-        float* to = y + n / V * stride + rows.start(i) * V;
-        for (int64_t k = 0; k < tables.depth; k += kGemmDepth) {
-          kernel(z + k / V * stride + rows.start(i) * V, stride, tables.packed + n * tables.depth + k * vectors * V,
-                 smaller(kGemmDepth, tables.depth - k), to, k > 0);
-        }
-        for (int v = 0; v < vectors; v++, to += stride) {
-          const Affine affine = affine_at(tables.table, tables.stride, n + v * V);
-          const Vec bias = load(tables.biases + n + v * V);
-          Vec* h = reinterpret_cast<Vec*>(to);
-          for (int r = 0; r < rows.height(i); r++) {
-            h[r] = rounded(normalized<A>(h[r] + bias, affine, p.norm.present), T{});
-          }
-        }
-      }
+    for (int v = 0; v < vectors; v++, to += stride) {
+      const Affine affine = affine_at(tables.table, tables.stride, n + v * V);
+      const Vec bias = load(tables.biases + n + v * V);
+      Vec* h = reinterpret_cast<Vec*>(to);
+      for (int r = 0; r < height; r++) h[r] = rounded(normalized<A>(h[r] + bias, affine, p.norm.present), T{});
     }
+  });
+}
+
+// The kernel that a plane's margins were cleared for.
+struct Cleared {
+  int h, w;
+};
+
+// An image through all layers, by one thread or by all of a team, whose members each call this. `x` and `z` are the
+// team's; `plane` is each thread's own, null where it could not be had.
+template <typename T>
+void mixer_image(const MixerForward* layers, int64_t count, char* tables, int64_t n, int64_t stride, bool team,
+                 float* x, float* z, float* plane, int64_t plane_floats, Cleared& cleared, int& failed) {
+  const Shape& s = layers[0].depthwise.shape;
+  const Shape out = layers[count - 1].pointwise.shape;
+  // f(i) for i in [0, items), shared among the team.
+  const auto share = [&](int64_t items, auto f) {
+    if (!team) {
+      for (int64_t i = 0; i < items; i++) f(i);
+      return;
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < items; i++) f(i);
+  };
+  share(blocks_of(s.c), [&](int64_t b) {
+    gather(s, static_cast<const T*>(layers[0].depthwise.x), n, b * V, channels_of(s, b * V), 0, s.h * s.w,
+           dense(x + b * stride));
+  });
+  for (int64_t i = 0; i < count; i++) {
+    const MixerStage stage(layers[i], tables);
+    const Plan& plan = stage.plan;
+    if (plane != nullptr && (cleared.h != plan.kh || cleared.w != plan.kw)) zero(plane, plane_floats);
+    cleared = {plan.kh, plan.kw};
+    share(plan.blocks * plan.row_tiles, [&](int64_t item) {
+      if (plane != nullptr) {
+        mixer_depthwise<T>(stage, item, x, stride, plane, z);
+      } else {
+#pragma omp atomic write
+        failed = 1;
+      }
+    });
+    share(mixer_tiles(stage), [&](int64_t tile) { mixer_pointwise<T>(stage, tile, z, stride, x); });
+  }
+  share(blocks_of(out.c), [&](int64_t b) {
+    scatter(out, x + b * stride, static_cast<const T*>(nullptr), static_cast<T*>(layers[count - 1].pointwise.y), n,
+            b * V, channels_of(out, b * V), 0, s.h * s.w);
   });
 }
 
 // Layer i's output is layer i + 1's input: of their addresses only the first x and the last y are used.
 int mixer_forward(const MixerForward* layers, int64_t count) {
   const Shape& s = layers[0].depthwise.shape;
-  Shape out = layers[count - 1].pointwise.shape;
-  const int64_t hw = s.h * s.w, blocks = blocks_of(s.c), out_blocks = blocks_of(out.c);
-  int64_t bytes = 0, most_blocks = blocks, plane_floats = 0, work = 0;
+  int64_t bytes = 0, most_blocks = blocks_of(s.c), plane_floats = 0, work = 0;
   for (int64_t i = 0; i < count; i++) {
     const DepthwiseForward p = MixerStage::of_one_image(layers[i].depthwise);
     bytes += MixerStage::bytes(layers[i]);
@@ -119,17 +166,19 @@ int mixer_forward(const MixerForward* layers, int64_t count) {
     work += p.kh * p.kw + layers[i].pointwise.shape.c;
   }
   // A tile may overrun a block's end; and blocks that lay a multiple of 4 KB apart would share L1's sets.
-  const int64_t stride = (hw + kMaxTile) * V;
-  char* const tables = static_cast<char*>(scratch(0, static_cast<size_t>(bytes)));
-  if (tables == nullptr) return 1;
+  const int64_t stride = (s.h * s.w + kMaxTile) * V, image_floats = most_blocks * stride;
   const int threads = useful_threads(s, static_cast<int>(work), layers[0].depthwise.threads);
+  const bool team = s.n < threads;
+  char* const tables = static_cast<char*>(scratch(0, static_cast<size_t>(bytes + (team ? 8 * image_floats : 0))));
+  if (tables == nullptr) return 1;
   int failed = 0;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* plane = static_cast<float*>(scratch(1, static_cast<size_t>(plane_floats + 2 * most_blocks * stride) * 4));
-    float* x = plane + plane_floats;
-    float* z = x + most_blocks * stride;
+    float* plane =
+        static_cast<float*>(scratch(1, static_cast<size_t>(plane_floats + (team ? 0 : 2 * image_floats)) * 4));
+    float* x = team ? reinterpret_cast<float*>(tables + bytes) : plane + plane_floats;
+    float* z = x + image_floats;
     char* memory = tables;
     for (int64_t i = 0; i < count; i++) {
       const MixerStage stage(layers[i], memory);
@@ -140,35 +189,26 @@ int mixer_forward(const MixerForward* layers, int64_t count) {
 #pragma omp for schedule(static) nowait
       for (int64_t j = 0; j < stage.upper.panels; j++) stage.upper.fill_panel(stage.pointwise, j);
     }
-    int kh = 0, kw = 0;  // of the layer that the plane's margins were cleared for
+    Cleared cleared = {0, 0};
 #pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (int64_t n = 0; n < s.n; n++) {
-      if (plane == nullptr) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
+    with_dtype(s.dtype, [&](auto tag) {
+      const auto image = [&](int64_t n) {
+        mixer_image<decltype(tag)>(layers, count, tables, n, stride, team, x, z, plane, plane_floats, cleared, failed);
+      };
+      if (team) {
+        for (int64_t n = 0; n < s.n; n++) image(n);
+        return;
       }
-      with_dtype(s.dtype, [&](auto tag) {
-        using T = decltype(tag);
-        for (int64_t b = 0; b < blocks; b++) {
-          gather(s, static_cast<const T*>(layers[0].depthwise.x), n, b * V, channels_of(s, b * V), 0, hw,
-                 dense(x + b * stride));
+#pragma omp for schedule(dynamic)
+      for (int64_t n = 0; n < s.n; n++) {
+        if (plane != nullptr) {
+          image(n);
+        } else {
+#pragma omp atomic write
+          failed = 1;
         }
-        char* at = tables;
-        for (int64_t i = 0; i < count; i++) {
-          const MixerStage stage(layers[i], at);
-          if (kh != stage.plan.kh || kw != stage.plan.kw) zero(plane, plane_floats);
-          kh = stage.plan.kh, kw = stage.plan.kw;
-          mixer_depthwise<T>(stage, x, stride, plane, z);
-          mixer_pointwise<T>(stage, z, stride, x);
-        }
-        for (int64_t b = 0; b < out_blocks; b++) {
-          scatter(out, x + b * stride, static_cast<const T*>(nullptr), static_cast<T*>(layers[count - 1].pointwise.y),
-                  n, b * V, channels_of(out, b * V), 0, hw);
-        }
-      });
-    }
+      }
+    });
   }
   return failed;
 }

@@ -180,6 +180,8 @@ void pointwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, in
                                      threads}));
 }
 
+bool pointwise_is_narrow(int64_t c, int64_t c_in) { return kernels().pointwise_is_narrow(c, c_in); }
+
 bool mixer_fits(int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last, int threads) {
   return kernels().mixer_fits({n, c, h, w, dtype, channels_last}, threads);
 }
@@ -268,7 +270,7 @@ void pointwise_backward(Address dy, Address a, Address x, int64_t n, int64_t c, 
        activation,
        {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
        {at<float>(sum_dy), at<float>(sum_dy_hhat)},
-       static_cast<float*>(output(da, n * c * h * w, kFloat32)),
+       da == 0 ? nullptr : static_cast<float*>(output(da, n * c * h * w, kFloat32)),
        output(dx, n * c_in * h * w, dtype),
        {at(dw), dw_dtype},
        {at(db), db_dtype},
@@ -293,6 +295,7 @@ PYBIND11_MODULE(_cpu, m) {
   define("pointwise_forward", pointwise_forward);
   define("pointwise_train", pointwise_train);
   define("pointwise_backward", pointwise_backward);
+  define("pointwise_is_narrow", pointwise_is_narrow);
   define("mixer_fits", mixer_fits);
   m.def("mixer_forward", mixer_forward);
   define("activation", activation);

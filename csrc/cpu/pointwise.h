@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The 1x1 convolution as a product of packed panels (gemm.h), with the block's epilogue on each tile while it is in L1:
-//   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a);  backward: dx = W^T da, dw = da x^T
+//   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a)
 // Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image, channels are a tile's rows. channels_last: Y[NHW][C_out] =
 // X[NHW][C_in] W^T, channels are its columns. The weights are packed once a call; a work item is a group of positions
 // whose input panels, up to kDepthChunk deep at a time, stay in L2 while the weights stream past. Bound by FMAs: C_in
@@ -11,6 +11,8 @@
 constexpr int64_t kDepthChunk = 512, kItemBytes = 256 * 1024;
 static_assert(kDepthChunk % kGemmDepth == 0, "chunks must not change the order of sums");
 constexpr int64_t kTileFloats = kGemmRows * kGemmColumns;
+
+constexpr int64_t kLeastItems = 16;
 
 // How positions are cut into items; depends on the shape only.
 struct Items {
@@ -23,8 +25,9 @@ struct Items {
     positions = channels_last ? s.n * s.h * s.w : s.h * s.w;
     const int64_t unit = channels_last ? kGemmRows : kGemmColumns;
     const int64_t fit = smaller(larger(1, kItemBytes / (4 * smaller(depth, kDepthChunk) * unit)), 16);
-    // Equal items, and enough of them to share among threads.
-    const int64_t wanted = ceil_div(positions, fit * unit);
+    // Equal items, and enough of them to share among threads; of a single image too.
+    const int64_t wanted =
+        larger(ceil_div(positions, fit * unit), smaller(ceil_div(positions, unit), ceil_div(kLeastItems, images)));
     size = ceil_div(ceil_div(positions, wanted), unit) * unit;
     per_image = ceil_div(positions, size);
   }
@@ -279,136 +282,5 @@ int pointwise_forward(const PointwiseForward& p) {
       }
     }
   }
-  return failed;
-}
-
-// dx(position, k) = sum over m of da(position, m) * weight(m, k); da is float32.
-inline int pointwise_input_grad(const PointwiseBackward& p) {
-  const Shape& s = p.shape;
-  const Items items(s, s.c);
-  const bool last = s.channels_last;
-  const int64_t depth = s.c, channels = p.c_in, hw = s.h * s.w;
-  float* packed = static_cast<float*>(scratch(0, static_cast<size_t>(packed_floats(last, channels, depth)) * 4));
-  if (packed == nullptr) return 1;
-  const int64_t weight_count = weight_panels(last, channels);
-  const int threads = pointwise_threads(s, channels, p.threads);
-  int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* panels = static_cast<float*>(scratch(1, static_cast<size_t>(item_floats(items, channels, depth)) * 4));
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < weight_count; i++) {
-      pack_weight_panel(p.weight, channels, false, last, channels, depth, i, packed);
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items.count(); item++) {
-      if (panels == nullptr) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
-      }
-      with_dtype(s.dtype, [&](auto tag) {
-        using T = decltype(tag);
-        T* dx = static_cast<T*>(p.dx);
-        const auto nothing = [](int64_t, int64_t, int) {};
-        const auto tile = [&](int64_t, int64_t image, int64_t c0, int count, int64_t p0, int positions,
-                              const float* c) {
-          const int rows = last ? positions : count, columns = last ? count : positions;
-          T* to = last ? dx + p0 * channels + c0 : dx + (image * channels + c0) * hw + p0;
-          const int64_t ld = last ? channels : hw;
-          for (int r = 0; r < rows; r++) {
-            for (int j = 0; j < columns; j += V) {
-              const Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j);
-              if (columns - j >= V) {
-                store(to + r * ld + j, v);
-              } else {
-                store_n(to + r * ld + j, v, columns - j);
-              }
-            }
-          }
-        };
-        product_item(items, item, channels, depth, p.da, packed, panels, nothing, tile, nothing);
-      });
-    }
-  }
-  return failed;
-}
-
-// dw(m, k) = sum over positions of da(position, m) * x(position, k). A work item is a block of dw and a group of chunks
-// of positions; groups are added in order.
-inline int pointwise_weight_grad(const PointwiseBackward& p) {
-  const Shape& s = p.shape;
-  const bool last = s.channels_last;
-  const int64_t m = s.c, n = p.c_in, hw = s.h * s.w, positions = last ? s.n * hw : hw;
-  constexpr int64_t kBlockRows = 19 * kGemmRows, kBlockColumns = 8 * kGemmColumns;
-  const int64_t row_blocks = ceil_div(m, kBlockRows), column_blocks = ceil_div(n, kBlockColumns);
-  const int64_t blocks = row_blocks * column_blocks;
-  const int64_t per_image = ceil_div(positions, kGemmDepth);
-  const int64_t chunks = (last ? 1 : s.n) * per_image;
-  const int64_t per_group = ceil_div(chunks, smaller(chunks, ceil_div(16, blocks)));
-  const int64_t groups = ceil_div(chunks, per_group);
-  const int64_t ldc = ceil_div(n, V) * V;
-  float* partials = static_cast<float*>(scratch(0, static_cast<size_t>(groups * m * ldc) * 4));  // [group][m][ldc]
-  if (partials == nullptr) return 1;
-  const int64_t left_floats = ceil_div(rows_floats(kBlockRows, kGemmDepth), 16) * 16;
-  const int64_t right_floats = columns_floats(kBlockColumns, kGemmDepth);
-  const int threads = pointwise_threads(s, n, p.threads);
-  int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    float* left = static_cast<float*>(scratch(1, static_cast<size_t>(left_floats + right_floats) * 4));
-    float* right = left + left_floats;
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < groups * blocks; item++) {
-      if (left == nullptr) {
-#pragma omp atomic write
-        failed = 1;
-        continue;
-      }
-      const int64_t group = item / blocks, block = item % blocks;
-      const int64_t m0 = block / column_blocks * kBlockRows, m1 = smaller(m0 + kBlockRows, m);
-      const int64_t n0 = block % column_blocks * kBlockColumns, n1 = smaller(n0 + kBlockColumns, n);
-      const RowPanels rows(m1 - m0);
-      for (int64_t chunk = group * per_group; chunk < smaller((group + 1) * per_group, chunks); chunk++) {
-        const int64_t image = chunk / per_image, k0 = chunk % per_image * kGemmDepth;
-        const int64_t k1 = smaller(k0 + kGemmDepth, positions), depth = k1 - k0;
-        pack_rows(Operand<float>{p.da + image * m * hw, last ? m : hw, !last}, m0, m1, k0, k1, left);
-        with_dtype(s.dtype, [&](auto tag) {
-          using T = decltype(tag);
-          pack_columns(Operand<T>{static_cast<const T*>(p.x) + image * n * hw, last ? n : hw, !last}, n0, n1, k0, k1,
-                       right);
-        });
-        for (int64_t c = n0; c < n1; c += kGemmColumns) {
-          for (int64_t i = 0; i < rows.panels; i++) {
-            multiply_panels(left + rows.start(i) * depth, rows.height(i), right + (c - n0) * depth, vectors_of(n1 - c),
-                            depth, partials + (group * m + m0 + rows.start(i)) * ldc + c, ldc,
-                            chunk > group * per_group);
-          }
-        }
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; r++) {
-      with_dtype(p.dw.dtype, [&](auto tag) {
-        auto* to = static_cast<decltype(tag)*>(p.dw.data) + r * n;
-        for (int64_t c = 0; c < n; c += V) {
-          Vec v = splat(0.f);
-          for (int64_t g = 0; g < groups; g++) v += load(partials + (g * m + r) * ldc + c);
-          if (n - c >= V) {
-            store(to + c, v);
-          } else {
-            store_n(to + c, v, static_cast<int>(n - c));
-          }
-        }
-      });
-    }
-  }
-  return failed;
-}
-
-int pointwise_backward(const PointwiseBackward& p) {
-  int failed = pointwise_grad_prologue(p);
-  if (failed == 0 && p.dx != nullptr) failed = pointwise_input_grad(p);
-  if (failed == 0 && p.dw.data != nullptr) failed = pointwise_weight_grad(p);
   return failed;
 }

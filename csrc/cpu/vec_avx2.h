@@ -52,6 +52,11 @@ typedef double DVec __attribute__((vector_size(32), aligned(32), may_alias));
 VEC_INLINE DVec low_half(Vec x) { return (DVec)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
 VEC_INLINE DVec high_half(Vec x) { return (DVec)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 
+// {a[V - 1], b[0], ..., b[V - 2]} and {a[1], ..., a[V - 1], b[0]}
+VEC_INLINE __m256i middle(Vec a, Vec b) { return _mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x21); }
+VEC_INLINE Vec last_and_first(Vec a, Vec b) { return (Vec)_mm256_alignr_epi8((__m256i)b, middle(a, b), 12); }
+VEC_INLINE Vec second_and_on(Vec a, Vec b) { return (Vec)_mm256_alignr_epi8(middle(a, b), (__m256i)a, 4); }
+
 // r[i][j] <-> r[j][i]
 VEC_INLINE void transpose(Vec r[V]) {
   __m256 t[8], s[8];

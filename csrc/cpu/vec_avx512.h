@@ -67,6 +67,10 @@ typedef double DVec __attribute__((vector_size(64), aligned(64), may_alias));
 VEC_INLINE DVec low_half(Vec x) { return (DVec)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
 VEC_INLINE DVec high_half(Vec x) { return (DVec)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
 
+// {a[V - 1], b[0], ..., b[V - 2]} and {a[1], ..., a[V - 1], b[0]}
+VEC_INLINE Vec last_and_first(Vec a, Vec b) { return (Vec)_mm512_alignr_epi32((__m512i)b, (__m512i)a, 15); }
+VEC_INLINE Vec second_and_on(Vec a, Vec b) { return (Vec)_mm512_alignr_epi32((__m512i)b, (__m512i)a, 1); }
+
 // r[i][j] <-> r[j][i]
 VEC_INLINE void transpose(Vec r[V]) {
   __m512 t[16], s[16];

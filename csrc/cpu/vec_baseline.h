@@ -48,6 +48,10 @@ typedef double DVec __attribute__((vector_size(16), aligned(16), may_alias));
 VEC_INLINE DVec low_half(Vec x) { return DVec{x[0], x[1]}; }
 VEC_INLINE DVec high_half(Vec x) { return DVec{x[2], x[3]}; }
 
+// {a[V - 1], b[0], ..., b[V - 2]} and {a[1], ..., a[V - 1], b[0]}
+VEC_INLINE Vec last_and_first(Vec a, Vec b) { return Vec{a[3], b[0], b[1], b[2]}; }
+VEC_INLINE Vec second_and_on(Vec a, Vec b) { return Vec{a[1], a[2], a[3], b[0]}; }
+
 // r[i][j] <-> r[j][i]
 VEC_INLINE void transpose(Vec r[V]) {
   const Vec a = r[0], b = r[1], c = r[2], d = r[3];

@@ -103,8 +103,7 @@ def in_new_process(
         on_call: told here what `work` tells its own.
 
     Raises:
-        Exception: the one that `work` raised.
-        RuntimeError: the process ended without a result.
+        RuntimeError: the one that `work` raised (NotImplementedError is one), or the process ended without a result.
     """
     # Forked from a process that has imported torch and never computed, so without its threads.
     context = multiprocessing.get_context("forkserver")
@@ -136,6 +135,6 @@ def _send(sender: multiprocessing.connection.Connection, work: Callable[..., obj
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         message = ("result", work(*arguments, on_call=lambda name: sender.send(("call", name))))
-    except Exception as error:  # whatever it is, it is raised again where the result was asked for
+    except RuntimeError as error:  # torch's and the backends'; any other ends this process with its traceback
         message = ("error", error)
     sender.send(message)

@@ -95,3 +95,17 @@ def count_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("mixer_layer", "depthwise_block", "pointwise_block"):
         monkeypatch.setattr(functional, name, counted(name))
     return seen
+
+
+def cumulative_average(layer):
+    for norm in (layer[0].fn[2], layer[3]):
+        norm.momentum = None
+        norm.num_batches_tracked.fill_(2)
+
+
+def other_eps(layer):
+    layer[3].eps = 0.1
+
+
+class Annotated(torch.Tensor):
+    """A tensor subclass: what its operations mean is its own business."""

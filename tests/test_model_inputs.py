@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: MIT
+"""Inputs and modes that the operators do not take, or refuse: a layer runs its modules there, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import assert_twice_eager
+from model_helpers import (
+    DIM,
+    MODES,
+    SMALL,
+    Annotated,
+    assert_matches,
+    count_operators,
+    cumulative_average,
+    features,
+    image,
+    make_pair,
+    other_eps,
+    step,
+)
+from torch import nn
+
+from convmixer import ConvMixer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are too small to share; conftest.py restores the number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the operators that layers call, in order."""
+    return count_operators(monkeypatch)
+
+
+@MODES
+def test_float64_is_the_references_bit_by_bit(calls, training):
+    ours, ref = (m.double().train(training) for m in make_pair())
+    results = [step(m, image(dtype=torch.float64)) for m in (ours, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        features()[0],
+        features().double(),
+        features().bfloat16(),
+        features().to(torch.complex64),
+        features().int(),
+        [1.0],
+    ],
+    ids=["unbatched", "float64", "bfloat16", "complex", "int", "list"],
+)
+def test_inputs_that_the_reference_refuses_are_refused_alike(x):
+    layer, ref = (m[3] for m in make_pair())
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(Exception) as expected:
+        ref(x)
+    with pytest.raises(expected.type) as raised:
+        layer(x)
+    assert str(raised.value) == str(expected.value)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def half_norm(layer):
+    layer[3].half()
+
+
+def half_running_statistics(layer):
+    layer[3].running_mean, layer[3].running_var = layer[3].running_mean.half(), layer[3].running_var.half()
+
+
+def one_running_statistic(layer):
+    layer.eval()[3].running_var = None
+
+
+def eps_of_zero(layer):
+    layer[3].eps = 0.0
+
+
+def negative_eps_in_evaluation(layer):
+    layer.eval()[3].eps = -1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [half_norm, half_running_statistics, one_running_statistic, eps_of_zero, negative_eps_in_evaluation],
+    ids=lambda f: f.__name__,
+)
+def test_norms_that_the_reference_refuses_are_refused_alike(calls, change):
+    layer, ref = (m[3] for m in make_pair())
+    for one in (layer, ref):
+        change(one)
+    with pytest.raises(Exception) as expected:
+        ref(features())
+    with pytest.raises(expected.type) as raised:
+        layer(features())
+    assert str(raised.value) == str(expected.value)
+    assert calls == []
+
+
+def wrong_pointwise_weight(layer):
+    layer[1].weight = nn.Parameter(torch.zeros(DIM, DIM // 2, 1, 1))
+
+
+def wrong_pointwise_norm(layer):
+    other_eps(layer)
+    layer[3].bias = nn.Parameter(torch.zeros(DIM + 1))
+
+
+def infinite_pointwise_momentum(layer):
+    layer[3].momentum = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "x", "message"),
+    [
+        (infinite_pointwise_momentum, features(), "pointwise_block: momentum must be finite"),
+        (lambda layer: None, features()[:, :8], "mixer_layer: depthwise_weight must be"),
+        (lambda layer: None, features(1, 1), "mixer_layer: training needs more than one value per channel"),
+        (cumulative_average, features(1, 1), "mixer_layer: training needs more than one value per channel"),
+        (wrong_pointwise_weight, features(), "mixer_layer: pointwise_weight must be"),
+        (wrong_pointwise_norm, features(), "pointwise_block: norm_bias must be"),
+    ],
+    ids=["pointwise-momentum", "channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
+)
+def test_a_call_that_raises_changes_nothing(change, x, message):
+    layer = make_pair()[0][3]
+    change(layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_meta_fake_and_subclassed_inputs(calls):
+    with torch.device("meta"):
+        assert ConvMixer(**SMALL)(torch.empty(2, 3, 12, 12)).shape == (2, 7)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert ConvMixer(**SMALL)(torch.empty(2, 3, 12, 12)).shape == (2, 7)
+    layer, ref = (m[3].eval() for m in make_pair())
+    y = layer(features().as_subclass(Annotated))
+    assert type(y) is Annotated
+    assert torch.equal(y.as_subclass(torch.Tensor), ref(features()))
+    assert calls == []
+
+
+def test_transforms_and_forward_mode(calls):
+    layer, ref = (m[3].eval() for m in make_pair())
+    parameters = dict(ref.named_parameters())
+
+    def loss(model):
+        return lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()
+
+    results = [torch.func.grad(loss(one))(parameters, features()) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    results = [torch.func.vmap(one)(torch.stack([features(), features() + 1])) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    results = [torch.func.jvp(one, (features(),), (features(),)) for one in (layer, ref)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.autograd.forward_ad.dual_level():
+        results = [
+            torch.autograd.forward_ad.unpack_dual(
+                one(torch.autograd.forward_ad.make_dual(features(), features()))
+            ).tangent
+            for one in (layer, ref)
+        ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_scripting_and_export_see_the_modules(calls):
+    model = make_pair()[0].eval()
+    expected = make_pair()[1].eval()(image())
+    programs = {
+        "torch.fx": torch.fx.symbolic_trace(model),
+        "torch.jit.trace": torch.jit.trace(model, image(), check_trace=False),
+        "torch.jit.script": torch.jit.script(model),
+        "torch.export": torch.export.export(model, (image(),)).module(),
+        "torch.export, strict": torch.export.export(model, (image(),), strict=True).module(),
+    }
+    assert calls == []
+    for name in ("torch.export", "torch.export, strict"):
+        assert "convmixer" not in programs[name].code, name
+    for name, program in programs.items():
+        torch.testing.assert_close(program(image()), expected, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_without_gradients_warns_of_nothing():
+    model = make_pair()[0].eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        program = torch.jit.trace(model, image(), check_trace=False)
+        torch.testing.assert_close(program(image(5)), model(image(5)))
+
+
+@MODES
+def test_autocast(calls, training):
+    """Inside a model the stem hands autocast's dtype on; a wide input straight to a layer runs the modules."""
+    ours, ref = (m.train(training) for m in make_pair())
+    exact = step(copy.deepcopy(ref).double(), image().double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, actual = (step(m, image()) for m in (ref, ours))
+        assert calls == ["mixer_layer"] * 2
+        assert actual["output"].dtype == eager["output"].dtype == torch.bfloat16
+        wide = [m[3].eval()(features()) for m in make_pair()]
+        assert torch.equal(*wide)
+        assert calls == ["mixer_layer"] * 2
+    for name, value in actual.items():
+        assert value.dtype == eager[name].dtype
+        if value.dtype.is_floating_point:
+            # parameters stay float32, but eager's error is that of the 16-bit arithmetic in between
+            rounded = (t[name].to(torch.bfloat16) for t in (actual, eager))
+            assert_twice_eager(name, *rounded, exact[name])
+
+
+def test_float32_norms_in_a_half_model(calls):
+    layer, ref = (m[3].bfloat16() for m in make_pair())
+    for one in (layer, ref):
+        one[0].fn[2].float()
+        one[3].float()
+    assert_matches(layer, ref, features(dtype=torch.bfloat16))
+    assert calls == ["mixer_layer"]

@@ -1,88 +1,530 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu: build, test, sanitize and measure the kernels on this machine's GPU, within 9 minutes.
+"""python -m benchmarks.gpu: check, measure, profile, test and sanitize the kernels on this machine's GPU, within 9 minutes.
 
-Writes benchmarks/results/<gpu>.json after every row, so that a run that is cut off keeps what it has. Needs no network.
-Without nvcc, or on an AMD GPU, the Triton backend alone is tested and measured, and the file says why there is no other.
+Nothing that happens on the device loses what was found before: every row is appended to DIR/rows.jsonl and flushed before the
+next begins, and cases run in worker processes of their own. One that hangs or crashes costs its row; the next worker goes on
+behind it. At the end DIR/summary.txt says what is wrong and what is fast, and `python -m benchmarks.gpu --fold DIR` makes
+benchmarks/results/<gpu>.json of it. Needs no network. Where there is no _cuda, the Triton backend alone is measured.
+
+On a machine with a GPU for minutes only, compile first elsewhere: `python -m benchmarks.gpu --prepare DIR` writes the device
+objects, and the same option on the GPU's machine compiles and links only the binding for its Python.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("build", "tests", "sanitizer", "ops", "models")
-#: Most seconds of a section, of those that --seconds leaves; ops and models share what is left.
-_LIMITS = {"build": 200, "tests": 150, "sanitizer": 75}
-_MODELS_SHARE = 0.35
+Job = dict[str, Any]
+
+#: Seconds that a worker may take before its first job: it imports torch and makes a context.
+_START_LIMIT = 60
 
 
 class Run:
-    """What has been found out so far, on disk after every change, and how much time is left."""
+    """What has been found out so far, on disk after every row, and how much time is left."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float = float("inf")) -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
-        self.document: dict[str, object] = {"results": []}
+        self.document: dict[str, Any] = {"results": []}
+        self._read = 0
+        self.reload()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
     def note(self, key: str, value: object) -> None:
-        self.document[key] = value
-        self.save()
+        self._write({"note": key, "value": value})
+
+    def append(self, key: str, value: object) -> None:
+        """To the list `key`."""
+        self._write({"append": key, "value": value})
 
     def row(self, row: dict[str, object]) -> None:
-        self.document["results"].append(row)
-        self.save()
-        shown = row.get("error") or f"{row['median_us']:10.1f} us {row.get('percent_of_floor', 0):6.1f} % of the floor"
-        print(f"{row['case']:<44}{row['dtype']:<9}{row['layout']:<14}{row['implementation']:<19}{shown}", flush=True)
+        self.append("results", row)
+        print(describe_row(row), flush=True)
 
-    def save(self) -> None:
+    def _write(self, line: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.document, indent=1) + "\n")
-        os.replace(partial, self.path)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.reload()
+
+    def reload(self) -> None:
+        """Take over what other processes have written; a line that was cut off by a kill is left out."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                if "append" in found:
+                    self.document.setdefault(found["append"], []).append(found["value"])
+                else:
+                    self.document[found["note"]] = found["value"]
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """A row as a line of the log."""
+    if "median_us" in row:
+        shown = f"{row['median_us']:10.1f} us {row.get('percent_of_floor', 0):6.1f} % of the floor"
+        shown += f", host {row['host_us']:.0f} us" if "host_us" in row else ""
+    else:
+        shown = row.get("error") or "right"
+    probe = " ".join(f"{key.removeprefix('CONVMIXER_')}={value}" for key, value in row.get("settings", {}).items())
+    return f"{row['case']:<44}{row['dtype']:<9}{row['layout']:<14}{row['implementation']:<19}{shown} {probe}".rstrip()
+
+
+# ---- workers: a case that hangs or crashes costs its row ------------------------------------------------------------
+
+
+def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
+    """Every job in order while `seconds` last, in workers; the rest is named as left out."""
+    until = min(time.monotonic() + seconds, run.deadline - 3)
+    first = 0
+    while first < len(jobs) and time.monotonic() < until:
+        first = _run_worker(run, jobs, first, until)
+    if first < len(jobs):
+        run.note(f"{name}_left_out", [_label(job) for job in jobs[first:]])
+        print(f"{name}: out of time, {len(jobs) - first} of {len(jobs)} left out", flush=True)
+
+
+def _label(job: Job) -> str:
+    return " ".join(str(value) for key, value in job.items() if key != "limit")
+
+
+def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:
+    """Jobs from number `first` on in one process; the number of the first that was not begun."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(run.path)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    begun, last_words = first - 1, ""
+    reason: str | None = None
+    try:
+        process.stdin.write(json.dumps(jobs[first:]))
+        process.stdin.close()
+        limit = time.monotonic() + _START_LIMIT
+        while True:
+            try:
+                line = lines.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
+            except queue.Empty:
+                if time.monotonic() >= until:
+                    return begun + 1 if begun < first else begun
+                reason = f"did not end within {jobs[max(begun, first)].get('limit', 20)} s"
+                break
+            if line is None:
+                break
+            if line.startswith("\x1e"):
+                begun += 1
+                limit = time.monotonic() + jobs[begun].get("limit", 20)
+            elif line.strip():
+                last_words = line.strip()
+                print(line, end="", flush=True)
+    except BrokenPipeError:
+        pass
+    finally:
+        _end(process)
+        run.reload()
+    if reason is None and process.returncode == 0:
+        return len(jobs)
+    reason = reason or f"ended its process with status {process.returncode}: {last_words[-200:]}"
+    job = jobs[max(begun, first)]
+    run.append("broken", {"job": _label(job), "error": reason})
+    print(f"BROKEN {_label(job)}: {reason}", flush=True)
+    return max(begun, first) + 1
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started; one that waits for the GPU goes as soon as the driver lets it."""
+    try:
+        os.killpg(process.pid, 9) if process.poll() is None else None
+        process.wait(timeout=10)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+
+
+def worker(path: Path) -> int:
+    """The jobs of standard input, each announced on standard output by a line that begins with a record separator."""
+    jobs: list[Job] = json.loads(sys.stdin.read())
+    run = Run(path)
+    for job in jobs:
+        print("\x1e", flush=True)
+        job = dict(job)
+        job.pop("limit", None)
+        settings = job.pop("settings", {})
+        os.environ.update(settings)
+        _KINDS[job.pop("kind")](run, settings, **job)
+        for key in settings:
+            del os.environ[key]
+    return 0
+
+
+def _operator(run: Run, settings: dict[str, str], case: list[Any], backend: str, **options: Any) -> None:
+    from benchmarks import gpu_ops
+
+    if settings:
+        before = run.row
+        run.row = lambda row: before({**row, "settings": settings})  # type: ignore[method-assign]
+    # sizes of workspaces may depend on settings
+    gpu_ops.cuda._size.cache_clear()
+    try:
+        gpu_ops.measure_case(run, gpu_ops.OpCase.from_json(*case), backend, **options)
+    finally:
+        if settings:
+            run.row = before  # type: ignore[method-assign]
+
+
+def _peaks(run: Run, settings: dict[str, str]) -> None:
+    from benchmarks import gpu_ops
+
+    gpu_ops.peaks(run)
+
+
+def _compiled_case(run: Run, settings: dict[str, str], case: list[Any]) -> None:
+    from benchmarks import gpu_ops
+
+    gpu_ops.compiled_case(run, gpu_ops.OpCase.from_json(*case))
+
+
+def _names(run: Run, settings: dict[str, str], cases: list[list[Any]]) -> None:
+    from benchmarks import gpu_ops
+
+    gpu_ops.kernel_names(run, [gpu_ops.OpCase.from_json(*case) for case in cases])
+
+
+def _model(run: Run, settings: dict[str, str], **options: Any) -> None:
+    from benchmarks import gpu_models
+
+    gpu_models.measure_model(run, **options)
+
+
+def _compiled_model(run: Run, settings: dict[str, str], **options: Any) -> None:
+    from benchmarks import gpu_models
+
+    gpu_models.compiled_model(run, **options)
+
+
+def _confirm(run: Run, settings: dict[str, str], name: str) -> None:
+    from benchmarks import gpu_confirm
+
+    run.note(name, gpu_confirm.outcome(name))
+
+
+_KINDS: dict[str, Callable[..., None]] = {
+    "operator": _operator,
+    "peaks": _peaks,
+    "compiled_case": _compiled_case,
+    "names": _names,
+    "model": _model,
+    "compiled_model": _compiled_model,
+    "confirm": _confirm,
+}
+
+
+# ---- steps ------------------------------------------------------------------------------------------------------------
+
+
+def check_jobs(backends: Sequence[str]) -> list[Job]:
+    """The riskiest kernels, right or wrong only: what has run the least on hardware goes first."""
+    bf16, near, last = "bfloat16", "contiguous", "channels_last"
+    cases: list[tuple[list[Any], list[str | None]]] = [
+        (["depthwise_eval", (5, 24, 17, 17), 9, bf16, near], [None]),
+        (["depthwise_input_grad", (5, 24, 7, 7), 9, bf16, near], [None]),
+        (["depthwise_weight_grad", (5, 24, 17, 17), 9, bf16, near], [None]),
+        (["depthwise_weight_grad", (5, 24, 40, 40), 15, bf16, near], [None]),
+        (["depthwise_input_grad", (8, 64, 32, 32), 9, bf16, last], [None]),
+        (["depthwise_weight_grad", (8, 64, 32, 32), 9, bf16, last], [None]),
+        (["depthwise_weight_grad", (8, 64, 32, 32), 9, "float32", near], [None]),
+        (["pointwise_eval", (8, 256, 32, 32), 9, bf16, near], ["fused", "torch"]),
+        (["pointwise_train", (8, 256, 32, 32), 9, bf16, last], ["fused", "torch"]),
+        (["mixer_eval", (8, 256, 32, 32), 9, bf16, near], ["fused", "layer"]),
+        (["pointwise_eval", (2, 128, 8, 8), 9, bf16, near], ["wgmma"]),
+        (["pointwise_train", (8, 192, 32, 32), 9, bf16, last], ["wgmma"]),
+        (["pointwise_eval", (64, 1536, 32, 32), 9, bf16, near], ["wgmma"]),
+    ]
+    return [_operator_job(case, "cuda", gemms=g, timed=False) for case, g in cases] if "cuda" in backends else []
+
+
+def _operator_job(case: list[Any], backend: str, limit: float = 20, **options: Any) -> Job:
+    return {"kind": "operator", "case": case, "backend": backend, "peers": False, "limit": limit, **options}
+
+
+def operator_jobs(backend: str, wgmma: bool) -> list[Job]:
+    """Every case, with each choice of GEMM and with eager PyTorch."""
+    import torch
+
+    from benchmarks import gpu_ops
+
+    jobs = []
+    for case in gpu_ops.operator_cases():
+        forced = gpu_ops.forced_gemms(case, torch.cuda.get_device_capability()) if backend == "cuda" else ()
+        gemms = [None, *(gemm for gemm in forced if wgmma or gemm != "wgmma")]
+        jobs.append(_operator_job(case.to_json(), backend, 30, gemms=gemms, peers=True))
+    return jobs
+
+
+def triton_jobs() -> list[Job]:
+    """The headline cases; each kernel is compiled in several configurations first."""
+    from benchmarks import gpu_ops
+
+    cases = [case for case in gpu_ops.operator_cases() if case.shape[:2] in ((64, 1536), (32, 1536))]
+    return [_operator_job(case.to_json(), "triton", 60) for case in cases if case.op != "mixer_eval"]
+
+
+def model_jobs(backends: Sequence[str]) -> list[Job]:
+    from benchmarks import gpu_models
+
+    return [
+        {"kind": "model", "name": name, "batch": batch, "layout": layout, "training": training, "backends": backends,
+         "limit": 60}
+        for layout in ("contiguous", "channels_last")
+        for name, batch in gpu_models.MODELS
+        for training in (False, True)
+    ]  # fmt: skip
+
+
+def compile_jobs() -> list[Job]:
+    """torch.compile as a peer: minutes of compiling for milliseconds of measuring, so it comes late."""
+    from benchmarks import gpu_models
+
+    headline = [["depthwise_eval", (64, 1536, 32, 32), 9, "bfloat16", "contiguous"],
+                ["pointwise_eval", (64, 1536, 32, 32), 9, "bfloat16", "contiguous"],
+                ["depthwise_eval", (64, 1536, 32, 32), 9, "bfloat16", "channels_last"]]  # fmt: skip
+    jobs: list[Job] = [{"kind": "compiled_case", "case": case, "limit": 40} for case in headline]
+    return jobs + [
+        {"kind": "compiled_model", "name": name, "batch": batch, "training": training, "limit": 100}
+        for name, batch in (gpu_models.MODELS[1], gpu_models.MODELS[0])
+        for training in (False, True)
+    ]
+
+
+def names_job() -> Job:
+    from benchmarks import gpu_ops
+
+    cases = [case.to_json() for case in gpu_ops.operator_cases() if case.op != "mixer_eval"]
+    return {"kind": "names", "cases": cases, "limit": 60}
+
+
+#: Of a pytest, a compute-sanitizer or an ncu run: exit status (None: out of time) and seconds.
+def _command(run: Run, command: list[str], limit: float, log: Path, **environment: str) -> tuple[int | None, float]:
+    """A command in the repository's root, its output in a file as it comes."""
+    start = time.monotonic()
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            process.wait(timeout=max(1.0, min(limit, run.left() - 3)))
+            status: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    return status, time.monotonic() - start
+
+
+def tests(run: Run, limit: float) -> None:
+    """The tests marked gpu: the cases of the emulation with the real kernels, in parallel, each with a time limit."""
+    log = run.path.parent / "tests.log"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    if _installed("xdist"):
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    if _installed("pytest_timeout"):
+        command += ["--timeout=90"]
+    status, seconds = _command(run, command, limit, log)
+    lines = log.read_text(errors="replace").splitlines()
+    failures = sorted({line for line in lines if line.startswith(("FAILED", "ERROR"))})
+    passed = sum(" PASSED" in line or line.startswith("PASSED") for line in lines)
+    ending = lines[-1].strip("= ") if lines else ""
+    summary = ending if status is not None else f"out of time after {passed} passed"
+    found = {"ok": status == 0, "finished": status is not None, "seconds": seconds, "summary": summary}
+    run.note("tests", {**found, "failures": failures[:100]})
+    print(f"tests: {summary}", flush=True)
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def _summaries(output: str) -> list[str]:
+    return re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+
+
+def is_clean(tool: str, status: int | None, output: str) -> bool:
+    """Whether a compute-sanitizer tool ran to its end and found nothing: neither errors nor hazards, nor warnings."""
+    wanted = "0 hazards displayed (0 errors, 0 warnings)" if tool == "racecheck" else "0 errors"
+    summaries = [line.strip() for line in _summaries(output)]
+    return status == 0 and summaries != [] and set(summaries) == {wanted}
+
+
+def sanitizer(run: Run, limit: float, no_cuda: str | None = None) -> None:
+    """compute-sanitizer's tools over every CUDA kernel at small sizes; `no_cuda` says why there are none."""
+    if no_cuda is not None:
+        run.note("sanitizer", {"ok": True, "skipped": f"it checks the CUDA kernels: {no_cuda}"})
+        return
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        run.note("sanitizer", {"ok": True, "skipped": "compute-sanitizer is not installed"})
+        return
+    found: dict[str, Any] = {"ok": True}
+    until = time.monotonic() + limit
+    for index, tool in enumerate(("memcheck", "racecheck", "initcheck")):
+        log = run.path.parent / f"{tool}.log"
+        command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.gpu"]
+        command += ["--sanitizer-workload"]
+        share = (until - time.monotonic()) / (3 - index)
+        # without torch's caching every tensor is an allocation of its own, with its own bounds
+        status, seconds = _command(run, command, share, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        output = log.read_text(errors="replace")
+        ours = [line.strip("= ") for line in output.splitlines() if "convmixer" in line and " at " in line]
+        found[tool] = {
+            "ok": is_clean(tool, status, output),
+            "finished": status is not None,
+            "seconds": seconds,
+            "summary": _summaries(output),
+            "in_our_kernels": sorted(set(ours))[:20],
+        }
+        found["ok"] = found["ok"] and found[tool]["ok"]
+        run.note("sanitizer", found)
+        print(f"{tool}: {'out of time' if status is None else _summaries(output) or output[-1500:]}", flush=True)
+
+
+#: Of each profiled kernel: time, speed of light, occupancy, bytes, and why warps did not issue.
+_NCU_METRICS = (
+    "gpu__time_duration.sum",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_bytes.sum",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+    "launch__occupancy_limit_shared_mem",
+    "launch__shared_mem_config_size",
+    "launch__shared_mem_per_block_dynamic",
+    "launch__waves_per_multiprocessor",
+    "regex:smsp__average_warps_issue_stalled_.*_per_issue_active.ratio",
+)
+
+
+def profile(run: Run, limit: float) -> None:
+    """Nsight Compute on one launch of each headline kernel, to DIR/ncu.csv."""
+    program = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    if program is None:
+        run.note("profile", {"skipped": "ncu is not installed"})
+        return
+    table = run.path.parent / "ncu.csv"
+    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:convmixer|gemm|nvjet|xmma"]
+    command += ["--metrics", ",".join(_NCU_METRICS), "--log-file", str(table)]
+    command += [sys.executable, "-m", "benchmarks.gpu", "--profile-workload"]
+    status, seconds = _command(run, command, limit, run.path.parent / "ncu.log")
+    run.note("profile", {"ok": status == 0, "finished": status is not None, "seconds": seconds})
+    print(f"ncu: {'out of time' if status is None else f'status {status}'}, {seconds:.0f} s", flush=True)
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+#: The steps in their order, with the most seconds that each may take.
+STEPS = {
+    "check": 60,
+    "operators": 200,
+    "models": 110,
+    "knobs": 30,
+    "profile": 50,
+    "tests": 120,
+    "sanitizer": 60,
+    "names": 25,
+    "triton": 90,
+    "compile": 150,
+    "confirm": 240,
+}
+_DEFAULT_STEPS = tuple(step for step in STEPS if step != "confirm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all right, 1 a build, test, sanitizer run or result is wrong, 2 there is no GPU."""
+    """Exit status: 0 all right, 1 a test, sanitizer run or result is wrong or broke, 2 there is no GPU."""
     what = __doc__.split(": ", 1)[1].split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=what)
-    parser.add_argument("--seconds", type=float, default=530, help="stop after so many (530)")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
-    parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/<gpu>.json)")
-    parser.add_argument("--sanitizer-workload", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go (gpu-results)", default="gpu-results")
+    parser.add_argument("--seconds", type=float, default=540, help="stop after so many (540)")
+    parser.add_argument("--only", default=",".join(_DEFAULT_STEPS), help=f"steps, of {','.join(STEPS)}")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="compile into DIR what needs no GPU and no torch")
+    parser.add_argument("--fold", type=Path, metavar="DIR", help="make benchmarks/results/<gpu>.json of DIR/rows.jsonl")
+    for hidden in ("--sanitizer-workload", "--profile-workload"):
+        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"--only: sections are {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    steps = options.only.split(",")
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"--only: steps are {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
     if not options.seconds > 0:
         parser.error(f"--seconds must be positive, got {options.seconds}")
+    if options.fold is not None:
+        return fold(options.fold)
+    if options.prepare is not None:
+        return prepare(options.prepare)
+    if options.worker is not None:
+        return worker(options.worker)
 
     import torch
 
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch.cuda.is_available() is False: no GPU to measure", file=sys.stderr)
         return 2
-    if options.sanitizer_workload:
+    if options.sanitizer_workload or options.profile_workload:
         from benchmarks import gpu_ops
 
-        return gpu_ops.sanitizer_workload()
-    name = torch.cuda.get_device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    run = Run(options.output or ROOT / "benchmarks" / "results" / f"{slug}.json", options.seconds)
-    if "build" in sections and not build(run):
-        return 1
+        return gpu_ops.sanitizer_workload() if options.sanitizer_workload else gpu_ops.profile_workload()
+    return measure(Run(options.output / "rows.jsonl", options.seconds), steps)
+
+
+def measure(run: Run, steps: Sequence[str]) -> int:
     backends, absent = measured_backends()
     for backend, reason in absent.items():
         print(f"{backend}: - ({reason})", flush=True)
@@ -91,21 +533,52 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.gpu: no backend for this GPU", file=sys.stderr)
         return 2
     describe(run, backends[0])
-    if "tests" in sections:
-        tests(run)
-    if "sanitizer" in sections:
-        sanitizer(run, absent.get("cuda"))
-    from benchmarks import gpu_ops
-
-    gpu_ops.peaks(run)
-    if "ops" in sections:
-        seconds = run.left() * (1 - _MODELS_SHARE) if "models" in sections else run.left() - 5
-        gpu_ops.operators(run, seconds, backends)
-    if "models" in sections:
-        gpu_ops.models(run, backends)
-    summary(run)
+    run_jobs(run, "peaks", [{"kind": "peaks", "limit": 30}], 60)
+    for step in STEPS:
+        if step in steps and run.left() > 5:
+            start = time.monotonic()
+            _STEPS[step](run, min(STEPS[step], run.left()), backends, absent)
+            run.append("steps", {"step": step, "seconds": round(time.monotonic() - start, 1)})
+    text = summary(run.document)
+    (run.path.parent / "summary.txt").write_text(text)
+    print(text, flush=True)
     failed = [key for key in ("tests", "sanitizer") if not run.document.get(key, {"ok": True})["ok"]]
-    return 1 if failed or any(row.get("ok") is False for row in run.document["results"]) else 0
+    wrong = any(row.get("ok") is False for row in run.document["results"])
+    return 1 if failed or wrong or run.document.get("broken") else 0
+
+
+def _wgmma_is_right(run: Run) -> bool:
+    """A forced choice that failed its checks must not take the rows of the others with it."""
+    rows = [row for row in run.document["results"] if row["implementation"].endswith(" wgmma")]
+    return len(rows) >= 3 and all(row.get("ok") for row in rows) and not run.document.get("broken")
+
+
+_STEPS: dict[str, Callable[[Run, float, list[str], dict[str, str]], None]] = {
+    "check": lambda run, s, backends, absent: run_jobs(run, "check", check_jobs(backends), s),
+    "operators": lambda run, s, backends, absent: run_jobs(
+        run, "operators", operator_jobs(backends[0], _wgmma_is_right(run)), s
+    ),
+    "models": lambda run, s, backends, absent: run_jobs(run, "models", model_jobs(backends[:1]), s),
+    "knobs": lambda run, s, backends, absent: run_jobs(run, "knobs", knob_jobs() if "cuda" in backends else [], s),
+    "profile": lambda run, s, backends, absent: profile(run, s),
+    "tests": lambda run, s, backends, absent: tests(run, s),
+    "sanitizer": lambda run, s, backends, absent: sanitizer(run, s, absent.get("cuda")),
+    "names": lambda run, s, backends, absent: run_jobs(run, "names", [names_job()] if "cuda" in backends else [], s),
+    "triton": lambda run, s, backends, absent: run_jobs(run, "triton", triton_jobs() if len(backends) > 1 else [], s),
+    "compile": lambda run, s, backends, absent: run_jobs(run, "compile", compile_jobs(), s),
+    "confirm": lambda run, s, backends, absent: run_jobs(run, "confirm", confirm_jobs(), s),
+}
+
+
+def knob_jobs() -> list[Job]:
+    """Settings that a build may read from the environment, over the headline cases."""
+    return []
+
+
+def confirm_jobs() -> list[Job]:
+    from benchmarks import gpu_confirm
+
+    return [{"kind": "confirm", "name": name, "limit": 120} for name in gpu_confirm.CONFIRMATIONS]
 
 
 def measured_backends(device: str = "cuda") -> tuple[list[str], dict[str, str]]:
@@ -148,187 +621,105 @@ def describe(run: Run, backend: str) -> None:
     )
 
 
-# ---- sections that run other programs -----------------------------------------------------------------------------
+def prepare(folder: Path) -> int:
+    """Compile the device objects into `folder` where they are missing; link _cuda into this checkout where torch sees a GPU."""
+    sys.path.insert(0, str(ROOT / "convmixer_kernels"))
+    import _build as recipe
+
+    cxx, nvcc = recipe.find_cxx(), recipe.find_nvcc()
+    if cxx is None or nvcc is None:
+        print("benchmarks.gpu --prepare: it needs a C++ compiler and nvcc", file=sys.stderr)
+        return 1
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = recipe.cuda_objects(cxx, nvcc, recipe.cuda_archs(nvcc))
+    device = [each for each in objects if each.source.suffix == ".cu"]
+    missing = [each for each in device if not (folder / f"{each.source.stem}.o").exists()]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    commands = [_filled(each, folder) for each in missing]
+    if shutil.which("nvidia-smi"):
+        binding = next(each for each in objects if each.source.suffix == ".cpp")
+        commands.append(_filled(binding, folder))
+    running: list[subprocess.Popen[bytes]] = []
+    failed = 0
+    for command in commands:
+        running.append(subprocess.Popen(command))
+        if len(running) == jobs:
+            failed |= running.pop(0).wait()
+    for process in running:
+        failed |= process.wait()
+    if failed:
+        return 1
+    if shutil.which("nvidia-smi"):
+        import sysconfig
+
+        toolkit = nvcc.parent.parent
+        output = ROOT / "convmixer_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+        link = [*cxx.split(), "-shared", "-o", str(output), *(str(folder / f"{each.source.stem}.o") for each in objects)]
+        link += [f"-L{path}" for path in (toolkit / "lib64", toolkit / "lib") if path.is_dir()]
+        return subprocess.run([*link, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]).returncode
+    return 0
 
 
-def _command(run: Run, command: list[str], limit: float, **environment: str) -> tuple[int | None, str, float]:
-    """Exit status (None: out of time), output and seconds of a command in the repository's root."""
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=max(1.0, min(limit, run.left() - 5)))
-        status: int | None = process.returncode
-    except subprocess.TimeoutExpired:
-        # the command may have children: end its session
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        status = None
-    return status, output, time.monotonic() - start
+def _filled(item: Any, folder: Path) -> list[str]:
+    target = str(folder / f"{item.source.stem}.o")
+    return [part.replace("$out", target).replace("$in", str(item.source)) for part in item.command]
 
 
-def _built() -> tuple[str | None, bool]:
-    """The sources' digest that the installed package was built from, and whether it has the CUDA module."""
-    for entry in sys.path:
-        folder = Path(entry or ".") / "convmixer_kernels"
-        modules = list(folder.glob("_cuda.*.so")) if folder.is_dir() else []
-        marker = folder / "_built.py"
-        if marker.exists():
-            found = re.search(r"'digest': '([0-9a-f]+)'", marker.read_text())
-            return found and found.group(1), bool(modules)
-    return None, False
+def fold(folder: Path) -> int:
+    """benchmarks/results/<gpu>.json from the rows of a run."""
+    document = Run(folder / "rows.jsonl").document
+    slug = re.sub(r"[^a-z0-9]+", "-", document["gpu"]["name"].lower()).strip("-")
+    path = ROOT / "benchmarks" / "results" / f"{slug}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(path.relative_to(ROOT))
+    return 0
 
 
-def _cannot_build(recipe: ModuleType) -> str | None:
-    """Why there is no _cuda to be built here; None where there is."""
-    import torch
-
-    if torch.version.hip is not None:
-        return "this torch is built for AMD GPUs"
-    if recipe.find_nvcc() is None:
-        return "there is no nvcc (on PATH, in CUDA_HOME or /usr/local/cuda)"
-    return None
-
-
-def build(run: Run) -> bool:
-    """Install this checkout if the installed package is missing or was built from other sources, where nvcc is."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "convmixer_kernels" / "_build.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    reason = _cannot_build(recipe)
-    if reason is not None:
-        run.note("build", {"ok": True, "done": False, "seconds": 0.0, "skipped": reason})
-        print(f"building: skipped, {reason}", flush=True)
-        return True
-    digest, has_cuda = _built()
-    if digest == recipe.source_digest() and has_cuda:
-        run.note("build", {"ok": True, "done": False, "seconds": 0.0})
-        return True
-    print("building: pip install --no-build-isolation --no-deps .", flush=True)
-    command = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps"]
-    command += ["--force-reinstall", "."]
-    status, output, seconds = _command(run, command, _LIMITS["build"], CONVMIXER_BUILD_CUDA="1")
-    importlib.invalidate_caches()
-    run.note("build", {"ok": status == 0, "done": True, "seconds": seconds})
-    print(f"building took {seconds:.0f} s" if status == 0 else f"the build failed:\n{output[-6000:]}", flush=True)
-    return status == 0
-
-
-def tests(run: Run) -> None:
-    """The tests marked gpu: the cases of the emulation with the real kernels."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
-    status, output, seconds = _command(run, command, _LIMITS["tests"])
-    lines = [line for line in output.splitlines() if line.strip()]
-    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    ending = lines[-1] if lines else ""
-    run.note(
-        "tests",
-        {
-            "ok": status == 0,
-            "finished": status is not None,
-            "seconds": seconds,
-            "summary": ending,
-            "failures": failures[:100],
-        },
-    )
-    print(f"tests: {'out of time' if status is None else ending}", flush=True)
-    if status != 0:
-        print(output[-5000:], flush=True)
-
-
-def _summaries(output: str) -> list[str]:
-    return re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
-
-
-def is_clean(tool: str, status: int | None, output: str) -> bool:
-    """Whether a compute-sanitizer tool ran to its end and found nothing: neither errors nor hazards, nor warnings."""
-    wanted = "0 hazards displayed (0 errors, 0 warnings)" if tool == "racecheck" else "0 errors"
-    summaries = [line.strip() for line in _summaries(output)]
-    return status == 0 and summaries != [] and set(summaries) == {wanted}
-
-
-def sanitizer(run: Run, no_cuda: str | None = None) -> None:
-    """compute-sanitizer's tools over every CUDA kernel at small sizes; `no_cuda` says why there are none."""
-    if no_cuda is not None:
-        run.note("sanitizer", {"ok": True, "skipped": f"it checks the CUDA kernels: {no_cuda}"})
-        return
-    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if program is None:
-        run.note("sanitizer", {"ok": True, "skipped": "compute-sanitizer is not installed"})
-        return
-    found: dict[str, object] = {"ok": True}
-    for index, tool in enumerate(("memcheck", "racecheck", "initcheck")):
-        command = [
-            program,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "1",
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--sanitizer-workload",
-        ]
-        # without torch's caching every tensor is an allocation of its own, with its own bounds
-        status, output, seconds = _command(
-            run, command, _LIMITS["sanitizer"] / (3 - index) * (1 + index), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
-        ours = [line.strip("= ") for line in output.splitlines() if "convmixer" in line and " at " in line]
-        found[tool] = {
-            "ok": is_clean(tool, status, output),
-            "finished": status is not None,
-            "seconds": seconds,
-            "summary": _summaries(output),
-            "in_our_kernels": sorted(set(ours))[:20],
-        }
-        found["ok"] = found["ok"] and found[tool]["ok"]
-        run.note("sanitizer", found)
-        print(
-            f"{tool}: {'out of time' if status is None else _summaries(output) or output[-1500:]}, {seconds:.0f} s",
-            flush=True,
-        )
-        if ours:
-            print("\n".join(sorted(set(ours))[:20]), flush=True)
-
-
-def summary(run: Run) -> None:
-    """A short table: ours, by backend, beside the best eager implementation of each case."""
-    cases: dict[tuple[object, ...], dict[str, dict[str, object]]] = {}
-    for row in run.document["results"]:
-        cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
+def summary(document: dict[str, Any]) -> str:
+    """What is wrong or broken first, then a table: ours, by backend, beside the best eager implementation of each case."""
+    lines: list[str] = []
+    for each in document.get("broken", []):
+        lines.append(f"BROKEN {each['job']}: {each['error']}")
+    for row in document["results"]:
+        if row.get("ok") is False or "error" in row:
+            lines.append("WRONG " + describe_row(row))
+    for key in ("tests", "sanitizer"):
+        found = document.get(key, {})
+        if found and not found["ok"]:
+            lines.append(f"{key.upper()} NOT OK: {found.get('summary', '')}")
+            lines += [f"  {line}" for line in found.get("failures", [])]
+    for key, left in document.items():
+        if key.endswith("_left_out"):
+            lines.append(f"{key.removesuffix('_left_out')}: {len(left)} left out, from {left[0]} on")
+    cases: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in document["results"]:
+        if "settings" not in row and "median_us" in row:
+            cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
     ours = {"ours": "cuda", "triton": "triton"}
-    absent = run.document.get("absent", {})
     heads = "".join(f"{name + ' us':>11}{'floor':>8}" for name in ours.values())
-    print(f"\n{'case':<44}{'dtype':<9}{'layout':<14}{heads}{'eager us':>11}{'ratio':>8}")
+    lines.append(f"\n{'case':<44}{'dtype':<9}{'layout':<14}{heads}{'best peer us':>13}{'ratio':>8}")
     for (case, dtype, layout), found in cases.items():
-        times = {name: row["median_us"] for name, row in found.items() if row.get("median_us") is not None}
+        times = {name: row["median_us"] for name, row in found.items()}
         cells = ""
         for name in ours:
             percent = found.get(name, {}).get("percent_of_floor")
             cells += f"{times[name]:>11.1f}" if name in times else f"{'-':>11}"
             cells += f"{percent:>6.0f} %" if percent is not None else f"{'':>8}"
         mine = [times[name] for name in ours if name in times]
-        theirs = [time for name, time in times.items() if name.startswith("eager")]
+        theirs = [time for name, time in times.items() if name.startswith(("eager", "torch.compile"))]
         if theirs:
-            cells += f"{min(theirs):>11.1f}" + (f"{min(theirs) / min(mine):>7.1f}x" if mine else "")
-        wrong = "; ".join(f"{ours[name]}: {found[name]['error']}" for name in ours if "error" in found.get(name, {}))
-        print(f"{case:<44}{dtype:<9}{layout:<14}{cells}  {wrong}".rstrip())
-    for backend, reason in absent.items():
-        print(f"- {backend}: {reason}")
-    for (case, dtype, layout), found in cases.items():
-        forced = [name for name in found if name.startswith("ours ") and found[name].get("median_us") is not None]
-        if forced and found.get("ours", {}).get("median_us") is not None:
-            times = ", ".join(f"{name.removeprefix('ours ')} {found[name]['median_us']:.1f}" for name in forced)
-            print(f"{case} {dtype} {layout}: chosen {found['ours']['median_us']:.1f} us; {times}")
-    print(f"written: {run.path}", flush=True)
+            cells += f"{min(theirs):>13.1f}" + (f"{min(theirs) / min(mine):>7.1f}x" if mine else "")
+        lines.append(f"{case:<44}{dtype:<9}{layout:<14}{cells}".rstrip())
+        forced = ", ".join(f"{n.removeprefix('ours ')} {times[n]:.1f}" for n in times if n.startswith("ours "))
+        if forced:
+            lines.append(f"    chosen {times.get('ours', float('nan')):.1f} us; {forced}")
+    for row in document["results"]:
+        if "settings" in row:
+            lines.append(describe_row(row))
+    for backend, reason in document.get("absent", {}).items():
+        lines.append(f"- {backend}: {reason}")
+    steps = ", ".join(f"{each['step']} {each['seconds']:.0f} s" for each in document.get("steps", []))
+    return "\n".join([*lines, f"steps: {steps}", ""])
 
 
 if __name__ == "__main__":

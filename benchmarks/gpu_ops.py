@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What benchmarks.gpu measures: peaks of the device, every kernel beside its floor and eager PyTorch, and whole models.
+"""What benchmarks.gpu measures of kernels: peaks of the device, and every kernel beside its floor and eager PyTorch.
 
 Bytes: every activation-sized tensor read or written once. eval x + y; train (with statistics) x + a; input grad
 dy + a + dx; weight grad x + dy + a; normalize a + x + y; norm backward dy + a; pointwise eval x + y; pointwise backward
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import convmixer_kernels
-from benchmarks import models as model_cases
 from convmixer_kernels.backends import cuda, pointwise_gemm, reference, triton
 from convmixer_kernels.backends.base import MixerEval, Norm
 from convmixer_kernels.testing import relative_error, within_twice_eager
@@ -38,9 +36,6 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 _SECONDS_PER_ROW = 0.35
 _CHECKED_CHANNELS = 8
 BACKENDS = {"cuda": cuda, "triton": triton}
-#: Batches of 1536 channels: the cases in which the Triton backend is measured beside cuda. Each of its kernels is compiled in each
-#: configuration first, for seconds, and the time of a run is limited.
-_TRITON_SHAPES = ((64, 1536, 32, 32), (32, 1536, 32, 32))
 
 
 # ---- timing -------------------------------------------------------------------------------------------------------
@@ -56,37 +51,57 @@ def _elapsed(call: Callable[[], object]) -> float:
     return 1e3 * start.elapsed_time(stop)
 
 
-def _graph_of(call: Callable[[int], object], times: int) -> Callable[[], object] | None:
-    """`times` calls as one CUDA graph, so that Python's pace is not measured; None where they cannot be captured."""
+def _graph_of(call: Callable[[int], object], times: int) -> tuple[Callable[[], object] | None, str | None]:
+    """`times` calls as one CUDA graph, so that Python's pace is not measured; or None and why they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     kept = []
     try:
         with torch.cuda.graph(graph):
             kept = [call(i) for i in range(times)]
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
-        return None
+        return None, str(error).splitlines()[0][:200]
     del kept
-    return graph.replay
+    return graph.replay, None
 
 
-def measure(call: Callable[[int], object], seconds: float = _SECONDS_PER_ROW, capture: bool = True) -> dict[str, float]:
-    """Median, 20 % and 80 % quantiles in microseconds of call(i), i counting up for the buffers' rotation."""
+def _host_us(call: Callable[[int], object], calls: int = 10) -> float:
+    """Microseconds of Python and launches for a call, while the GPU works through what was launched before."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(calls):
+        call(i)
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e6 * taken / calls
+
+
+def measure(call: Callable[[int], object], seconds: float = _SECONDS_PER_ROW, capture: bool = True) -> dict[str, object]:
+    """Median, 20 % and 80 % quantiles in microseconds of call(i), i counting up for the buffers' rotation.
+
+    The calls are timed as one CUDA graph: "calls" of them in one replay; 0 where they could not be captured, and
+    "not_captured" says why. "host_us" is what the host needs to launch one call.
+    """
     for i in range(3):
         call(i)
     torch.cuda.synchronize()
     estimate = min(_elapsed(lambda: call(0)) for _ in range(2))
+    host = _host_us(call, max(1, min(10, round(1e6 * seconds / estimate / 4))))
     inner = max(1, min(50, round(400 / estimate)))
-    replay = _graph_of(call, inner) if capture and inner > 1 else None
-    if replay is None:
-        inner = 1
-    else:
+    replay, reason = _graph_of(call, inner) if capture else (None, None)
+    if replay is not None:
         replay()
-    repeats = int(max(5, min(200, 1e6 * seconds / (estimate * inner))))
+        torch.cuda.synchronize()
+        estimate = min(_elapsed(replay) for _ in range(2)) / inner
+    else:
+        inner = 0
+    repeats = int(max(5, min(200, 1e6 * seconds / (estimate * max(1, inner)))))
     count = iter(range(1, repeats + 1))
-    times = [_elapsed(replay or (lambda: call(next(count)))) / inner for _ in range(repeats)]
+    times = [_elapsed(replay or (lambda: call(next(count)))) / max(1, inner) for _ in range(repeats)]
     low, _, _, high = statistics.quantiles(times, n=5, method="inclusive")
-    return {"median_us": statistics.median(times), "q20_us": low, "q80_us": high, "repeats": repeats, "calls": inner}
+    found = {"median_us": statistics.median(times), "q20_us": low, "q80_us": high, "repeats": repeats, "calls": inner}
+    found["host_us"] = host
+    return found if reason is None else {**found, "not_captured": reason}
 
 
 def peaks(run: Run) -> None:
@@ -101,7 +116,6 @@ def peaks(run: Run) -> None:
         best = measure(lambda i, m=left, k=right: torch.mm(m, k), 0.2, False)["q20_us"]
         found[f"{name}_flops_per_s"] = 2e6 * size**3 / best
     run.note("peaks", found)
-    print(", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
 
 
 # ---- one case -----------------------------------------------------------------------------------------------------
@@ -116,6 +130,13 @@ class OpCase:
     kernel: int
     dtype: torch.dtype
     layout: str
+
+    def to_json(self) -> list[object]:
+        return [self.op, self.shape, self.kernel, str(self.dtype).removeprefix("torch."), self.layout]
+
+    @staticmethod
+    def from_json(op: str, shape: list[int], kernel: int, dtype: str, layout: str) -> OpCase:
+        return OpCase(op, tuple(shape), kernel, getattr(torch, dtype), layout)
 
     @property
     def label(self) -> str:
@@ -356,7 +377,7 @@ def wrong(case: OpCase, t: Tensors, backend=cuda) -> str | None:
     return None
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What a kernel that cannot run raises: Triton's errors are no RuntimeError."""
     if not triton.build_info()["available"]:
         return (RuntimeError,)
@@ -392,21 +413,28 @@ def forcing(gemm: str | None) -> Iterator[None]:
         cuda._size.cache_clear()
 
 
-def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: bool) -> None:
-    """The rows of a case: "ours" (cuda) or "triton", and with `peers` eager PyTorch's and a copy's."""
-    failures = _failures()
+def measure_case(
+    run: Run, case: OpCase, backend: str, *, gemms: Sequence[str | None] = (None,), peers: bool, timed: bool = True
+) -> None:
+    """The rows of a case: "ours" (cuda) or "triton", and with `peers` eager PyTorch's and a copy's.
+
+    Args:
+        gemms: of CONVMIXER_CUDA_GEMM, each a row of its own; None is the choice of the table.
+        timed: False says only whether the result is right.
+    """
+    expected = failures()
     shared = {
         "case": case.label,
         "op": case.op,
         "dtype": str(case.dtype).removeprefix("torch."),
         "layout": case.layout,
-        **_floor(case, found),
+        **(_floor(case, run.document["peaks"]) if timed else {}),
     }
 
     def row(implementation: str, call: Callable[[int], object], **more: object) -> None:
         try:
             timing = measure(call)
-        except failures as error:
+        except expected as error:
             torch.cuda.synchronize()
             run.row({**shared, "implementation": implementation, "error": str(error).splitlines()[0][:200], **more})
             return
@@ -416,18 +444,21 @@ def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: 
     tensors = Tensors(case)
     name, module = implementation_name(backend), BACKENDS[backend]
     with torch.no_grad():
-        for gemm in (None, *(forced_gemms(case, torch.cuda.get_device_capability()) if backend == "cuda" else ())):
+        for gemm in gemms:
             label = name if gemm is None else f"{name} {gemm}"
             with forcing(gemm):
                 try:
                     problem = wrong(case, tensors, module)
-                except failures as error:
+                except expected as error:
                     problem = str(error).splitlines()[0][:300]
+                    torch.cuda.synchronize()
                 if problem is not None:
                     # a speed is never shown for a wrong result
                     run.row({**shared, "implementation": label, "ok": False, "error": problem})
-                else:
+                elif timed:
                     row(label, lambda i: ours(case.op, module, tensors, i), ok=True)
+                else:
+                    run.row({**shared, "implementation": label, "ok": True})
         if peers:
             row("eager " + case.layout, lambda i: eager(case.op, tensors, i, case.layout)())
             if case.op == "depthwise_eval":
@@ -435,31 +466,69 @@ def _case(run: Run, case: OpCase, found: dict[str, float], backend: str, peers: 
     torch.cuda.empty_cache()
 
 
+def compiled_case(run: Run, case: OpCase) -> None:
+    """torch.compile's row of a case: what eager PyTorch runs, compiled with its default options."""
+    tensors = Tensors(case)
+    shared = {"case": case.label, "op": case.op, "dtype": str(case.dtype).removeprefix("torch."), "layout": case.layout}
+    shared |= _floor(case, run.document["peaks"])
+    with torch.no_grad():
+        x, _, _ = tensors.set(0)
+        depthwise = case.op.startswith("depthwise")
+        weight, groups = (tensors.depthwise, x.shape[1]) if depthwise else (tensors.pointwise, 1)
+        statistics_and_affine = tensors.eager_norm
+
+        @torch.compile
+        def block(x: Tensor) -> Tensor:
+            h = F.gelu(F.conv2d(x, weight, tensors.bias, padding=weight.shape[-1] // 2, groups=groups))
+            y = F.batch_norm(h, *statistics_and_affine, False, 0.1, tensors.norm.eps)
+            return y + x if depthwise else y
+
+        timing = measure(lambda i: block(tensors.set(i)[0]))
+    percent = 100 * shared["floor_us"] / timing["median_us"]
+    run.row({**shared, "implementation": "torch.compile", **timing, "percent_of_floor": percent})
+
+
+def kernel_names(run: Run, cases: Sequence[OpCase]) -> None:
+    """Which kernels a call of the cuda backend launches, by case, in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for case in cases:
+        tensors = Tensors(case, sets=1)
+        with torch.no_grad():
+            ours(case.op, cuda, tensors)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                ours(case.op, cuda, tensors)
+                torch.cuda.synchronize()
+        names = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        run.append("kernels", {"case": case.label, "dtype": case.to_json()[3], "layout": case.layout, "names": names})
+
+
 def operator_cases() -> list[OpCase]:
     """Most important first: the order in which time runs out."""
     big, bf16, fp16, fp32 = (64, 1536, 32, 32), torch.bfloat16, torch.float16, torch.float32
     near, last = "contiguous", "channels_last"
-    depthwise = ["depthwise_eval", "depthwise_input_grad", "depthwise_weight_grad"]
-    others = ["depthwise_train", "normalize", "norm_backward"]
-    others += ["pointwise_eval", "pointwise_train", "pointwise_backward"]
-    cases = [OpCase(op, big, 9, bf16, near) for op in depthwise]
-    cases += [OpCase(op, big, 9, bf16, last) for op in depthwise]
-    cases += [OpCase(op, (32, 1536, 32, 32), 9, fp32, near) for op in depthwise]
-    cases += [OpCase(op, big, 9, bf16, near) for op in others]
-    cases += [OpCase(op, big, 9, bf16, last) for op in others]
+    depthwise = ["depthwise_eval", "depthwise_train", "depthwise_input_grad", "depthwise_weight_grad"]
+    others = ["normalize", "norm_backward", "pointwise_eval", "pointwise_train", "pointwise_backward"]
+    cases = [OpCase(op, big, 9, bf16, f) for f in (near, last) for op in depthwise + others]
     # where a layer in one kernel, and our GEMM instead of torch's, are close calls
     cases += [OpCase("mixer_eval", (64, c, 32, 32), 9, bf16, near) for c in (256, 128, 64)]
     cases += [OpCase("mixer_eval", (256, 256, 16, 16), 9, bf16, near)]
-    cases += [OpCase("pointwise_eval", (64, c, 32, 32), 9, bf16, near) for c in (256, 768)]
+    gemm_shapes = [(64, c, 32, 32) for c in (128, 256, 384, 512, 768)] + [(256, 256, 16, 16)]
+    cases += [OpCase(op, shape, 9, bf16, near) for shape in gemm_shapes for op in others[2:4]]
+    cases += [OpCase("pointwise_eval", (64, c, 32, 32), 9, bf16, last) for c in (256, 768)]
+    cases += [OpCase("pointwise_backward", (64, c, 32, 32), 9, bf16, near) for c in (256, 768)]
+    cases += [OpCase(op, (32, 1536, 32, 32), 9, fp32, near) for op in (*depthwise, "pointwise_eval")]
+    cases += [OpCase("pointwise_eval", (64, 256, 32, 32), 9, fp32, near)]
     cases += [OpCase("depthwise_eval", (32, 1536, 32, 32), 9, fp32, last)]
     shapes = [(64, 768, 32, 32), (128, 256, 16, 16), (256, 768, 7, 7), (64, 768, 17, 17)]
     shapes += [(32, 256, 56, 56), (4, 128, 224, 224)]
     for shape in shapes:
         cases += [OpCase("depthwise_eval", shape, 7 if shape == shapes[0] else 9, bf16, f) for f in (near, last)]
-    for op in depthwise[1:]:
+    for op in depthwise[2:]:
         cases += [OpCase(op, shape, 9, bf16, near) for shape in shapes[1:4]]
-    for k in (3, 5, 7, 15, 31):
-        cases += [OpCase(op, (32, 768, 32, 32), k, bf16, near) for op in depthwise]
+    for k in (3, 7, 15, 31):
+        cases += [OpCase(op, (32, 768, 32, 32), k, bf16, near) for op in (depthwise[0], *depthwise[2:])]
     cases += [OpCase("depthwise_eval", big, 9, fp16, near)]
     return cases
 
@@ -467,114 +536,6 @@ def operator_cases() -> list[OpCase]:
 def implementation_name(backend: str) -> str:
     """Of a row: committed files call the cuda backend "ours"."""
     return "ours" if backend == "cuda" else backend
-
-
-def operator_runs(backends: list[str]) -> list[tuple[OpCase, str]]:
-    """Each case with the backend that it is measured with: every one with the first, a few with the others after that.
-
-    Last: a kernel that breaks the device must not take the others' rows with it.
-    """
-    cases = operator_cases()
-    runs = [(case, backends[0]) for case in cases]
-    return runs + [(case, other) for other in backends[1:] for case in cases if case.shape in _TRITON_SHAPES]
-
-
-def operators(run: Run, seconds: float, backends: list[str]) -> None:
-    """Every case while `seconds` last; the rest is named as left out."""
-    stop, runs = time.monotonic() + seconds, operator_runs(backends)
-    found = run.document["peaks"]
-    for index, (case, backend) in enumerate(runs):
-        if time.monotonic() > stop:
-            left = [f"{c.label} {c.dtype} {c.layout} {b}" for c, b in runs[index:]]
-            run.note("operators_left_out", left)
-            return
-        _case(run, case, found, backend, peers=backend == backends[0])
-
-
-# ---- whole models -------------------------------------------------------------------------------------------------
-
-_MODELS = [("1536/20@224", 32), ("256/8@32", 256), ("768/32@224", 32)]
-
-
-def models(run: Run, backends: list[str]) -> None:
-    """Forward and training step of the three published models in bfloat16, in both layouts, ours by backend and eager."""
-    for name, batch in _MODELS:
-        case = model_cases.CASES[name]
-        generator = torch.Generator("cuda").manual_seed(0)
-        size = (batch, 3, case.image_size, case.image_size)
-        images = torch.randn(size, generator=generator, device="cuda")
-        reference_model = _reference_model(case, images[:8])
-        own = model_cases.ours_like(case, reference_model)
-        problems = {backend: _model_wrong(reference_model, own, images[:4], backend) for backend in backends}
-        for layout, memory_format in LAYOUTS.items():
-            for training in (False, True):
-                for backend in (*backends, None):
-                    implementation = f"eager {layout}" if backend is None else implementation_name(backend)
-                    if run.left() < 12:
-                        run.note("models_left_out", f"from {name} {layout} {implementation} on")
-                        return
-                    mode, problem = "train" if training else "eval", problems.get(backend)
-                    row = {"case": f"model {name} {mode} batch {batch}", "dtype": "bfloat16", "layout": layout}
-                    row |= {"implementation": implementation, "ok": problem is None}
-                    if problem is not None:
-                        run.row({**row, "error": problem})
-                        continue
-                    model = reference_model if backend is None else own
-                    model.to(memory_format=memory_format)
-                    with _using(backend):
-                        run.row({**row, **_model_row(model, images, memory_format, training)})
-        del reference_model, own
-        torch.cuda.empty_cache()
-
-
-def _using(backend: str | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if backend is None else convmixer_kernels.use_backend(backend)
-
-
-def _reference_model(case: model_cases.Case, images: Tensor) -> torch.nn.Sequential:
-    """random_reference's weights, made on the GPU: on the CPU the largest model alone would take a minute."""
-    with torch.device("cuda"):
-        model = model_cases.random_reference(case, images)
-    return model.to("cuda", torch.bfloat16)
-
-
-def _model_wrong(eager_model: torch.nn.Module, own: torch.nn.Module, images: Tensor, backend: str) -> str | None:
-    images = images.bfloat16()
-    with torch.no_grad():
-        theirs = eager_model.eval()(images)
-        try:
-            with _using(backend):
-                mine = own.eval()(images)
-        except _failures() as error:
-            return str(error).splitlines()[0][:300]
-        exact = eager_model.double()(images.double())
-        eager_model.bfloat16()
-    error, allowed = relative_error(mine, exact), relative_error(theirs, exact)
-    if within_twice_eager(error, allowed, torch.bfloat16):
-        return None
-    return f"output: relative error {error:.2e}, eager's {allowed:.2e}"
-
-
-def _model_row(model: torch.nn.Module, images: Tensor, memory_format: torch.memory_format, training: bool) -> dict:
-    images = images.bfloat16().to(memory_format=memory_format)
-    model.train(training)
-
-    def call(i: int) -> None:
-        if training:
-            model.zero_grad(set_to_none=True)
-            model(images).float().square().mean().backward()
-        else:
-            with torch.no_grad():
-                model(images)
-
-    try:
-        torch.cuda.reset_peak_memory_stats()
-        timing = measure(call, 0.6, capture=not training)
-    except _failures() as error:
-        torch.cuda.synchronize()
-        return {"error": str(error).splitlines()[0][:200]}
-    peak = torch.cuda.max_memory_allocated()
-    return {**timing, "images_per_s": 1e6 * images.shape[0] / timing["median_us"], "peak_bytes": peak}
 
 
 # ---- for compute-sanitizer ------------------------------------------------------------------------------------------

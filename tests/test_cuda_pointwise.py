@@ -136,6 +136,23 @@ def test_wgmma(case, wgmma):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("processors", [1, 2])
+@pytest.mark.parametrize("steps", [4, 5, 6, 12, 26])
+def test_wgmma_groups_take_turns(steps, processors, memory_format, wgmma, monkeypatch):
+    """Both warp groups have several tiles, of more stages than there are: no group takes the other's stage for its own."""
+    monkeypatch.setenv("EMU_PROCESSORS", str(processors))
+    # on a GPU more than two tiles a multiprocessor, as here
+    images, size = (5, (8, 16)) if wgmma == "cpu" else (40, (32, 32))
+    x, weight, bias, norm = _inputs((images, 64 * steps, *size), 256, torch.bfloat16, memory_format, wgmma)
+    wide = Norm(*(t.double() for t in norm[:4]), norm.eps)
+    exact = reference.pointwise_eval(x.double(), weight.double(), bias.double(), "gelu", wide)
+    for order in ("0", "1"):
+        monkeypatch.setenv("EMU_ORDER", order)
+        y = cuda.pointwise_eval(x, weight, bias, "gelu", norm)
+        assert relative_error(y, exact) < 2**-8
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
     """Both add 16 products at a time to a float32 sum: they differ by the rounding of those sums alone."""
     x, weight, bias, norm = _inputs((5, 136, 8, 16), 200, torch.bfloat16, memory_format, wgmma)

@@ -200,22 +200,15 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   const int to_clear = static_cast<int>(reinterpret_cast<unsigned char*>(pieces) - shared);
   for (int i = 16 * threadIdx.x; i < to_clear; i += 16 * 32 * kContiguousWarps)
     store16(shared + i, make_uint4(0, 0, 0, 0));
-  build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
   list_pieces<SINGLE>(plan, pieces);
   // read where it is used: it would take registers from the main loop
   SHARED_ARRAY(Affine, affine_of_channel, 1);
   const Affine& affine = affine_of_channel[0];
-  if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
   // where this lane's pairs of row g go in the strip: tile j at 16 j, but tile 0 of SINGLE is split over both edges
   uint32_t* const strip_pair = reinterpret_cast<uint32_t*>(strip_out + g * Strip::pitch + 4 * t + (SINGLE ? -8 : 8));
   uint32_t* const strip_pair0 = strip_pair + (SINGLE && t < 2 ? 4 * NT : 0);
+  // the tiles are clear: copies may land
   __syncthreads();
-
-  uint32_t fixed[KH > 0 ? KH : 1][2 * S];
-  if constexpr (KH > 0) {
-#pragma unroll
-    for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
-  }
 
   // where every item is alike: the byte at which its first plane starts
   const auto first_plane = [&](int item) { return item * plan.item_step + c * plan.plane_step; };
@@ -248,6 +241,16 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   };
 
   for (int s = 0; s < kStages - 1; ++s) copy(split + s * plan.splits, s);
+  // while the first copies are on their way
+  build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
+  if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
+  __syncthreads();
+  uint32_t fixed[KH > 0 ? KH : 1][2 * S];
+  if constexpr (KH > 0) {
+#pragma unroll
+    for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
+  }
+
   Moments moments = {0.f, 0.f, 0.f};
   uint32_t trace = 0;
   int stage = 0;

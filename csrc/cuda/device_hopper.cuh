@@ -36,13 +36,14 @@ __device__ __forceinline__ void barrier_arrive(Barrier* b) {
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(smem_u32(b)), "r"(bytes) : "memory");
 }
-// Returns when the phase of this parity has ended; a fresh barrier counts as past phase 1.
-__device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t parity) {
+// Returns when phase number `phase` of the barrier has ended: the first is 0, and -1 ended before. The hardware knows
+// its parity alone, so the caller must know that no later phase has ended and that the one before has.
+__device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t phase) {
   uint32_t done;
   do {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
                  : "=r"(done)
-                 : "r"(smem_u32(b)), "r"(parity)
+                 : "r"(smem_u32(b)), "r"(phase & 1)
                  : "memory");
   } while (done == 0);
 }

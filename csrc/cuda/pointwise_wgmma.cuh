@@ -4,7 +4,8 @@
 // emulated, the instructions have never run.
 // A persistent block a multiprocessor: one thread keeps four stages of 128 x 64 values of either operand on their way;
 // two warp groups take the block's 128 x 128 tiles in turns, so that the epilogue of one runs beside the other's
-// products. A stage is K-contiguous, [row][64 values], but for x of a contiguous tensor: two boxes of [64 values][64
+// products. A group's main loop waits for its turn: a stage's barrier tells phases apart by parity alone, and without
+// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a contiguous tensor: two boxes of [64 values][64
 // pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
 // Bound: the tensor core, 64 cycles an m64n128k16, for which shared memory gives 6 KB in 48. By the SASS a stage is 65
 // instructions of a warp, 8 of them HGMMA.64x128x16; 168 registers, after setmaxnreg 232 and 40, no spills, 217 KB.
@@ -28,7 +29,7 @@ template <bool LAST>
 struct HopperShared {
   unsigned char a[kHopperStages][kOperandBytes], b[kHopperStages][kOperandBytes];
   Epilogue<HopperWarps<LAST>> epilogue[kHopperGroups];
-  Barrier full[kHopperStages], empty[kHopperStages];
+  Barrier full[kHopperStages], empty[kHopperStages], turn[kHopperGroups];
 };
 
 // The compiler aligns shared memory to less than the 1024 bytes that swizzled operands need.
@@ -51,7 +52,7 @@ __device__ __forceinline__ void copy_tiles(const Args& p, const TensorMap& map_a
     for (int step = 0; step < steps; ++step, ++n) {
       const uint32_t stage = n % kHopperStages;
       const int k = step * kHopperDepth;
-      barrier_wait(&shared.empty[stage], n / kHopperStages % 2 ^ 1);
+      barrier_wait(&shared.empty[stage], n / kHopperStages - 1);
       barrier_arrive_expect(&shared.full[stage], 2 * kOperandBytes);
       tma_load(shared.a[stage], map_a, &shared.full[stage], k, row, 0);
       if constexpr (LAST) {
@@ -68,19 +69,24 @@ __device__ __forceinline__ void copy_tiles(const Args& p, const TensorMap& map_a
   }
 }
 
-// The products of one tile, whose stages begin with number n of the block.
+// The products of one tile, number `tile` of the block, in the order of tiles.
 template <class T, bool LAST>
-__device__ __forceinline__ void multiply_tile(HopperShared<LAST>& shared, WarpTile<HopperWarps<LAST>>& acc, uint32_t n,
-                                              int steps) {
+__device__ __forceinline__ void multiply_tile(HopperShared<LAST>& shared, WarpTile<HopperWarps<LAST>>& acc,
+                                              uint32_t tile, int steps) {
   const bool signals = threadIdx.x % 32 == 0;
+  uint32_t n = tile * steps;  // its first stage, of all of the block's
   // descriptions of the first stage; an address counts in 16 bytes
   const uint64_t rows = wgmma_operand(shared.a[0], 16, 1024);
   const uint64_t columns = wgmma_operand(shared.b[0], LAST ? 16 : kOperandBytes / 2, 1024);
   acc.each([](float, int) { return 0.f; });
+  // the group before has seen all of its stages full; group 0's first turn needs nobody's leave
+  const uint32_t group = tile % kHopperGroups, round = tile / kHopperGroups;
+  barrier_wait(&shared.turn[group], group == 0 ? round - 1 : round);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ++n) {
     const uint32_t stage = n % kHopperStages;
-    barrier_wait(&shared.full[stage], n / kHopperStages % 2);
+    barrier_wait(&shared.full[stage], n / kHopperStages);
+    __syncwarp();
     const uint64_t a = rows + stage * (kOperandBytes / 16), b = columns + stage * (kOperandBytes / 16);
     wgmma_fence();
 #pragma unroll
@@ -93,6 +99,7 @@ __device__ __forceinline__ void multiply_tile(HopperShared<LAST>& shared, WarpTi
     wgmma_wait<1>();
     if (signals && step > 0) barrier_arrive(&shared.empty[(n - 1) % kHopperStages]);
   }
+  if (threadIdx.x % 128 == 0) barrier_arrive(&shared.turn[(group + 1) % kHopperGroups]);
   wgmma_wait<0>();
   if (signals) barrier_arrive(&shared.empty[(n - 1) % kHopperStages]);
 #pragma unroll
@@ -113,6 +120,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       barrier_init(&shared.full[s], 1);
       barrier_init(&shared.empty[s], 4);
     }
+    for (int g = 0; g < kHopperGroups; ++g) barrier_init(&shared.turn[g], 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -130,7 +138,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   uint32_t turn = group;
   for (int64_t i = blockIdx.x + static_cast<int64_t>(group) * gridDim.x; i < p.pixel_tiles * p.channel_tiles;
        i += int64_t(kHopperGroups) * gridDim.x, turn += kHopperGroups) {
-    multiply_tile<T, LAST>(shared, acc, turn * steps, steps);
+    multiply_tile<T, LAST>(shared, acc, turn, steps);
     const auto sync = [group] { named_barrier(1 + group, 128); };
     finish_tile<T>(p, locate_tile(p, i), acc, shared.epilogue[group], threadIdx.x % 128, sync);
   }

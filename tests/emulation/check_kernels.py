@@ -131,7 +131,8 @@ def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
 
 
 def _pointwise_wgmma(last: bool) -> None:
-    """More stages than there are, tiles for both warp groups, a last tile of one image."""
+    """More stages than there are, several tiles for both warp groups, a last tile of one image."""
+    os.environ["EMU_PROCESSORS"] = "1"
     cuda._merged = _merge_in_torch
     gemm.forced_gemm = lambda: "wgmma"
     for shape, c_out in (((5, 72, 8, 8), 136), ((1, 456, 8, 8), 24)):

@@ -396,7 +396,9 @@ static inline unsigned __ballot_sync(uint32_t m, int p, int site = __builtin_LIN
 static inline int __any_sync(uint32_t m, int p, int site = __builtin_LINE()) { return __ballot_sync(m, p, site) != 0; }
 static inline int __all_sync(uint32_t m, int p, int site = __builtin_LINE()) { return __ballot_sync(m, !p, site) == 0; }
 template <class K> inline cudaError_t ask_for_dynamic_shared(K, size_t bytes) { emu::asked = bytes; return bytes <= 232448 ? cudaSuccess : cudaErrorInvalidValue; }
-inline int multiprocessor_count() { return 2; }
+inline int multiprocessor_count() {                        // EMU_PROCESSORS
+  const char* n = std::getenv("EMU_PROCESSORS"); return n ? std::atoi(n) : 2;
+}
 inline int64_t most_shared_of_block() {                    // EMU_BLOCK_SHARED_KB: of another GPU than an H100
   const char* kb = std::getenv("EMU_BLOCK_SHARED_KB"); return (kb ? std::atoi(kb) : 227) * 1024;
 }

@@ -4,6 +4,8 @@
 //   * a box lands when a thread waits for its barrier (EMU_ORDER = 0) or at once (else), products are made when their
 //     group is awaited: a missing wait leaves NaN, and a stage that is released too early changes before it is read
 //   * waiting threads that nothing can wake are a deadlock, and throw
+//   * a wait names the number of the phase that it waits for, where the hardware compares parities: it throws where the
+//     barrier is not in that phase or just past it, because there the parity would tell the wrong thing
 #pragma once
 #include "cuda_emu.h"
 
@@ -42,6 +44,7 @@ struct EmuBlock {
   int64_t launch = -1, block = -1;
   std::vector<EmuBox> boxes;
   std::map<int, std::pair<int, int>> named;  // arrived, generation
+  std::map<const void*, uint32_t> ended;     // phases of a barrier
   std::vector<std::vector<std::vector<EmuProduct>>> groups;
   std::vector<std::vector<EmuProduct>> open;
 };
@@ -66,7 +69,10 @@ inline char* emu_swizzled(uint32_t address) { return emu::G.dyn + (address ^ ((a
 
 inline EmuBarrier* emu_barrier(Barrier* b) { return reinterpret_cast<EmuBarrier*>(b); }
 inline void emu_turn(EmuBarrier* b) {
-  if (b->pending == 0 && b->bytes == 0) b->phase ^= 1, b->pending = uint8_t(b->arrivals);
+  if (b->pending == 0 && b->bytes == 0) {
+    b->phase ^= 1, b->pending = uint8_t(b->arrivals);
+    ++emu_block().ended[b];
+  }
   ++emu::G.progress;
 }
 inline void barrier_init(Barrier* b, int arrivals) { *emu_barrier(b) = {uint16_t(arrivals), uint8_t(arrivals), 0, 0}; }
@@ -96,7 +102,7 @@ inline void emu_land(const EmuBox& x) {
   b->bytes -= m.rows * 128;
   emu_turn(b);
 }
-inline void barrier_wait(Barrier* at, uint32_t parity) {
+inline void barrier_wait(Barrier* at, uint32_t phase) {
   EmuBarrier* b = emu_barrier(at);
   if (b->arrivals > 255) emu::fail("barrier is not initialised");
   for (;;) {
@@ -108,7 +114,9 @@ inline void barrier_wait(Barrier* at, uint32_t parity) {
         emu_land(box);
       } else
         ++i;
-    if (b->phase != parity) break;
+    const uint32_t ahead = emu_block().ended[b] - phase;
+    if (ahead > 1) emu::fail("barrier_wait: parity cannot tell this phase from another");
+    if (ahead == 1) break;
     emu::spin();
   }
   ++emu::G.progress;

@@ -337,11 +337,11 @@ MUTATIONS = [
     # pointwise with wgmma
     Mutation(
         "wgmma: copies not awaited", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "barrier_wait(&shared.full[stage], n / kHopperStages % 2);", "",
+        "barrier_wait(&shared.full[stage], n / kHopperStages);", "",
     ),
     Mutation(
         "wgmma: phases of a free stage", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "n / kHopperStages % 2 ^ 1", "n / kHopperStages % 2",
+        "n / kHopperStages - 1", "n / kHopperStages",
     ),
     Mutation(
         "wgmma: a stage released before it is read", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
@@ -370,6 +370,14 @@ MUTATIONS = [
     Mutation(
         "wgmma: groups out of turn", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
         "turn += kHopperGroups)", "++turn)",
+    ),
+    Mutation(
+        "wgmma: no turns", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "barrier_wait(&shared.turn[group], group == 0 ? round - 1 : round);", "",
+    ),
+    Mutation(
+        "wgmma: a turn taken twice", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
+        "group == 0 ? round - 1 : round", "round - 1",
     ),
     Mutation(
         "wgmma: one barrier for both groups", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",

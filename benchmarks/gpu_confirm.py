@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu_confirm: what a whole model does on this machine's GPU, beside how fast its kernels are.
+"""What a whole model does on a GPU, beside how fast its kernels are: `python -m benchmarks.gpu --only confirm`.
 
 Bitwise determinism, no host synchronisation, CUDA graphs of a forward pass and of a training step with its optimizer,
 torch.compile(mode="reduce-overhead"), peak memory of a training step beside eager PyTorch, and 500 steps of training beside
-eager PyTorch. Writes benchmarks/results/<gpu>-confirm.json after every one.
+eager PyTorch.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import accuracy, environment
+from benchmarks import accuracy
 from benchmarks import models as model_cases
-from benchmarks.gpu import ROOT, Run
 
 SMALL, LARGE = "256/8@32", "1536/20@224"
 _BATCH, _LARGE_BATCH = 64, 64
@@ -33,44 +28,12 @@ _RUNS, _REPLAYS, _STEPS = 20, 3, 500
 _PATTERN = 0.25
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 everything is as it should be, 1 something is not, 2 there is no GPU."""
-    what = (__doc__ or "").split(": ", 1)[1].split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_confirm", description=what)
-    parser.add_argument("--only", nargs="+", choices=CONFIRMATIONS, default=list(CONFIRMATIONS), metavar="NAME")
-    parser.add_argument("--output", type=Path, help="the JSON file (benchmarks/results/<gpu>-confirm.json)")
-    parser.epilog = f"names: {', '.join(CONFIRMATIONS)}"
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu_confirm: torch.cuda.is_available() is False: no GPU", file=sys.stderr)
-        return 2
-    # for torch's deterministic algorithms; cuBLAS reads it when its handle is made
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    run = Run(options.output or ROOT / "benchmarks" / "results" / f"{slug}-confirm.json", float("inf"))
-    run.note("kind", "confirm")
-    run.note("environment", environment.describe(torch.device("cuda"), None))
-    return confirm(run, {name: CONFIRMATIONS[name] for name in options.only})
-
-
-def confirm(run: Run, chosen: dict[str, Callable[[], dict[str, object]]]) -> int:
-    """Run `chosen`, write down what each found; 1 where one is not as it should be or raised, else 0."""
-    status = 0
-    for name, confirmation in chosen.items():
-        try:
-            found = confirmation()
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
-            # the others are still worth knowing, on a machine that may be lent for minutes
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:500]}
-        run.note(name, found)
-        status |= not found["ok"]
-        figures = ", ".join(f"{key} {value}" for key, value in found.items() if key != "ok" and _is_short(value))
-        print(f"{name:<22}{'ok' if found['ok'] else 'NOT OK':<8}{figures}", flush=True)
-    return int(status)
-
-
-def _is_short(value: object) -> bool:
-    return not isinstance(value, list) or len(value) <= 6
+def outcome(name: str) -> dict[str, object]:
+    """What a confirmation found; an error is a finding too, that the others need not share."""
+    try:
+        return CONFIRMATIONS[name]()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:500]}
 
 
 # ---- models and steps ---------------------------------------------------------------------------------------------
@@ -364,7 +327,3 @@ CONFIRMATIONS: dict[str, Callable[[], dict[str, object]]] = {
         reduce_overhead,
     )
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

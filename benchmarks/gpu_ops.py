@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from benchmarks.gpu import Run
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_SECONDS_PER_ROW = 0.35
+_SECONDS_PER_ROW = 0.2
 _CHECKED_CHANNELS = 8
 BACKENDS = {"cuda": cuda, "triton": triton}
 
@@ -557,4 +557,32 @@ def sanitizer_workload() -> int:
                 needs = (False, False, True)
                 cuda.pointwise_backward(dy, a, x, t.pointwise, t.bias, "gelu", t.norm, t.sums, needs)
     torch.cuda.synchronize()
+    return 0
+
+
+# ---- for Nsight Compute ---------------------------------------------------------------------------------------------
+
+
+def profile_workload() -> int:
+    """One launch of each headline kernel between cudaProfilerStart and -Stop, at full size, after a warm one."""
+    big, near, last = (64, 1536, 32, 32), "contiguous", "channels_last"
+    depthwise = ("depthwise_eval", "depthwise_train", "depthwise_input_grad", "depthwise_weight_grad")
+    cases = [OpCase(op, big, 9, torch.bfloat16, near) for op in depthwise]
+    cases += [OpCase(op, big, 9, torch.bfloat16, last) for op in depthwise if op != "depthwise_train"]
+    cases += [OpCase("depthwise_eval", (32, 1536, 32, 32), 9, torch.float32, near)]
+    cases += [OpCase("depthwise_eval", (64, 768, 17, 17), 9, torch.bfloat16, near)]
+    cases += [OpCase("pointwise_eval", big, 9, torch.bfloat16, near)]
+    cases += [OpCase("pointwise_eval", (64, 256, 32, 32), 9, torch.bfloat16, near)]
+    for case in cases:
+        tensors = Tensors(case, sets=1)
+        for gemm in ("fused", "wgmma") if case.op == "pointwise_eval" else (None,):
+            with torch.no_grad(), forcing(gemm):
+                ours(case.op, cuda, tensors)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                ours(case.op, cuda, tensors)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+        del tensors
+        torch.cuda.empty_cache()
     return 0

@@ -520,6 +520,27 @@ def pointwise_train(
         return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
 
 
+def _pointwise_weight_grad(
+    da: Tensor,  # (N, C_out, H, W) contiguous
+    x: Tensor,  # (N, C_in, H, W) contiguous
+    weight: Tensor,  # (C_out, C_in, 1, 1): for its shape and dtype
+) -> Tensor | None:  # as weight
+    """dw by wgmma, in two launches; None where that cannot run."""
+    if not gemm.use_wgmma_weight_grad(x) or da.dtype != x.dtype or (da.data_ptr() | x.data_ptr()) % 16 != 0:
+        return None
+    with _On(x) as stream:
+        arguments = (*_shape(x), da.shape[1])
+        size = _size("pointwise_weight_grad_workspace", x.get_device(), *arguments)
+        if size == 0:
+            return None
+        workspace = x.new_empty(size, dtype=torch.uint8)
+        dw = weight.new_empty(weight.shape)
+        _native().module.pointwise_weight_grad(
+            *arguments, da.data_ptr(), x.data_ptr(), *_param(dw), workspace.data_ptr(), stream
+        )
+    return dw
+
+
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
@@ -552,5 +573,9 @@ def pointwise_backward(
     # a tensor of one channel is contiguous in both formats: the others decide
     rows = gemm.is_rows(da, x)
     dx = gemm.input_grad(da, weight, rows) if needs[0] else None
-    dw = gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype) if needs[1] else None
+    dw = None
+    if needs[1]:
+        dw = None if rows else _pointwise_weight_grad(da, x, weight)
+        if dw is None:
+            dw = gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype)
     return dx, dw, db

@@ -99,6 +99,15 @@ def use_fused(
     return x.shape[1] <= most_fused_channels(_capability(x.get_device()), narrow, passes)
 
 
+def use_wgmma_weight_grad(
+    x: Tensor,  # (N, C_in, H, W) contiguous
+) -> bool:
+    """Whether the weight gradient is ours (csrc/cuda/pointwise_weight_grad.cu) where GPU, shape and build allow it."""
+    forced = forced_gemm()
+    # emulated (for tests): only where asked
+    return x.dtype != torch.float32 and forced != "torch" and (x.is_cuda or forced == "wgmma")
+
+
 #: Cycles of a multiprocessor for a tile of the one-kernel layer, beside its products at mma.sync's rate: the depthwise part
 #: for an input channel (shared memory), the epilogue for an output channel (issue); docs/one-kernel-layer.md counts them.
 _TILE_PIXELS = 256

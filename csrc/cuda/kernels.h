@@ -159,6 +159,22 @@ struct PointwiseForward {
 int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper);
 int pointwise_forward(const PointwiseForward& p, void* stream);
 
+// ---- pointwise_weight_grad.cu -------------------------------------------------------------------------------------
+// dw (C_out, C_in, 1, 1) in dw_dtype = sum over images and pixels of da x, by wgmma: products, then one ordered sum.
+// Contiguous 16-bit tensors of the same dtype at multiples of 16 bytes, H * W a multiple of 64, on a GPU with sm_90a's
+// code in this build: elsewhere the size of the workspace is 0. It depends on the device.
+struct PointwiseWeightGrad {
+  Shape shape;  // x's
+  int64_t c_out;
+  const void* da;  // (N, C_out, H, W)
+  const void* x;
+  void* dw;
+  int dw_dtype;
+  void* workspace;
+};
+int64_t pointwise_weight_grad_workspace(const Shape& shape, int64_t c_out);
+int pointwise_weight_grad(const PointwiseWeightGrad& p, void* stream);
+
 // ---- mixer.cu -----------------------------------------------------------------------------------------------------
 // depthwise_forward and pointwise_forward in one launch, in eval, for narrow networks; false where it cannot run, by
 // the device too. The tiles of pixels are its blocks.

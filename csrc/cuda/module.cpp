@@ -174,6 +174,13 @@ void pointwise_grad_prologue(SHAPE, Address dy, Address a, int activation, NORM,
   check("pointwise_grad_prologue", cm::pointwise_grad_prologue(p, pointer(stream)));
 }
 
+void pointwise_weight_grad(SHAPE, int64_t c_out, Address da, Address x, Address dw, int dw_dtype, Address workspace,
+                           Address stream) {
+  const cm::PointwiseWeightGrad p{SHAPE_VALUE, c_out,    pointer(da),       pointer(x),
+                                  pointer(dw), dw_dtype, pointer(workspace)};
+  check("pointwise_weight_grad", cm::pointwise_weight_grad(p, pointer(stream)));
+}
+
 // (GPUs, error text or "")
 py::tuple device_count() {
   int count = 0;
@@ -203,6 +210,7 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("mixer_tiles", [](SHAPE) { return cm::mixer_tiles(SHAPE_VALUE); });
   m.def("pointwise_epilogue", &pointwise_epilogue);
   m.def("pointwise_grad_prologue", &pointwise_grad_prologue);
+  m.def("pointwise_weight_grad", &pointwise_weight_grad);
 
   // sizes of scratch memory: partials a channel, or bytes
   m.def("depthwise_forward_partials",
@@ -215,4 +223,6 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   });
   m.def("pointwise_epilogue_partials", [](SHAPE) { return cm::pointwise_epilogue_partials(SHAPE_VALUE); });
   m.def("pointwise_grad_prologue_workspace", [](SHAPE) { return cm::pointwise_grad_prologue_workspace(SHAPE_VALUE); });
+  m.def("pointwise_weight_grad_workspace",
+        [](SHAPE, int64_t c_out) { return cm::pointwise_weight_grad_workspace(SHAPE_VALUE, c_out); });
 }

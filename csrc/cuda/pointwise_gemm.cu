@@ -70,7 +70,7 @@ int launch_wgmma(const Args& p, const Shape& s, void* stream) {
                                  {2 * p.plane, 2 * p.plane * p.c_in}, pointwise::kHopperDepth);
   if (error != cudaSuccess) return error;
   constexpr auto kernel = pointwise::wgmma_kernel<T, LAST>;
-  constexpr int kShared = pointwise::hopper_shared_bytes<LAST>();
+  constexpr int kShared = pointwise::hopper_shared_bytes<pointwise::HopperShared<LAST>>();
   error = set_dynamic_shared(kernel, kShared);
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>(p.pixel_tiles * p.channel_tiles, multiprocessor_count());

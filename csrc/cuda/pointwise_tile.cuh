@@ -34,11 +34,15 @@ struct Tile {
   int64_t channel, pixel;  // in tiles
 };
 
+template <int GROUP>
+__device__ __forceinline__ Tile locate_tile(int64_t channel_tiles, int64_t pixel_tiles, int64_t index) {
+  const int64_t per_group = GROUP * pixel_tiles, group = index / per_group;
+  const int64_t rest = index - group * per_group, left = channel_tiles - group * GROUP;
+  const int64_t width = left < GROUP ? left : GROUP, pixel = rest / width;
+  return {group * GROUP + (rest - pixel * width), pixel};
+}
 __device__ __forceinline__ Tile locate_tile(const Args& p, int64_t index) {
-  const int64_t per_group = kGroup * p.pixel_tiles, group = index / per_group;
-  const int64_t rest = index - group * per_group, left = p.channel_tiles - group * kGroup;
-  const int64_t width = left < kGroup ? left : kGroup, pixel = rest / width;
-  return {group * kGroup + (rest - pixel * width), pixel};
+  return locate_tile<kGroup>(p.channel_tiles, p.pixel_tiles, index);
 }
 
 // Of a contiguous tensor: where the plane's pixel lies in channel 0 of its image.

@@ -332,7 +332,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gemm: tiles of the last group of channels", "pointwise_tile.cuh", "pointwise_gemm", "pointwise_forward_bfloat16",
-        "left < kGroup ? left : kGroup", "kGroup",
+        "left < GROUP ? left : GROUP", "GROUP",
     ),
     # pointwise with wgmma
     Mutation(

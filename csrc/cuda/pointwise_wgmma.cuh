@@ -5,8 +5,9 @@
 // A persistent block a multiprocessor: one thread keeps four stages of 128 x 64 values of either operand on their way;
 // two warp groups take the block's 128 x 128 tiles in turns, so that the epilogue of one runs beside the other's
 // products. A group's main loop waits for its turn: a stage's barrier tells phases apart by parity alone, and without
-// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a contiguous tensor: two boxes of [64 values][64
-// pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
+// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a
+// contiguous tensor: two boxes of [64 values][64 pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
+// The weight gradient (pointwise_weight_grad.cu) is the same pipeline with other items.
 // Bound: the tensor core, 64 cycles an m64n128k16, for which shared memory gives 6 KB in 48. By the SASS a stage is 65
 // instructions of a warp, 8 of them HGMMA.64x128x16; 168 registers, after setmaxnreg 232 and 40, no spills, 217 KB.
 #pragma once
@@ -77,7 +78,7 @@ __device__ __forceinline__ void multiply_item(HopperStages<STAGES>& shared, ACC&
   const uint64_t rows = wgmma_operand(shared.a[0], 16, 1024);
   const uint64_t columns = wgmma_operand(shared.b[0], TRANSPOSED_B ? kOperandBytes / 2 : 16, 1024);
   acc.each([](float, int) { return 0.f; });
-  // the group before has seen all of its stages full; group 0's first turn needs nobody's leave
+  // all warps of the group before have seen all of their stages full; group 0's first turn needs nobody's leave
   barrier_wait(&shared.turn[group], group == 0 ? round - 1 : round);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ++n) {
@@ -97,7 +98,7 @@ __device__ __forceinline__ void multiply_item(HopperStages<STAGES>& shared, ACC&
     wgmma_wait<1>();
     if (signals && step > 0) barrier_arrive(&shared.empty[(n - 1) % STAGES]);
   }
-  if (threadIdx.x % 128 == 0) barrier_arrive(&shared.turn[(group + 1) % kHopperGroups]);
+  if (signals) barrier_arrive(&shared.turn[(group + 1) % kHopperGroups]);
   wgmma_wait<0>();
   if (signals) barrier_arrive(&shared.empty[(n - 1) % STAGES]);
 #pragma unroll
@@ -114,7 +115,7 @@ __device__ __forceinline__ void run_items(const WORK& work, const TensorMap& map
       barrier_init(&shared.full[s], 1);
       barrier_init(&shared.empty[s], 4);
     }
-    for (int g = 0; g < kHopperGroups; ++g) barrier_init(&shared.turn[g], 1);
+    for (int g = 0; g < kHopperGroups; ++g) barrier_init(&shared.turn[g], 4);
     barrier_init_fence();
   }
   __syncthreads();

@@ -145,6 +145,25 @@ def _pointwise_wgmma(last: bool) -> None:
         _compare("pointwise_train", torch.bfloat16, x, weight, bias, "gelu", None, None, 0.1)
 
 
+def pointwise_weight_grad() -> None:
+    """Whole tiles and parts of K, of fewer stages than there are and of more, which begin and end inside of images."""
+    gemm.forced_gemm = lambda: "wgmma"
+    for processors, shape, c_out in (
+        ("8", (5, 132, 8, 24), 520),  # a tile each, and two left over in four parts
+        ("3", (5, 39, 8, 24), 520),  # three items a block, of 15 stages and of 5
+        ("7", (5, 39, 8, 24), 24),  # one tile in seven parts
+        ("3", (1, 8, 8, 8), 8),
+    ):
+        os.environ["EMU_PROCESSORS"] = processors
+        cuda._size.cache_clear()
+        (x,), _, _, _ = _tensors(shape, torch.bfloat16, False, 1)
+        (da,), _, _, _ = _tensors((shape[0], c_out, *shape[2:]), torch.bfloat16, False, 1)
+        mine = cuda._pointwise_weight_grad(da, x, torch.empty(c_out, shape[1], 1, 1))
+        exact = torch.einsum("nohw,nihw->oi", da.double(), x.double())
+        if not (error := relative_error(mine.flatten(1), exact)) < 1e-5:
+            raise Wrong(f"pointwise_weight_grad {shape}: error {error:.2e}")
+
+
 def mixer() -> None:
     """More steps than stages, rows of a second pass, more channels than warps; tiles that end in the image and beside it."""
     gemm.forced_gemm = lambda: "layer"
@@ -251,6 +270,7 @@ CHECKS = {
     "pointwise_epilogue": pointwise_epilogue,
     "pointwise_grad": pointwise_grad,
     "mixer": mixer,
+    "pointwise_weight_grad": pointwise_weight_grad,
     "pointwise_wgmma": lambda: _pointwise_wgmma(False),
     "pointwise_wgmma_channels_last": lambda: _pointwise_wgmma(True),
 }

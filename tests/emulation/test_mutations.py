@@ -337,11 +337,11 @@ MUTATIONS = [
     # pointwise with wgmma
     Mutation(
         "wgmma: copies not awaited", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "barrier_wait(&shared.full[stage], n / kHopperStages);", "",
+        "barrier_wait(&shared.full[stage], n / STAGES);", "",
     ),
     Mutation(
         "wgmma: phases of a free stage", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "n / kHopperStages - 1", "n / kHopperStages",
+        "n / STAGES - 1", "n / STAGES",
     ),
     Mutation(
         "wgmma: a stage released before it is read", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
@@ -357,19 +357,19 @@ MUTATIONS = [
     ),
     Mutation(
         "wgmma: both boxes of one image", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "static_cast<int>(images[h]));", "static_cast<int>(images[0]));",
+        "k, static_cast<int>(images[h]));", "k, static_cast<int>(images[0]));",
     ),
     Mutation(
         "wgmma: step of K in a transposed operand", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "k * (LAST ? 32 : 16 * 128)", "k * 32",
+        "k * (TRANSPOSED_B ? 16 * 128 : 32)", "k * 32",
     ),
     Mutation(
         "wgmma: columns 64 to 127", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma",
-        "LAST ? 16 : kOperandBytes / 2, 1024", "1024, 1024",
+        "TRANSPOSED_B ? kOperandBytes / 2 : 16, 1024", "1024, 1024",
     ),
     Mutation(
         "wgmma: groups out of turn", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
-        "turn += kHopperGroups)", "++turn)",
+        "++round) {", "round += 2) {",
     ),
     Mutation(
         "wgmma: no turns", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
@@ -382,6 +382,75 @@ MUTATIONS = [
     Mutation(
         "wgmma: one barrier for both groups", "pointwise_wgmma.cuh", "pointwise_gemm", "pointwise_wgmma_channels_last",
         "named_barrier(1 + group, 128)", "named_barrier(1, 128)",
+    ),
+    # the weight gradient with wgmma
+    Mutation(
+        "wgmma dw: slots of a tile left over", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "p.whole ? 1 : p.chunks;", "p.whole ? 1 : p.chunks - 1;",
+    ),
+    Mutation(
+        "wgmma dw: the next part's slot", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "slot + k * p.rest * kSlot", "slot + k * kSlot",
+    ),
+    Mutation(
+        "wgmma dw: the tile of a part", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "i - chunk * p.rest);", "i - chunk);",
+    ),
+    Mutation(
+        "wgmma dw: where a part begins", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "chunk * p.steps / p.chunks", "chunk * (p.steps / p.chunks)",
+    ),
+    Mutation(
+        "wgmma dw: K begins anew in each part", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "step = first_step(chunk), image", "step = 0, image",
+    ),
+    Mutation(
+        "wgmma dw: an image's end not noticed", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "if (position == plane) position = 0, ++image;", "",
+    ),
+    Mutation(
+        "wgmma dw: the same image again", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "position = 0, ++image;", "position = 0;",
+    ),
+    Mutation(
+        "wgmma dw: a part begins at its image's first pixel", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "(step - image * per_image) * kHopperDepth, image", "0, image",
+    ),
+    Mutation(
+        "wgmma dw: a part begins in the first image", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "image = step / per_image;", "image = 0;",
+    ),
+    Mutation(
+        "wgmma dw: rows 64 to 127", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "(64 * m + 4 * e)", "(16 * m + 4 * e)",
+    ),
+    Mutation(
+        "wgmma dw: channels of x from those of da", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "position, column, image);", "position, row, image);",
+    ),
+    Mutation(
+        "wgmma dw: another order of tiles in the sum", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "locate_tile<kGradGroup>(p.out_tiles, p.in_tiles, index)", "locate_tile<kGroup>(p.out_tiles, p.in_tiles, index)",
+    ),
+    Mutation(
+        "wgmma dw: results past a row's end", "pointwise_weight_grad.cu", "pointwise_weight_grad", "pointwise_weight_grad",
+        "if (column + e < p.c_in) target", "target",
+    ),
+    Mutation(
+        "wgmma dw: stages of the other group's item", "pointwise_wgmma.cuh", "pointwise_weight_grad", "pointwise_weight_grad",
+        "n += steps + steps_of(i + gridDim.x);", "n += 2 * steps;",
+    ),
+    Mutation(
+        "wgmma dw: the second group begins with the first", "pointwise_wgmma.cuh", "pointwise_weight_grad", "pointwise_weight_grad",
+        "group == 0 ? 0 : steps_of(blockIdx.x);", "0;",
+    ),
+    Mutation(
+        "wgmma dw: no turns", "pointwise_wgmma.cuh", "pointwise_weight_grad", "pointwise_weight_grad",
+        "barrier_wait(&shared.turn[group], group == 0 ? round - 1 : round);", "",
+    ),
+    Mutation(
+        "wgmma dw: the next turn is one's own", "pointwise_wgmma.cuh", "pointwise_weight_grad", "pointwise_weight_grad",
+        "shared.turn[(group + 1) % kHopperGroups]", "shared.turn[group]",
     ),
     # pointwise on FMA units
     Mutation(
@@ -479,6 +548,8 @@ def _stand_ins() -> str:
         "int64_t norm_backward_workspace(const Shape&)",
         "int64_t pointwise_epilogue_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",
+        "int pointwise_weight_grad(const PointwiseWeightGrad&, void*)",
+        "int64_t pointwise_weight_grad_workspace(const Shape&, int64_t)",
     ]
     bodies = {signature: "return 801;" for signature in others}
     for signature, arguments in depthwise.items():

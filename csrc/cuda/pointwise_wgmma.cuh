@@ -5,8 +5,8 @@
 // A persistent block a multiprocessor: one thread keeps four stages of 128 x 64 values of either operand on their way;
 // two warp groups take the block's 128 x 128 tiles in turns, so that the epilogue of one runs beside the other's
 // products. A group's main loop waits for its turn: a stage's barrier tells phases apart by parity alone, and without
-// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a contiguous tensor: two boxes of [64 values][64
-// pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
+// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a
+// contiguous tensor: two boxes of [64 values][64 pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
 // Bound: the tensor core, 64 cycles an m64n128k16, for which shared memory gives 6 KB in 48. By the SASS a stage is 65
 // instructions of a warp, 8 of them HGMMA.64x128x16; 168 registers, after setmaxnreg 232 and 40, no spills, 217 KB.
 #pragma once

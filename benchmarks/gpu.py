@@ -58,8 +58,10 @@ class Run:
 
     def _write(self, line: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # behind a line that a kill cut off begins a new one
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * torn + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.reload()
@@ -366,7 +368,12 @@ def _command(run: Run, command: list[str], limit: float, log: Path, **environmen
     start = time.monotonic()
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(timeout=max(1.0, min(limit, run.left() - 3)))
@@ -499,7 +506,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all right, 1 a test, sanitizer run or result is wrong or broke, 2 there is no GPU."""
     what = __doc__.split(": ", 1)[1].split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=what)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go (gpu-results)", default="gpu-results")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the files go (gpu-results)", default="gpu-results"
+    )
     parser.add_argument("--seconds", type=float, default=540, help="stop after so many (540)")
     parser.add_argument("--only", default=",".join(_DEFAULT_STEPS), help=f"steps, of {','.join(STEPS)}")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="compile into DIR what needs no GPU and no torch")
@@ -587,10 +596,24 @@ def knob_jobs() -> list[Job]:
         for items, carveout in ((8, 100), (4, -1), (16, -1), (16, 100), (32, -1)):
             settings = {"CONVMIXER_ITEMS": str(items), "CONVMIXER_CARVEOUT": str(carveout)}
             jobs.append(_operator_job([op, big, 9, bf16, "contiguous"], "cuda", settings=settings))
-    for op, layout in (("depthwise_weight_grad", "contiguous"), ("depthwise_eval", "channels_last"), ("depthwise_input_grad", "channels_last"), ("pointwise_eval", "contiguous")):
+    for op, layout in (
+        ("depthwise_weight_grad", "contiguous"),
+        ("depthwise_eval", "channels_last"),
+        ("depthwise_input_grad", "channels_last"),
+        ("pointwise_eval", "contiguous"),
+    ):
         jobs.append(_operator_job([op, big, 9, bf16, layout], "cuda", settings={"CONVMIXER_CARVEOUT": "100"}))
-    for shape, items in (((64, 768, 17, 17), 16), ((64, 768, 17, 17), 2), ((256, 768, 7, 7), 2), ((256, 768, 7, 7), 32)):
-        jobs.append(_operator_job(["depthwise_eval", shape, 9, bf16, "contiguous"], "cuda", settings={"CONVMIXER_ITEMS": str(items)}))
+    for shape, items in (
+        ((64, 768, 17, 17), 16),
+        ((64, 768, 17, 17), 2),
+        ((256, 768, 7, 7), 2),
+        ((256, 768, 7, 7), 32),
+    ):
+        jobs.append(
+            _operator_job(
+                ["depthwise_eval", shape, 9, bf16, "contiguous"], "cuda", settings={"CONVMIXER_ITEMS": str(items)}
+            )
+        )
     return jobs
 
 
@@ -675,7 +698,13 @@ def prepare(folder: Path) -> int:
 
         toolkit = nvcc.parent.parent
         output = ROOT / "convmixer_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-        link = [*cxx.split(), "-shared", "-o", str(output), *(str(folder / f"{each.source.stem}.o") for each in objects)]
+        link = [
+            *cxx.split(),
+            "-shared",
+            "-o",
+            str(output),
+            *(str(folder / f"{each.source.stem}.o") for each in objects),
+        ]
         link += [f"-L{path}" for path in (toolkit / "lib64", toolkit / "lib") if path.is_dir()]
         return subprocess.run([*link, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]).returncode
     return 0

@@ -98,7 +98,10 @@ def gpu_markdown(document: Mapping[str, object]) -> str:
     """The table of a JSON of python -m benchmarks.gpu: one row for each case that ran, wrong results named as such."""
     cases: dict[tuple[str, str, str], dict[str, Mapping[str, object]]] = {}
     for row in document["results"]:
-        cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
+        # not what was only checked, nor what was tried with other settings
+        if "settings" not in row and ("median_us" in row or "error" in row):
+            cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
+    cases = {key: found for key, found in cases.items() if any("median_us" in row for row in found.values())}
     # where there was no nvcc the Triton backend alone was measured
     first = "ours" if any("ours" in found for found in cases.values()) else "triton"
     with_triton = first == "ours" and any("triton" in found for found in cases.values())

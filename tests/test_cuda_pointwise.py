@@ -405,19 +405,21 @@ def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
 def test_the_table_chooses():
     # our kernel saves passes over the result, torch's GEMM is the faster product: a limit on C_in
     h100, a100 = (pointwise_gemm.most_fused_channels(c, True, 2) for c in ((9, 0), (8, 0)))
-    assert 256 < h100 < 1536 < a100
+    assert 256 < h100 < 768 < 1536 < a100
     assert pointwise_gemm.most_fused_channels((9, 0), True, 1) == pytest.approx(h100 / 2)
+    # as measured: faster than torch's GEMM and a pass up to the widest of the published models
+    assert pointwise_gemm.most_fused_channels((9, 0), True, 1, wgmma=True) > 1536
     assert pointwise_gemm.most_fused_channels((12, 1), True, 2) == pointwise_gemm.most_fused_channels((12, 0), True, 2)
     for capability, rates in pointwise_gemm._RATES.items():
         for narrow, rate in zip((True, False), rates, strict=True):
-            assert rate.ours < rate.torch
+            assert rate.mma < rate.torch
             # at the limit both are equal: one product more slowly, or one and two passes
             c, size = pointwise_gemm.most_fused_channels(capability, narrow, 2), 2 if narrow else 4
-            assert 2 * c / rate.ours == pytest.approx(2 * c / rate.torch + 2 * size / rate.memory)
+            assert 2 * c / rate.mma == pytest.approx(2 * c / rate.torch + 2 * size / rate.memory)
 
 
 class _OnGpu:
-    """What use_fused asks of a tensor."""
+    """What choose_kernel asks of a tensor."""
 
     is_cuda = True
 
@@ -432,49 +434,81 @@ class _OnGpu:
 
 
 @pytest.mark.parametrize(
-    "x, passes, expected",
+    "x, passes, hopper, expected",
     [
-        (_OnGpu((64, 256, 32, 32)), 2, True),
-        (_OnGpu((64, 1536, 32, 32)), 2, False),
-        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 2, True),
+        (_OnGpu((64, 1536, 32, 32)), 2, True, "wgmma"),
+        (_OnGpu((64, 1536, 32, 32)), 1, True, "wgmma"),
+        (_OnGpu((64, 16384, 32, 32)), 2, True, "torch"),
+        (_OnGpu((64, 256, 32, 32)), 0, True, "torch"),
+        # a build or a shape without sm_90a's instructions
+        (_OnGpu((64, 256, 32, 32)), 2, False, "mma"),
+        (_OnGpu((64, 1536, 32, 32)), 2, False, "torch"),
+        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 2, False, "mma"),
         # torch's GEMM adds the bias of rows: one pass less to save
-        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 1, False),
-        (_OnGpu((64, 256, 32, 32)), 0, False),
+        (_OnGpu((64, 384, 32, 32), memory_format="channels_last"), 1, False, "torch"),
         # operands that are not 16-byte aligned
-        (_OnGpu((64, 256, 7, 7)), 2, False),
-        (_OnGpu((64, 256, 7, 7), memory_format="channels_last"), 2, True),
-        (_OnGpu((64, 250, 8, 8)), 2, False),
-        (_OnGpu((64, 128, 7, 7), torch.float32), 2, True),
-        (_OnGpu((64, 256, 32, 32), torch.float32), 2, False),
+        (_OnGpu((64, 256, 7, 7)), 2, False, "torch"),
+        (_OnGpu((64, 256, 7, 7), memory_format="channels_last"), 2, False, "mma"),
+        (_OnGpu((64, 250, 8, 8)), 2, False, "torch"),
+        (_OnGpu((64, 128, 7, 7), torch.float32), 2, True, "mma"),
+        (_OnGpu((64, 256, 32, 32), torch.float32), 2, True, "torch"),
     ],
 )
-def test_what_the_table_chooses_on_an_h100(x, passes, expected, monkeypatch):
+def test_what_the_table_chooses_on_an_h100(x, passes, hopper, expected, monkeypatch):
     monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
     monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
-    assert pointwise_gemm.use_fused(x, passes) is expected
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert pointwise_gemm.choose_kernel(x, passes, lambda: hopper) == expected
 
 
-def test_where_tf32_is_allowed_torch_takes_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("tf32", True), ("ieee", False), ("none", False)],
+)
+def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
     monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
     monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", setting)
     x = _OnGpu((64, 64, 8, 8), torch.float32)
-    assert pointwise_gemm.use_fused(x, 2)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        assert not pointwise_gemm.use_fused(x, 2)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+    assert pointwise_gemm.takes_tf32(x) is expected
+    assert not pointwise_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
+    assert not pointwise_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
+    assert pointwise_gemm.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
+    """On the CPU without tf32: the three products, in x's memory format."""
+    x, weight, *_ = _inputs((3, 20, 5, 7), 12, torch.float32, memory_format, "cpu")
+    da = _formatted(torch.randn(3, 12, 5, 7), memory_format)
+    rows = pointwise_gemm.is_rows(da, x)
+    expected = [
+        pointwise_gemm.convolution(x, weight, None),
+        pointwise_gemm.input_grad(da, weight, rows),
+        pointwise_gemm.weight_grad(da, x, rows),
+    ]
+    monkeypatch.setattr(pointwise_gemm, "takes_tf32", lambda t: True)
+    assert not pointwise_gemm.adds_bias(x)
+    found = [
+        pointwise_gemm.convolution(x, weight, None),
+        pointwise_gemm.input_grad(da, weight, rows),
+        pointwise_gemm.weight_grad(da, x, rows),
+    ]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert mine.stride() == theirs.stride()
+        assert relative_error(mine, theirs.double()) < 1e-6
 
 
 def test_the_choice_can_be_forced(monkeypatch):
     pointwise_gemm.forced_gemm.cache_clear()
     try:
-        for value, expected in (("fused", True), ("layer", True), ("torch", False), ("auto", False)):
+        choices = (("fused", "mma"), ("layer", "mma"), ("wgmma", "wgmma"), ("torch", "torch"), ("auto", "torch"))
+        for value, expected in choices:
             monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
             pointwise_gemm.forced_gemm.cache_clear()
             # a CPU tensor, as in the emulation: torch's unless asked
-            assert pointwise_gemm.use_fused(torch.empty(1, 8, 8, 8), 2) is expected
+            assert pointwise_gemm.choose_kernel(torch.empty(1, 8, 8, 8), 2, lambda: True) == expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
         pointwise_gemm.forced_gemm.cache_clear()
         message = "CONVMIXER_CUDA_GEMM must be auto, fused, wgmma, torch or layer, got 'cutlass'"

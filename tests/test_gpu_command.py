@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_ops, report
+from benchmarks import gpu, gpu_models, gpu_ops, report
 from convmixer_kernels.backends import cuda, pointwise_gemm, reference, triton
 from convmixer_kernels.testing import relative_error
 
@@ -40,16 +45,70 @@ def test_only_a_clean_summary_is_clean(tool, status, output, clean):
     assert gpu.is_clean(tool, status, output) is clean
 
 
-# ---- without nvcc ----
-
-
 @pytest.fixture
 def run(tmp_path):
-    return gpu.Run(tmp_path / "gpu.json", 100)
+    return gpu.Run(tmp_path / "rows.jsonl", 100)
 
 
 def _saved(run: gpu.Run) -> dict:
-    return json.loads(run.path.read_text())
+    return gpu.Run(run.path).document
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def _faults(*how: str, limit: float = 20) -> list[gpu.Job]:
+    return [{"kind": "fault", "how": each, "limit": 2 if each == "hang" else limit} for each in how]
+
+
+def test_a_job_that_hangs_or_crashes_costs_its_row(run, capfd):
+    gpu.run_jobs(run, "check", _faults("first", "hang", "second", "crash", "raise", "wrong", "last"), 90)
+    document = _saved(run)
+    assert [row["case"] for row in document["results"]] == ["first", "second", "wrong", "last"]
+    broken = {each["job"]: each["error"] for each in document["broken"]}
+    assert broken["fault hang"] == "did not end within 2 s"
+    assert "status -6" in broken["fault crash"]
+    assert "status 1: RuntimeError: CUDA error" in broken["fault raise"]
+    text = gpu.summary(document)
+    for word in ("fault hang", "fault crash", "fault raise", "WRONG wrong"):
+        assert word in text
+    assert "check_left_out" not in document
+
+
+def test_jobs_that_time_does_not_suffice_for_are_named(run, capfd):
+    gpu.run_jobs(run, "check", [*_faults("first"), {"kind": "fault", "how": "hang", "limit": 60}, *_faults("last")], 15)
+    document = _saved(run)
+    assert [row["case"] for row in document["results"]] == ["first"]
+    assert document["check_left_out"] == ["fault hang", "fault last"]
+    assert "check: 2 left out, from fault hang on" in gpu.summary(document)
+
+
+def test_kill_9_loses_at_most_one_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    jobs = [*_faults("first", "second"), {"kind": "fault", "how": "hang", "limit": 60}, *_faults("last")]
+    program = f"from pathlib import Path\nfrom benchmarks import gpu\ngpu.run_jobs(gpu.Run(Path({str(path)!r}), 90), 'check', {jobs!r}, 80)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=gpu.ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") == 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # as if the kill had come while a row was written
+    with open(path, "a") as file:
+        file.write('{"append": "results", "val')
+    assert [row["case"] for row in gpu.Run(path).document["results"]] == ["first", "second"]
+    # and the next run goes on behind it
+    again = gpu.Run(path)
+    again.row({"case": "third", "dtype": "", "layout": "", "implementation": "ours", "ok": True})
+    assert [row["case"] for row in gpu.Run(path).document["results"]] == ["first", "second", "third"]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+    gpu_ops.cuda._native.cache_clear()
+    yield
+    gpu_ops.cuda._native.cache_clear()
 
 
 def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
@@ -58,21 +117,11 @@ def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
     assert "no GPU to measure" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--only", "ops,none"], ["--seconds", "0"], ["--seconds", "nan"]])
+@pytest.mark.parametrize("arguments", [["--only", "tests,none"], ["--seconds", "0"], ["--seconds", "nan"]])
 def test_bad_options_are_told(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(arguments)
     assert arguments[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("hip", "reason"), [(None, "there is no nvcc"), ("6.4", "built for AMD GPUs")])
-def test_without_nvcc_nothing_is_built_and_that_is_no_failure(run, monkeypatch, hip, reason):
-    monkeypatch.setattr(gpu, "_command", lambda *a, **k: pytest.fail("a command was run"))
-    monkeypatch.setattr(torch.version, "hip", hip)
-    # hides nvcc
-    monkeypatch.setenv("CONVMIXER_BUILD_CUDA", "0")
-    assert gpu.build(run)
-    assert reason in _saved(run)["build"]["skipped"]
 
 
 def test_only_backends_that_run_here_are_measured(monkeypatch):
@@ -82,21 +131,53 @@ def test_only_backends_that_run_here_are_measured(monkeypatch):
 
 
 def test_a_sanitizer_without_cuda_kernels_says_so(run):
-    gpu.sanitizer(run, "the native module is not built")
+    gpu.sanitizer(run, 10, "the native module is not built")
     assert _saved(run)["sanitizer"] == {
         "ok": True,
         "skipped": "it checks the CUDA kernels: the native module is not built",
     }
 
 
-def test_the_first_backend_is_measured_everywhere():
-    cases = gpu_ops.operator_cases()
-    assert gpu_ops.operator_runs(["triton"]) == [(case, "triton") for case in cases]
-    both = gpu_ops.operator_runs(["cuda", "triton"])
-    assert both[: len(cases)] == [(case, "cuda") for case in cases]
+def test_the_first_backend_is_measured_everywhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases = [case.to_json() for case in gpu_ops.operator_cases()]
+    for backend in ("cuda", "triton"):
+        jobs = gpu.operator_jobs(backend, wgmma=True)
+        assert [(job["case"], job["backend"], job["peers"]) for job in jobs] == [
+            (case, backend, True) for case in cases
+        ]
+        assert {gemm for job in jobs for gemm in job["gemms"]} == (
+            {None, "fused", "torch", "wgmma", "layer"} if backend == "cuda" else {None}
+        )
+    # a kernel that failed its checks does not take other rows with it
+    assert all("wgmma" not in job["gemms"] for job in gpu.operator_jobs("cuda", wgmma=False))
     # a layer in one kernel is cuda's alone
-    assert {case.op for case, backend in both[len(cases) :]} == set(gpu_ops._PASSES) - {"mixer_eval"}
-    assert {backend for _, backend in both[len(cases) :]} == {"triton"}
+    assert {job["case"][0] for job in gpu.triton_jobs()} == set(gpu_ops._PASSES) - {"mixer_eval"}
+    assert {job["backend"] for job in gpu.triton_jobs()} == {"triton"}
+
+
+def test_every_job_survives_json(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    jobs = gpu.check_jobs(["cuda"]) + gpu.operator_jobs("cuda", True) + gpu.triton_jobs() + gpu.model_jobs(["cuda"])
+    jobs += [*gpu.compile_jobs(), gpu.names_job(), *gpu.confirm_jobs()]
+    assert json.loads(json.dumps(jobs)) == json.loads(json.dumps(jobs, default=str))
+    for job in jobs:
+        assert job["kind"] in gpu._KINDS
+        assert job["limit"] > 0
+    for case in gpu_ops.operator_cases():
+        assert gpu_ops.OpCase.from_json(*json.loads(json.dumps(case.to_json()))) == case
+
+
+def test_wgmma_is_measured_where_its_checks_passed(run):
+    row = {"case": "pointwise_eval", "dtype": "bfloat16", "layout": "contiguous", "implementation": "ours wgmma"}
+    for _ in range(3):
+        assert not gpu._wgmma_is_right(run)
+        run.row({**row, "ok": True})
+    assert gpu._wgmma_is_right(run)
+    run.append("broken", {"job": "operator depthwise_eval", "error": "did not end"})
+    assert gpu._wgmma_is_right(run)
+    run.append("broken", {"job": "operator pointwise_eval wgmma", "error": "did not end"})
+    assert not gpu._wgmma_is_right(run)
 
 
 @pytest.fixture
@@ -108,7 +189,7 @@ def on_the_cpu(monkeypatch):
             super().__init__(case, sets=1, device="cpu")
 
     monkeypatch.setattr(gpu_ops, "Tensors", OnTheCpu)
-    timing = {"median_us": 10.0, "q20_us": 9.0, "q80_us": 11.0, "repeats": 5, "calls": 1}
+    timing = {"median_us": 10.0, "q20_us": 9.0, "q80_us": 11.0, "repeats": 5, "calls": 1, "host_us": 2.0}
 
     def measure(call, *options, **more):
         call(0)
@@ -131,16 +212,16 @@ def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys
     """Rows of triton, eager and in eval a copy, from a machine that has no other backend."""
     pytest.importorskip("triton", reason="triton is not installed")
     case = gpu_ops.OpCase(op, (2, 16, 5, 6), 3, torch.float16, layout)
-    gpu_ops._case(run, case, _PEAKS, "triton", peers=True)
+    run.note("peaks", _PEAKS)
+    gpu_ops.measure_case(run, case, "triton", peers=True)
     rows = {row["implementation"]: row for row in _saved(run)["results"]}
     assert rows["triton"].get("ok"), rows["triton"]
     expected = {"triton", f"eager {layout}"} | ({"clone"} if op == "depthwise_eval" else set())
     assert set(rows) == expected
     run.note("absent", {"cuda": "not built"})
-    gpu.summary(run)
-    printed = capsys.readouterr().out
-    assert "- cuda: not built" in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith(case.label) and " - " in line]
+    text = gpu.summary(run.document)
+    assert "- cuda: not built" in text
+    (line,) = [line for line in text.splitlines() if line.startswith(case.label)]
     # on CPU tensors eager PyTorch lacks some operators in float16
     if "median_us" in rows[f"eager {layout}"]:
         assert line.split()[-1] == "1.0x"
@@ -148,14 +229,26 @@ def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys
 
 def test_a_wrong_result_has_no_time(run, on_the_cpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu_ops, "wrong", lambda *a: "output 0: relative error 1")
-    gpu_ops._case(
-        run, gpu_ops.OpCase("normalize", (2, 4, 5, 6), 3, torch.float32, "contiguous"), _PEAKS, "triton", True
-    )
+    run.note("peaks", _PEAKS)
+    case = gpu_ops.OpCase("normalize", (2, 4, 5, 6), 3, torch.float32, "contiguous")
+    gpu_ops.measure_case(run, case, "triton", peers=True)
     row = next(row for row in _saved(run)["results"] if row["implementation"] == "triton")
     assert row["ok"] is False
     assert "median_us" not in row
-    gpu.summary(run)
-    assert "triton: output 0: relative error 1" in capsys.readouterr().out
+    (line,) = [line for line in gpu.summary(run.document).splitlines() if line.startswith("WRONG")]
+    assert line.endswith("triton             output 0: relative error 1")
+
+
+@pytest.mark.parametrize("op", gpu_ops._PASSES)
+def test_every_operator_of_the_emulated_kernels_with_settings(op, run, on_the_cpu, emulated, monkeypatch):
+    """A worker's way: the case by its JSON, a setting that only it sees, every choice of GEMM, right or wrong only."""
+    case = gpu_ops.OpCase(op, (2, 16, 5, 8), 3, torch.bfloat16, "contiguous")
+    gemms = [None, *gpu_ops.forced_gemms(case, (8, 0))]
+    gpu._operator(run, {"EMU_BLOCKS": "3"}, case.to_json(), "cuda", gemms=gemms, peers=False, timed=False)
+    rows = _saved(run)["results"]
+    assert [row["implementation"] for row in rows] == ["ours" if g is None else f"ours {g}" for g in gemms]
+    assert all(row["ok"] and row["settings"] == {"EMU_BLOCKS": "3"} for row in rows)
+    assert "EMU_BLOCKS" not in os.environ
 
 
 def test_models_are_measured_with_the_backend_that_there_is(run, monkeypatch):
@@ -174,17 +267,16 @@ def test_models_are_measured_with_the_backend_that_there_is(run, monkeypatch):
             active[0] = None
 
     model = SimpleNamespace(to=lambda **k: None)
-    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
-    monkeypatch.setattr(torch, "randn", lambda size, **k: torch.empty(size, device="meta"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_ops, "_reference_model", lambda *a: model)
-    monkeypatch.setattr(gpu_ops.model_cases, "ours_like", lambda *a: model)
-    monkeypatch.setattr(gpu_ops, "_model_wrong", lambda a, b, images, backend: "wrong" if backend == "cuda" else None)
-    monkeypatch.setattr(gpu_ops, "_using", Using)
-    monkeypatch.setattr(gpu_ops, "_model_row", lambda *a: seen.append(active[0]) or {"median_us": 1.0})
-    gpu_ops.models(run, ["cuda", "triton"])
+    monkeypatch.setattr(gpu_models, "_models", lambda name, batch: (model, model, torch.empty(4, 3, 8, 8)))
+    monkeypatch.setattr(gpu_models, "_model_wrong", lambda a, b, images, backend: "bad" if backend == "cuda" else None)
+    monkeypatch.setattr(gpu_models, "_using", Using)
+    monkeypatch.setattr(gpu_models, "_model_row", lambda *a: seen.append(active[0]) or {"median_us": 1.0})
+    jobs = gpu.model_jobs(["cuda", "triton"])
+    assert len(jobs) == len(gpu_models.MODELS) * 2 * 2
+    for job in jobs:
+        gpu._model(run, {}, **{key: value for key, value in job.items() if key not in ("kind", "limit")})
     rows = _saved(run)["results"]
-    assert len(rows) == len(gpu_ops._MODELS) * 2 * 2 * 3
+    assert len(rows) == len(jobs) * 3
     assert {(row["implementation"], row["ok"], "error" in row) for row in rows} == {
         ("ours", False, True),
         ("triton", True, False),
@@ -208,30 +300,42 @@ def test_the_report_of_triton_alone_shows_its_times(run):
 
 @pytest.fixture
 def no_real_gpu(monkeypatch):
-    """The command sees a GPU, and its sections do nothing but say that they ran."""
+    """The command sees a GPU, and its steps do nothing but say that they ran."""
     ran: list[tuple] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Some GPU")
     monkeypatch.setattr(gpu, "describe", lambda run, backend: ran.append(("describe", backend)))
-    monkeypatch.setattr(gpu, "build", lambda run: True)
-    monkeypatch.setattr(gpu_ops, "peaks", lambda run: None)
-    monkeypatch.setattr(gpu_ops, "operators", lambda run, seconds, backends: ran.append(("ops", *backends)))
-    monkeypatch.setattr(gpu_ops, "models", lambda run, backends: ran.append(("models", *backends)))
+    monkeypatch.setattr(gpu, "run_jobs", lambda run, name, jobs, seconds: ran.append((name, len(jobs) > 0)))
     return ran
 
 
 def test_the_command_measures_what_there_is(no_real_gpu, monkeypatch, tmp_path, capsys):
-    path = tmp_path / "gpu.json"
     monkeypatch.setattr(gpu, "measured_backends", lambda: (["triton"], {"cuda": "the native module is not built"}))
-    assert gpu.main(["--only", "build,sanitizer,ops,models", "--output", str(path)]) == 0
-    assert no_real_gpu == [("describe", "triton"), ("ops", "triton"), ("models", "triton")]
-    assert json.loads(path.read_text())["absent"] == {"cuda": "the native module is not built"}
+    assert gpu.main(["--only", "check,operators,sanitizer,models,triton", "--output", str(tmp_path)]) == 0
+    assert no_real_gpu == [
+        ("describe", "triton"),
+        ("peaks", True),
+        ("check", False),
+        ("operators", True),
+        ("models", True),
+        ("triton", False),
+    ]
+    document = gpu.Run(tmp_path / "rows.jsonl").document
+    assert document["absent"] == {"cuda": "the native module is not built"}
+    assert [each["step"] for each in document["steps"]] == ["check", "operators", "models", "sanitizer", "triton"]
     assert "cuda: - (the native module is not built)" in capsys.readouterr().out
+    assert "cuda: the native module is not built" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_wrong_row_is_exit_status_1(no_real_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "measured_backends", lambda: (["triton"], {}))
+    row = {"case": "a", "dtype": "", "layout": "", "implementation": "ours", "ok": False}
+    monkeypatch.setattr(gpu, "run_jobs", lambda run, name, jobs, seconds: run.row(row))
+    assert gpu.main(["--only", "models", "--output", str(tmp_path)]) == 1
 
 
 def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "measured_backends", lambda: ([], {"cuda": "not built", "triton": "not installed"}))
-    assert gpu.main(["--output", str(tmp_path / "gpu.json")]) == 2
+    assert gpu.main(["--output", str(tmp_path)]) == 2
     assert no_real_gpu == []
     assert "triton: - (not installed)" in capsys.readouterr().out
 

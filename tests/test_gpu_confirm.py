@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.gpu_confirm: what can be tested of it without a GPU."""
+"""python -m benchmarks.gpu --only confirm: what can be tested of it without a GPU."""
 
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, gpu_confirm, models, report
+from benchmarks import accuracy, gpu, gpu_confirm, models
 
 TINY = models.Case(16, 2, 3, 4, 16, "gelu", 4, batch=8, quick_batch=2, quick_training=False)
 
@@ -21,30 +20,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "CASES", {gpu_confirm.SMALL: TINY, gpu_confirm.LARGE: TINY})
 
 
-@pytest.fixture
-def run(tmp_path):
-    return gpu.Run(tmp_path / "confirm.json", float("inf"))
-
-
-def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_confirm.main([]) == 2
-    assert "no GPU" in capsys.readouterr().err
-
-
-def test_one_that_fails_or_raises_is_written_down_and_the_others_go_on(run, capsys):
+def test_one_that_fails_or_raises_is_a_finding(monkeypatch, tmp_path):
     def raises():
         raise RuntimeError("out of memory\nand more")
 
-    chosen = {"a": lambda: {"ok": False, "unequal": ["x"]}, "b": raises, "c": lambda: {"ok": True, "runs": 3}}
-    assert gpu_confirm.confirm(run, chosen) == 1
-    found = json.loads(run.path.read_text())
-    assert found["a"] == {"ok": False, "unequal": ["x"]}
-    assert found["b"] == {"ok": False, "error": "RuntimeError: out of memory"}
-    assert found["c"] == {"ok": True, "runs": 3}
-    printed = capsys.readouterr().out.splitlines()
-    assert [("NOT OK" in line, line.split()[0]) for line in printed] == [(True, "a"), (True, "b"), (False, "c")]
-    assert gpu_confirm.confirm(run, {"c": chosen["c"]}) == 0
+    monkeypatch.setattr(gpu_confirm, "CONFIRMATIONS", {"a": lambda: {"ok": False, "unequal": ["x"]}, "b": raises})
+    run = gpu.Run(tmp_path / "rows.jsonl")
+    for name in ("a", "b"):
+        gpu._confirm(run, {}, name)
+    assert run.document["a"] == {"ok": False, "unequal": ["x"]}
+    assert run.document["b"] == {"ok": False, "error": "RuntimeError: out of memory"}
 
 
 def test_determinism_is_of_every_bit(monkeypatch):
@@ -109,18 +94,3 @@ def test_a_model_learns_the_task():
     assert found["last_tenth"] < found["first_tenth"]
     assert found["curves"]["ours"][0] == pytest.approx(found["curves"]["eager"][0], rel=2**-7)
     json.dumps(found, allow_nan=False)
-
-
-def test_the_report_is_not_confused_by_its_file(run, tmp_path, capsys):
-    run.note("kind", "confirm")
-    run.note("environment", {"date": "2999-01-01"})
-    assert report._kind(json.loads(run.path.read_text())) == "confirm"
-    assert report.main([str(run.path), "--readme", str(tmp_path / "README.md")]) == 2
-    assert "not a file of benchmarks" in capsys.readouterr().err
-
-
-def test_names_are_in_the_help(capsys):
-    with pytest.raises(SystemExit):
-        gpu_confirm.main(["--help"])
-    assert "training_graph" in capsys.readouterr().out
-    assert sys.modules["benchmarks.gpu_confirm"].CONFIRMATIONS.keys() >= {"forward_graph", "reduce_overhead"}

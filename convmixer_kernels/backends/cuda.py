@@ -383,6 +383,7 @@ def _pointwise_forward(
     bias: Tensor | None,  # (C_out,)
     activation: str,
     norm: Norm | None,
+    kernel: str,  # "mma" or "wgmma"
     stream: int,
     partials: Tensor | None = None,  # (C_out, parts, 3)
 ) -> Tensor:  # (N, C_out, H, W)
@@ -404,10 +405,18 @@ def _pointwise_forward(
         *_norm(norm),
         y.data_ptr(),
         _address(partials),
-        gemm.forced_gemm() == "wgmma",
+        kernel == "wgmma",
         stream,
     )
     return y
+
+
+def _runs_wgmma(
+    x: Tensor,  # (N, C_in, H, W)
+    weight: Tensor,  # (C_out, C_in, 1, 1), of x's dtype
+) -> bool:
+    """Whether sm_90a's instructions compute this on x's device, which is the current one."""
+    return _native().module.pointwise_runs_hopper(*_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr())
 
 
 def pointwise_eval(
@@ -419,9 +428,11 @@ def pointwise_eval(
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)): one launch, or torch's GEMM and one pass in place over its result."""
     bare = bias is None and activation == "identity" and norm is None
-    if gemm.use_fused(x, passes=0 if bare else 2):
-        with _On(x) as stream:
-            return _pointwise_forward(x, weight.to(x.dtype), bias, activation, norm, stream)
+    narrow = weight.to(x.dtype)
+    with _On(x) as stream:
+        kernel = gemm.choose_kernel(x, 0 if bare else 2, lambda: _runs_wgmma(x, narrow))
+        if kernel != "torch":
+            return _pointwise_forward(x, narrow, bias, activation, norm, kernel, stream)
     y = _pointwise(x, weight, None)
     if not bare:
         with _On(x) as stream:
@@ -493,16 +504,17 @@ def pointwise_train(
     Or torch's GEMM, a pass for bias and statistics (it only reads if the GEMM adds the bias), the merge.
     """
     native, count = _native().module, x.numel() // x.shape[1]
-    adds_bias = gemm.is_rows(x)
-    if gemm.use_fused(x, passes=1 if adds_bias or bias is None else 2):
-        weight = weight.to(x.dtype)
-        with _On(x) as stream:
+    adds_bias = gemm.adds_bias(x)
+    narrow = weight.to(x.dtype)
+    with _On(x) as stream:
+        kernel = gemm.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
+        if kernel != "torch":
             # where operands are not aligned, another kernel makes other parts
             parts = native.pointwise_forward_partials(
-                *_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr(), gemm.forced_gemm() == "wgmma"
+                *_shape(x), weight.shape[0], x.data_ptr(), narrow.data_ptr(), kernel == "wgmma"
             )
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
-            a = _pointwise_forward(x, weight, bias, activation, None, stream, partials)
+            a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
     a = _pointwise(x, weight, bias if adds_bias else None)
     with _On(x) as stream:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,20 +29,22 @@ _PARTIAL_PRODUCTS = 32 << 20
 
 class _Rates(NamedTuple):
     torch: float  # FLOP/s of torch's GEMM
-    ours: float  # FLOP/s of our kernel's main loop
+    mma: float  # FLOP/s of our kernel's main loop, by mma.sync or FMA units
     memory: float  # bytes/s of a pass over its result
+    wgmma: float = 0.0  # FLOP/s of our kernel with sm_90a's instructions
 
 
 #: By compute capability, 16-bit and float32. Per result our kernel loses 2 C_in (1 / ours - 1 / torch) seconds in the
 #: product and saves the passes over it: so it is the faster one up to a C_in that no other size changes.
-#: Computed, not measured, but for H100's torch and memory columns (benchmarks/results/nvidia-h100-80gb-hbm3.json):
-#: cuBLAS feeds sm_90 and sm_100 through wgmma and tcgen05, ours everywhere through mma.sync: 57 % of wgmma's rate
-#: (the instruction's share of the peak), on sm_80, 86, 89 and 120, where cuBLAS has no other instruction, 85 %. FMA: 75 %.
+#: (9, 0) was measured on an H100 (benchmarks/results/nvidia-h100-80gb-hbm3.json, pointwise_eval 64x1536x32x32 in bfloat16: 494 us by
+#: wgmma and 828 us by mma.sync, epilogue included; torch's GEMM is 602 us less two passes at the copy's pace). The others are computed:
+#: cuBLAS feeds sm_100 through tcgen05, ours through mma.sync; on sm_80, 86, 89 and 120, where cuBLAS has no other
+#: instruction, ours is taken for 85 % of it. FMA: 75 %.
 _RATES = {
     (8, 0): (_Rates(250e12, 212e12, 1.6e12), _Rates(18e12, 13.5e12, 1.6e12)),  # A100
     (8, 6): (_Rates(65e12, 55e12, 0.85e12), _Rates(27e12, 20e12, 0.85e12)),  # RTX 3090
     (8, 9): (_Rates(150e12, 127e12, 0.95e12), _Rates(60e12, 45e12, 0.95e12)),  # RTX 4090
-    (9, 0): (_Rates(735e12, 420e12, 2.93e12), _Rates(49e12, 37e12, 2.93e12)),  # H100
+    (9, 0): (_Rates(665e12, 374e12, 2.95e12, 626e12), _Rates(49e12, 37e12, 2.95e12)),  # H100
     (10, 0): (_Rates(1500e12, 470e12, 7e12), _Rates(60e12, 45e12, 7e12)),  # B200
     (12, 0): (_Rates(210e12, 178e12, 1.6e12), _Rates(85e12, 64e12, 1.6e12)),  # RTX 5090
 }
@@ -51,9 +54,9 @@ _RATES = {
 def forced_gemm() -> str | None:
     """CONVMIXER_CUDA_GEMM: "fused", "wgmma", "torch" or "layer"; None (unset or "auto") leaves the choice to the table.
 
-    "layer" is "fused", and an eval layer is one kernel wherever that can run (csrc/cuda/mixer.cuh); the others never take that one.
-    "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape allow them (csrc/cuda/pointwise_wgmma.cuh).
-    The table never chooses it: the kernel has not run on hardware yet, and a wrong descriptor would give wrong results.
+    "fused" is our kernel by mma.sync or FMA units, "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape
+    allow them (csrc/cuda/pointwise_wgmma.cuh). "layer" is "fused", and an eval layer is one kernel wherever that can run
+    (csrc/cuda/mixer.cuh); the others never take that one.
 
     Raises:
         ValueError: another value.
@@ -65,12 +68,13 @@ def forced_gemm() -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def most_fused_channels(capability: tuple[int, int], narrow: bool, passes: int) -> float:
+def most_fused_channels(capability: tuple[int, int], narrow: bool, passes: int, wgmma: bool = False) -> float:
     """The largest C_in at which our kernel is expected to beat torch's GEMM and `passes` passes over its result."""
     known = [key for key in _RATES if key <= capability]
     rates = _RATES[max(known)][0 if narrow else 1]
+    ours = rates.wgmma if wgmma else rates.mma
     saved = passes * (2 if narrow else 4) / rates.memory
-    return saved / (2 * (1 / rates.ours - 1 / rates.torch))
+    return saved / (2 * (1 / ours - 1 / rates.torch))
 
 
 @functools.cache
@@ -78,25 +82,42 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def use_fused(
+def takes_tf32(t: Tensor) -> bool:
+    """Whether a product of this dtype and device may round its operands to tf32: where torch's convolutions may, as is the default.
+
+    Then torch's convolution computes it: its matrix products have a setting of their own.
+    """
+    if t.dtype != torch.float32 or not t.is_cuda:
+        return False
+    return torch.backends.cudnn.enabled and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def choose_kernel(
     x: Tensor,  # (N, C_in, H, W)
     passes: int,  # over the result, beside torch's GEMM
-) -> bool:
-    """Whether the forward of this pointwise block runs on our kernel."""
+    runs_wgmma: Callable[[], bool],
+) -> str:
+    """What computes the forward of this pointwise block: "torch" (and passes over its result), or our "mma" or "wgmma" kernel.
+
+    Args:
+        runs_wgmma: whether device, shape and addresses let our kernel use sm_90a's instructions.
+    """
     forced = forced_gemm()
     if forced is not None:
-        return forced != "torch"
+        return "torch" if forced == "torch" else "wgmma" if forced == "wgmma" and runs_wgmma() else "mma"
     if not x.is_cuda or passes == 0:
         # emulated (for tests): the CPU's GEMM is thousands of times faster
-        return False
-    narrow = x.dtype != torch.float32
-    if narrow and (x.shape[1] % 8 != 0 or (x.is_contiguous() and x.shape[2] * x.shape[3] % 8 != 0)):
+        return "torch"
+    capability, narrow, channels = _capability(x.get_device()), x.dtype != torch.float32, x.shape[1]
+    if narrow and channels <= most_fused_channels(capability, True, passes, wgmma=True) and runs_wgmma():
+        return "wgmma"
+    if narrow and (channels % 8 != 0 or (x.is_contiguous() and x.shape[2] * x.shape[3] % 8 != 0)):
         # values come one by one where no 16-byte pieces are aligned
-        return False
-    if not narrow and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        # ours is float32 throughout; where tf32 is allowed, torch's GEMM takes it
-        return False
-    return x.shape[1] <= most_fused_channels(_capability(x.get_device()), narrow, passes)
+        return "torch"
+    if takes_tf32(x):
+        # ours is float32 throughout
+        return "torch"
+    return "mma" if channels <= most_fused_channels(capability, narrow, passes) else "torch"
 
 
 def use_wgmma_weight_grad(
@@ -131,7 +152,7 @@ def one_kernel_gain(
     known = max(key for key in _RATES if key <= capability)
     rates, clock = _RATES[known][0], _CLOCKS[known]
     # 32 output channels a warp
-    products = 2 * c_in * (-(-c_out // 32) * 32) * _TILE_PIXELS * multiprocessors / rates.ours
+    products = 2 * c_in * (-(-c_out // 32) * 32) * _TILE_PIXELS * multiprocessors / rates.mma
     cycles = (_DEPTHWISE_CYCLES * c_in + _EPILOGUE_CYCLES * c_out) / _SHARE_OF_CYCLES
     one = -(-tiles // multiprocessors) * (products + cycles / clock)
     values = 2 * c_in / _DEPTHWISE_SHARE + (c_in + c_out) / _POINTWISE_SHARE
@@ -180,6 +201,10 @@ def is_rows(*tensors: Tensor | None) -> bool:
     return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
 
 
+def _formatted(t: Tensor, like: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.contiguous_format if like.is_contiguous() else torch.channels_last)
+
+
 def images_product(
     matrix: Tensor,  # (R, C)
     t: Tensor,  # (N, C, H, W)
@@ -191,12 +216,19 @@ def images_product(
     return torch.bmm(matrix.expand(planes.shape[0], -1, -1), planes)
 
 
+def adds_bias(x: Tensor) -> bool:
+    """Whether `convolution` adds a bias in the product's epilogue: in a GEMM of rows, where the bias runs along them."""
+    return is_rows(x) and not takes_tf32(x)
+
+
 def convolution(
     x: Tensor,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)
-    bias: Tensor | None,  # (C_out,)
+    bias: Tensor | None,  # (C_out,), where adds_bias(x)
 ) -> Tensor:  # (N, C_out, H, W)
-    """The GEMM, with `bias` in its epilogue: only for rows, where the bias runs along them."""
+    """The product, in x's memory format."""
+    if takes_tf32(x):
+        return _formatted(torch.nn.functional.conv2d(x, weight, bias), x)
     matrix = weight.flatten(1).to(x.dtype)
     if not is_rows(x):
         return images_product(matrix, x).view(x.shape[0], -1, *x.shape[2:])
@@ -211,6 +243,8 @@ def input_grad(
     rows: bool,  # is_rows of da and x
 ) -> Tensor:  # (N, C_in, H, W)
     """weight^T da."""
+    if takes_tf32(da):
+        return _formatted(torch.nn.functional.conv_transpose2d(da, weight), da)
     matrix = weight.flatten(1).to(da.dtype)
     if rows:
         return from_rows(torch.mm(rows_of(da), matrix), da)
@@ -223,6 +257,9 @@ def weight_grad(
     rows: bool,
 ) -> Tensor:  # (C_out, C_in) float32
     """da x^T, summed and kept in float32."""
+    if takes_tf32(da):
+        shape = (da.shape[1], x.shape[1], 1, 1)
+        return torch.nn.grad.conv2d_weight(x, shape, da).flatten(1)
     if rows:
         return _rows_product(rows_of(da), rows_of(x))
     return _planes_product(da.flatten(2), x.flatten(2))

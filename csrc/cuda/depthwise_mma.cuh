@@ -36,7 +36,8 @@ struct Plan {
   int64_t item_step, plane_step;  // contiguous: bytes from an item's first plane to the next item's; of a plane
   int table_bytes;                // weights of one channel
   int pieces;                     // 16-byte pieces of an item where every item is laid out alike, else 0
-  int items, splits;              // items per channel (group), and blocks that share them
+  int items, splits;              // items per channel (group), and the most blocks that share them
+  int64_t run;                    // contiguous: items of a block
   int strips, groups;             // 16-row strips and column groups of NT tiles of an item
   int shared_bytes;
   int granule;  // values in the widest aligned global access: 8, 4, 2 or 1
@@ -150,15 +151,15 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
 }
 
 // Toeplitz matrices multiply a value also by zeros, so that one Inf or NaN spoils up to 16 S columns, the fast
-// activations turn Inf into NaN, and grad_through_block multiplies an infinite act(a) by a slope of 0. The block looks
-// through its channels' outputs for NaN again and settles each one by the definition; called only where a thread saw an
-// output that is not finite.
+// activations turn Inf into NaN, and grad_through_block multiplies an infinite act(a) by a slope of 0. So the threads
+// look through the outputs of channel c, items first, first + step, ... below end, for NaN again and settle each one by
+// the definition; called only where a thread saw an output that is not finite.
 template <class T, bool GRAD, bool CL>
-__device__ __noinline__ void settle_nan(const Args& p, int c, int split, int lane, int lanes) {
+__device__ __noinline__ void settle_nan(const Args& p, int c, int first, int end, int step, int lane, int lanes) {
   const Plan& q = p.plan;
   const Affine k = load_affine<T, GRAD>(p, c);
   const int width = q.column_tiles > 1 ? 8 * q.tiles : q.w;
-  for (int current = split; current < q.items; current += q.splits) {
+  for (int current = first; current < end; current += step) {
     const Item item = locate(q, current);
     const int left = q.column_tiles > 1 ? item.column - 4 : 0, total = q.images * q.rows * width;
     for (int i = lane; i < total; i += lanes) {

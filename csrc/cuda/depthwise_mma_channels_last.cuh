@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
 
   const bool settle = __syncthreads_or(!was_finite<T>(trace));
   for (int k = warp; k < min(G, plan.c - c0); k += kChannelsLastWarps) {
-    if (settle) settle_nan<T, GRAD, true>(p, c0 + k, split, lane, 32);
+    if (settle) settle_nan<T, GRAD, true>(p, c0 + k, split, plan.items, plan.splits, lane, 32);
     if (!trains) continue;
     const Moments moments = warp_merge(moments_of_lanes[32 * k + lane]);
     if (lane == 0) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The contiguous (N, C, H, W) kernel of depthwise_mma.cuh. A block of 4 warps owns channel blockIdx.x and the items
-// blockIdx.y, blockIdx.y + splits, ...; an item is some images, or a band of rows and columns of one. Three stages of
-// the input tile: two in flight while one is computed, one barrier an item. The input gradient turns dy and a into da
-// in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
+// The contiguous (N, C, H, W) kernel of depthwise_mma.cuh. An item is some images of a channel, or a band of rows and
+// columns of one. As many blocks of 4 warps as run at once cut the items of all channels, channel by channel, into even
+// runs: a block that starts anew every 8 items costs a third of the time (H100). Three stages of the input tile: two in
+// flight while one is computed, into the next channel too; one barrier an item. The input gradient turns dy and a into
+// da in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
 // 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh),
 // two stages of them in flight, and one tile, to which a second barrier an item leads; neighbouring lanes store
 // neighbouring values. Even W stay with short copies: four of 4 bytes cost 16 instructions a piece, a span's way 35.
@@ -15,6 +16,11 @@ namespace mma {
 
 constexpr int kContiguousWarps = 4;
 constexpr int kSpanStages = kStages - 1;
+
+// Blocks of a multiprocessor that registers are held down for.
+__host__ __device__ constexpr int contiguous_blocks(bool grad, int kernel_rows) {
+  return !grad && kernel_rows == 9 ? 5 : 4;
+}
 
 __host__ __device__ constexpr int round_up_to(int a, int b) { return (a + b - 1) / b * b; }
 
@@ -179,13 +185,12 @@ __device__ __forceinline__ void store_piece(T* to, uint4 v, int from, int end, i
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
-__global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5)
+__global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD, KH))
     contiguous_kernel(const __grid_constant__ Args p) {
   using Strip = OutputStrip<NT, SINGLE>;
   DYN_SHARED(unsigned char, shared);
   const Plan& plan = p.plan;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int c = blockIdx.x, split = blockIdx.y;
   const bool transforms = GRAD && p.a != nullptr;
   const T* x = static_cast<const T*>(p.x);
   const T* a = static_cast<const T*>(p.a);
@@ -196,6 +201,10 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   unsigned char* const strip_out = strips + warp * Strip::bytes;
   Piece* const pieces = reinterpret_cast<Piece*>(strips + kContiguousWarps * Strip::bytes);
   T* const table = reinterpret_cast<T*>(pieces + plan.pieces);
+  // in shared memory, as registers are short
+  const auto moments_of_thread = [&] {
+    return reinterpret_cast<Moments*>(reinterpret_cast<unsigned char*>(table) + plan.table_bytes) + threadIdx.x;
+  };
 
   const int to_clear = static_cast<int>(reinterpret_cast<unsigned char*>(pieces) - shared);
   for (int i = 16 * threadIdx.x; i < to_clear; i += 16 * 32 * kContiguousWarps)
@@ -211,14 +220,14 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
   __syncthreads();
 
   // where every item is alike: the byte at which its first plane starts
-  const auto first_plane = [&](int item) { return item * plan.item_step + c * plan.plane_step; };
+  const auto first_plane = [&](int c, int item) { return item * plan.item_step + c * plan.plane_step; };
   const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
 
-  const auto copy = [&](int item, int stage) {
-    if (item < plan.items && listed) {
+  const auto copy = [&](int c, int item, int stage) {
+    if (listed) {
       const uint32_t limit = place_limit(plan.n - item * plan.images);
       unsigned char* const to = shared + stage * plan.tile_bytes;
-      const unsigned char* const from = static_cast<const unsigned char*>(p.x) + first_plane(item);
+      const unsigned char* const from = static_cast<const unsigned char*>(p.x) + first_plane(c, item);
 #pragma unroll 2
       for (int q = threadIdx.x; q < plan.pieces; q += 32 * kContiguousWarps) {
         const Piece piece = pieces[q];
@@ -226,189 +235,216 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, GRAD || KH == 7 ? 4 : 5
         cp_async<16>(to + (piece.place & 0xffff), from + piece.distance);
         if (transforms) cp_async<16>(to + plan.a_offset + (piece.place & 0xffff), from + a_distance + piece.distance);
       }
-    } else if (item < plan.items && spans) {
+    } else if (spans) {
       const Item at = locate(plan, item);
       copy_spans<T, S, SINGLE>(plan, at, c, x, shared + stage * plan.raw_bytes);
       if (transforms) copy_spans<T, S, SINGLE>(plan, at, c, a, shared + (kSpanStages + stage) * plan.raw_bytes);
-    } else if (item < plan.items) {
+    } else {
       unsigned char* const to = shared + stage * plan.tile_bytes;
       for_each_piece<S, SINGLE>(plan, pieces, locate(plan, item), c, [&](int offset, int64_t index, int count) {
         copy_piece(to + offset, x, index, count, plan.granule);
         if (transforms) copy_piece(to + plan.a_offset + offset, a, index, count, plan.granule);
       });
     }
-    cp_async_commit();
   };
 
-  for (int s = 0; s < kStages - 1; ++s) copy(split + s * plan.splits, s);
-  // while the first copies are on their way
-  build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
-  if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
-  __syncthreads();
-  uint32_t fixed[KH > 0 ? KH : 1][2 * S];
-  if constexpr (KH > 0) {
-#pragma unroll
-    for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
+  // this block's run of items: from item `current` of channel c on, to before item `stop`, counted from channel c's
+  // first
+  int c, current, stop;
+  {
+    const int64_t first = blockIdx.x * plan.run, left = static_cast<int64_t>(plan.c) * plan.items - first;
+    c = static_cast<int>(first / plan.items);
+    current = static_cast<int>(first - static_cast<int64_t>(c) * plan.items);
+    stop = current + static_cast<int>(min(plan.run, left));
   }
+  // the item `ahead` of the current one, in whatever channel
+  const auto copy_ahead = [&](int ahead, int stage) {
+    if (current + ahead < stop) {
+      int channel = c, item = current + ahead;
+      while (item >= plan.items) item -= plan.items, ++channel;
+      copy(channel, item, stage);
+    }
+    cp_async_commit();
+  };
+  for (int s = 0; s < kStages - 1; ++s) copy_ahead(s, s);
 
-  Moments moments = {0.f, 0.f, 0.f};
   uint32_t trace = 0;
   int stage = 0;
-  for (int current = split; current < plan.items; current += plan.splits) {
-    const Item item = locate(plan, current);
-    const uint32_t limit = place_limit(plan.n - item.image);
-    unsigned char* const x_tile = shared + plan.tiles_at + stage * plan.tile_step;
-    unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
-    cp_async_wait<kStages - 2>();
-    if (spans) {
-      // every thread's pieces are there, and every warp is done with the tiles
-      __syncthreads();
-      const unsigned char* const raw = shared + stage * plan.raw_bytes;
-      place_spans<T, S, SINGLE>(plan, item, c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr, x_tile,
-                                tile, affine, p.activation);
-    } else if (transforms) {
-      const Affine k = affine;
-      for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
-        uint4 da = make_uint4(0, 0, 0, 0);
-        if (count > 0) {
-          da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), k, p.activation);
-          da = keep_first(da, count);
-        }
-        store16(tile + offset, da);
-      });
-    }
-    // also: every warp is done with the stage that the next copy fills
+  for (; stop > 0; ++c, current = 0, stop -= plan.items) {
+    // the first copies are on their way; every warp is done with the table of the channel before
+    build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
+    if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
     __syncthreads();
-    copy(current + (kStages - 1) * plan.splits, spans ? stage : stage == 0 ? kStages - 1 : stage - 1);
-
-    for (int unit = warp; unit < plan.strips * plan.groups; unit += kContiguousWarps) {
-      uint32_t group = 0;
-      const int strip = SINGLE ? unit : static_cast<int>(plan.by_groups.divmod(unit, group));
-      const int count = plan.images * plan.rows;
-      uint32_t y;
-      const int image = plan.by_rows.divmod(min(16 * strip + (lane & 15), count - 1), y);
-      const int pitch = SINGLE ? 16 * (NT | 1) : plan.pitch;
-      const int offset =
-          image * plan.plane_bytes + static_cast<int>(y) * pitch + 16 * NT * static_cast<int>(group) + 16 * (lane >> 4);
-      float acc[NT][4];
-      convolve<T, S, KH, NT, SINGLE>(acc, tile + offset, pitch, plan.kh, fixed, table, affine.bias, lane);
-      if (!GRAD && p.partials == nullptr) apply_block(acc, affine, p.activation);
-      if (p.residual) {
-        Unit<T, S, NT, SINGLE> inputs;
-        inputs.load(x_tile + offset + plan.top * pitch);
-        inputs.add_identity(acc, lane);
-      }
-      uint32_t words[NT][2];
+    uint32_t fixed[KH > 0 ? KH : 1][2 * S];
+    if constexpr (KH > 0) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          words[j][i] = pack2<T>(acc[j][2 * i], acc[j][2 * i + 1]);
-          (j == 0 ? strip_pair0 : strip_pair)[4 * j + 2 * i * Strip::pitch] = words[j][i];
-        }
-      if (!GRAD && p.partials != nullptr) {
-        const bool all = SINGLE && plan.w == 8 * NT && 16 * strip + 16 <= count && item.image + plan.images <= plan.n &&
-                         item.row + plan.rows <= plan.h;
-        uint32_t valid = 0;
-#pragma unroll
-        for (int i = 0; i < 2 && !all; ++i) {
-          uint32_t row;
-          const int v = 16 * strip + g + 8 * i, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
-          if (v >= count || n >= plan.n || item.row + static_cast<int>(row) >= plan.h) continue;
-#pragma unroll
-          for (int j = 0; j < NT; ++j) {
-            const int column = !SINGLE ? item.column + 8 * (NT * static_cast<int>(group) + j) - 4 + 2 * t
-                                       : (j > 0 || t >= 2 ? 8 * j - 4 + 2 * t : 8 * NT - 4 + 2 * t);
-            if (column >= 0 && column < plan.w) valid |= 1u << (4 * j + 2 * i);
-            if (column >= 0 && column + 1 < plan.w) valid |= 2u << (4 * j + 2 * i);
-          }
-        }
-        add_moments<T, NT>(moments, words, all, valid, p.activation);
-      }
-      __syncwarp();
-      if (SINGLE && listed) {
-        unsigned char* const y_first = static_cast<unsigned char*>(p.y) + first_plane(current);
-#pragma unroll
-        for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
-          const int q = lane + 32 * k, row = q / NT, block = q % NT;
-          const int entry = (16 * strip + row) * plan.chunk_count + block;
-          if ((16 * NT < 32 && q >= 16 * NT) || block >= plan.chunk_count || entry >= plan.pieces) continue;
-          const Piece piece = pieces[entry];
-          if (piece.place >= limit) continue;
-          const uint4 out = load16(strip_out + row * Strip::pitch + 16 * block);
-          trace = trace_finite16<T>(trace, out);
-          store16(y_first + piece.distance, out);
-        }
-        __syncwarp();
-        continue;
-      }
+      for (int i = 0; i < KH; ++i) load_toeplitz<T, S>(fixed[i], table, i, lane);
+    }
+    if (!GRAD && p.partials != nullptr) *moments_of_thread() = {0.f, 0.f, 0.f};
+    for (; current < min(plan.items, stop); ++current) {
+      const Item item = locate(plan, current);
+      const uint32_t limit = place_limit(plan.n - item.image);
+      unsigned char* const x_tile = shared + plan.tiles_at + stage * plan.tile_step;
+      unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
+      cp_async_wait<kStages - 2>();
       if (spans) {
-        // the strip's columns but the halves that are its neighbours'
-        constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
-        const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
-#pragma unroll 4
-        for (int r = lane / kColumns; r < 16; r += kRows) {
-          uint32_t row;
-          const int v = 16 * strip + r, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
-          row += item.row;
-          if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w)
-            continue;
-          const uint16_t out =
-              reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch + (SINGLE ? 0 : 8))[lane % kColumns];
-          trace = trace_finite<T>(trace, out);
-          const int64_t plane = static_cast<int64_t>(n) * plan.c + c;
-          static_cast<uint16_t*>(p.y)[(plane * plan.h + row) * plan.w + x] = out;
+        // every thread's pieces are there, and every warp is done with the tiles
+        __syncthreads();
+        const unsigned char* const raw = shared + stage * plan.raw_bytes;
+        place_spans<T, S, SINGLE>(plan, item, c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr, x_tile,
+                                  tile, affine, p.activation);
+      } else if (transforms) {
+        const Affine k = affine;
+        for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
+          uint4 da = make_uint4(0, 0, 0, 0);
+          if (count > 0) {
+            da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), k, p.activation);
+            da = keep_first(da, count);
+          }
+          store16(tile + offset, da);
+        });
+      }
+      // also: every warp is done with the stage that the next copy fills
+      __syncthreads();
+      copy_ahead(kStages - 1, spans ? stage : stage == 0 ? kStages - 1 : stage - 1);
+
+      for (int unit = warp; unit < plan.strips * plan.groups; unit += kContiguousWarps) {
+        uint32_t group = 0;
+        const int strip = SINGLE ? unit : static_cast<int>(plan.by_groups.divmod(unit, group));
+        const int count = plan.images * plan.rows;
+        uint32_t y;
+        const int image = plan.by_rows.divmod(min(16 * strip + (lane & 15), count - 1), y);
+        const int pitch = SINGLE ? 16 * (NT | 1) : plan.pitch;
+        const int offset = image * plan.plane_bytes + static_cast<int>(y) * pitch + 16 * NT * static_cast<int>(group) +
+                           16 * (lane >> 4);
+        float acc[NT][4];
+        convolve<T, S, KH, NT, SINGLE>(acc, tile + offset, pitch, plan.kh, fixed, table, affine.bias, lane);
+        if (!GRAD && p.partials == nullptr) apply_block(acc, affine, p.activation);
+        if (p.residual) {
+          Unit<T, S, NT, SINGLE> inputs;
+          inputs.load(x_tile + offset + plan.top * pitch);
+          inputs.add_identity(acc, lane);
+        }
+        uint32_t words[NT][2];
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            words[j][i] = pack2<T>(acc[j][2 * i], acc[j][2 * i + 1]);
+            (j == 0 ? strip_pair0 : strip_pair)[4 * j + 2 * i * Strip::pitch] = words[j][i];
+          }
+        if (!GRAD && p.partials != nullptr) {
+          const bool all = SINGLE && plan.w == 8 * NT && 16 * strip + 16 <= count &&
+                           item.image + plan.images <= plan.n && item.row + plan.rows <= plan.h;
+          uint32_t valid = 0;
+#pragma unroll
+          for (int i = 0; i < 2 && !all; ++i) {
+            uint32_t row;
+            const int v = 16 * strip + g + 8 * i, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+            if (v >= count || n >= plan.n || item.row + static_cast<int>(row) >= plan.h) continue;
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+              const int column = !SINGLE ? item.column + 8 * (NT * static_cast<int>(group) + j) - 4 + 2 * t
+                                         : (j > 0 || t >= 2 ? 8 * j - 4 + 2 * t : 8 * NT - 4 + 2 * t);
+              if (column >= 0 && column < plan.w) valid |= 1u << (4 * j + 2 * i);
+              if (column >= 0 && column + 1 < plan.w) valid |= 2u << (4 * j + 2 * i);
+            }
+          }
+          add_moments<T, NT>(*moments_of_thread(), words, all, valid, p.activation);
         }
         __syncwarp();
-        continue;
-      }
+        if (SINGLE && listed) {
+          unsigned char* const y_first = static_cast<unsigned char*>(p.y) + first_plane(c, current);
 #pragma unroll
-      for (int q = lane; q < round_up_to(16 * Strip::pieces, 32); q += 32) {
-        const int r = q / Strip::pieces, piece = q % Strip::pieces, v = 16 * strip + r;
-        const int block = SINGLE ? piece : NT * static_cast<int>(group) + piece - 1;
-        const int from = !SINGLE && piece == 0 ? 4 : 0;
-        int to = !SINGLE && piece == NT ? 4 : 8;
-        int64_t index;
-        if (q >= 16 * Strip::pieces || v >= count) continue;
-        if (plan.pieces > 0) {
-          if (block < 0 || block >= plan.chunk_count) continue;
-          const Piece entry = pieces[v * plan.chunk_count + block];
-          if (entry.place >= limit) continue;
-          index = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w + entry.distance / 2;
-          to = min(to, static_cast<int>(entry.place >> 16 & 0xff));
-        } else {
-          uint32_t row;
-          const int n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
-          const int out_y = item.row + static_cast<int>(row), first = item.column + 8 * block;
-          if (n >= plan.n || out_y >= plan.h || first < 0) continue;
-          index = ((static_cast<int64_t>(n) * plan.c + c) * plan.h + out_y) * plan.w + first;
-          to = min(to, plan.w - first);
+          for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
+            const int q = lane + 32 * k, row = q / NT, block = q % NT;
+            const int entry = (16 * strip + row) * plan.chunk_count + block;
+            if ((16 * NT < 32 && q >= 16 * NT) || block >= plan.chunk_count || entry >= plan.pieces) continue;
+            const Piece piece = pieces[entry];
+            if (piece.place >= limit) continue;
+            const uint4 out = load16(strip_out + row * Strip::pitch + 16 * block);
+            trace = trace_finite16<T>(trace, out);
+            store16(y_first + piece.distance, out);
+          }
+          __syncwarp();
+          continue;
         }
-        if (from >= to) continue;
-        const uint4 out = load16(strip_out + r * Strip::pitch + 16 * piece);
-        trace = trace_finite16<T>(trace, out);
-        store_piece(static_cast<T*>(p.y) + index, out, from, to, plan.granule);
+        if (spans) {
+          // the strip's columns but the halves that are its neighbours'
+          constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
+          const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
+#pragma unroll 4
+          for (int r = lane / kColumns; r < 16; r += kRows) {
+            uint32_t row;
+            const int v = 16 * strip + r, n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+            row += item.row;
+            if (v >= count || n >= plan.n || static_cast<int>(row) >= plan.h || static_cast<unsigned>(x) >= plan.w)
+              continue;
+            const uint16_t out =
+                reinterpret_cast<const uint16_t*>(strip_out + r * Strip::pitch + (SINGLE ? 0 : 8))[lane % kColumns];
+            trace = trace_finite<T>(trace, out);
+            const int64_t plane = static_cast<int64_t>(n) * plan.c + c;
+            static_cast<uint16_t*>(p.y)[(plane * plan.h + row) * plan.w + x] = out;
+          }
+          __syncwarp();
+          continue;
+        }
+#pragma unroll
+        for (int q = lane; q < round_up_to(16 * Strip::pieces, 32); q += 32) {
+          const int r = q / Strip::pieces, piece = q % Strip::pieces, v = 16 * strip + r;
+          const int block = SINGLE ? piece : NT * static_cast<int>(group) + piece - 1;
+          const int from = !SINGLE && piece == 0 ? 4 : 0;
+          int to = !SINGLE && piece == NT ? 4 : 8;
+          int64_t index;
+          if (q >= 16 * Strip::pieces || v >= count) continue;
+          if (plan.pieces > 0) {
+            if (block < 0 || block >= plan.chunk_count) continue;
+            const Piece entry = pieces[v * plan.chunk_count + block];
+            if (entry.place >= limit) continue;
+            index = (static_cast<int64_t>(item.image) * plan.c + c) * plan.h * plan.w + entry.distance / 2;
+            to = min(to, static_cast<int>(entry.place >> 16 & 0xff));
+          } else {
+            uint32_t row;
+            const int n = item.image + static_cast<int>(plan.by_rows.divmod(v, row));
+            const int out_y = item.row + static_cast<int>(row), first = item.column + 8 * block;
+            if (n >= plan.n || out_y >= plan.h || first < 0) continue;
+            index = ((static_cast<int64_t>(n) * plan.c + c) * plan.h + out_y) * plan.w + first;
+            to = min(to, plan.w - first);
+          }
+          if (from >= to) continue;
+          const uint4 out = load16(strip_out + r * Strip::pitch + 16 * piece);
+          trace = trace_finite16<T>(trace, out);
+          store_piece(static_cast<T*>(p.y) + index, out, from, to, plan.granule);
+        }
+        __syncwarp();
       }
-      __syncwarp();
+      stage = stage == (spans ? kSpanStages : kStages) - 1 ? 0 : stage + 1;
     }
-    stage = stage == (spans ? kSpanStages : kStages) - 1 ? 0 : stage + 1;
-  }
 
-  if (__syncthreads_or(!was_finite<T>(trace)))
-    settle_nan<T, GRAD, false>(p, c, split, threadIdx.x, 32 * kContiguousWarps);
-  if (!GRAD && p.partials != nullptr) {
-    moments = warp_merge(moments);
-    Moments* const of_warps = reinterpret_cast<Moments*>(strips);
-    __syncthreads();
-    if (lane == 0) of_warps[warp] = moments;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int i = 1; i < kContiguousWarps; ++i) moments = merge(moments, of_warps[i]);
-      float* const out = p.partials + (static_cast<int64_t>(c) * plan.splits + split) * 3;
-      out[0] = moments.count;
-      out[1] = moments.mean;
-      out[2] = moments.m2;
+    // every warp is done with the table and the strips
+    const int64_t before = static_cast<int64_t>(c) * plan.items;
+    if (__syncthreads_or(!was_finite<T>(trace))) {
+      const int first = static_cast<int>(max(int64_t(0), blockIdx.x * plan.run - before));
+      settle_nan<T, GRAD, false>(p, c, first, current, 1, threadIdx.x, 32 * kContiguousWarps);
     }
+    if (!GRAD && p.partials != nullptr) {
+      Moments moments = warp_merge(*moments_of_thread());
+      Moments* const of_warps = reinterpret_cast<Moments*>(strips);
+      if (lane == 0) of_warps[warp] = moments;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        for (int i = 1; i < kContiguousWarps; ++i) moments = merge(moments, of_warps[i]);
+        // this block's place among those that share the channel; who ends the channel clears the places left over
+        const int place = static_cast<int>(blockIdx.x - before / plan.run);
+        float* const out = p.partials + static_cast<int64_t>(c) * plan.splits * 3;
+        for (int i = place; i < (current == plan.items ? plan.splits : place + 1); ++i, moments = {0.f, 0.f, 0.f}) {
+          out[3 * i] = moments.count;
+          out[3 * i + 1] = moments.mean;
+          out[3 * i + 2] = moments.m2;
+        }
+      }
+    }
+    trace = 0;
   }
 }
 

@@ -73,12 +73,11 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.items = static_cast<int>(items);
   q.table_bytes = kernel_rows * 2 * (16 * v.s + 8) * 2;
   for (v.channels = v.kh > 0 ? 16 : 8;; v.channels = 8) {
-    const int64_t owners = s.channels_last ? (s.c + v.channels - 1) / v.channels : s.c;
-    const int64_t wanted_blocks = enough_blocks(s.channels_last ? 264 : 1056);
-    int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / wanted_blocks));
+    if (!s.channels_last) break;
+    const int64_t owners = (s.c + v.channels - 1) / v.channels;
+    int64_t per_block = std::max<int64_t>(1, std::min<int64_t>(8, items * owners / enough_blocks(264)));
     per_block = std::max(per_block, (items + 65534) / 65535);
     q.splits = static_cast<int>((items + per_block - 1) / per_block);
-    if (!s.channels_last) break;
     q.raw_chunk = 16 * v.channels + (v.channels == 8 ? 16 : 32);
     q.raw_bytes = q.images * q.row_count * q.chunks * q.raw_chunk;
     const int moments = grad ? 0 : 32 * static_cast<int>(sizeof(Moments));
@@ -104,8 +103,14 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
     }
     q.plane_step = 2 * static_cast<int64_t>(s.h) * s.w;
     q.item_step = q.images * s.c * q.plane_step;
+    const int moments = grad ? 0 : 32 * kContiguousWarps * static_cast<int>(sizeof(Moments));
     q.shared_bytes =
-        q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes;
+        q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes + moments;
+    // all blocks that run at once, and no more
+    const int64_t by_memory = shared_of_multiprocessor() / (q.shared_bytes + kStaticShared);
+    const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(contiguous_blocks(grad, v.kh), by_memory));
+    q.run = ceil_div(items * s.c, enough_blocks(multiprocessor_count() * resident));
+    q.splits = static_cast<int>(std::min(items, (items + q.run - 2) / q.run + 1));
   }
   q.by_rows = FastDiv(q.rows), q.by_tiles = FastDiv(q.tiles), q.by_groups = FastDiv(q.groups);
   // channels_last transposes whole tiles, zeros included
@@ -125,10 +130,10 @@ inline int widest_access(const Args& p, bool channels_last) {
 }
 
 template <class K>
-inline int launch_kernel(K kernel, const Args& p, int64_t owners, int threads, cudaStream_t stream) {
+inline int launch_kernel(K kernel, const Args& p, int64_t owners, int splits, int threads, cudaStream_t stream) {
   const cudaError_t error = set_dynamic_shared(kernel, p.plan.shared_bytes);
   if (error != cudaSuccess) return error;
-  LAUNCH(kernel, dim3(static_cast<unsigned>(owners), p.plan.splits), dim3(threads), p.plan.shared_bytes, stream, p);
+  LAUNCH(kernel, dim3(static_cast<unsigned>(owners), splits), dim3(threads), p.plan.shared_bytes, stream, p);
   return cudaGetLastError();
 }
 
@@ -136,15 +141,16 @@ template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
 int launch_layout(const Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
   if constexpr (KH > 0) {
     if (channels_last && v.channels == 16) {
-      return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 16>, p, (p.plan.c + 15) / 16,
+      return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 16>, p, (p.plan.c + 15) / 16, p.plan.splits,
                            32 * kChannelsLastWarps, stream);
     }
   }
   if (channels_last) {
-    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 8>, p, (p.plan.c + 7) / 8,
+    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 8>, p, (p.plan.c + 7) / 8, p.plan.splits,
                          32 * kChannelsLastWarps, stream);
   }
-  return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, p.plan.c, 32 * kContiguousWarps, stream);
+  const int64_t blocks = ceil_div(static_cast<int64_t>(p.plan.c) * p.plan.items, p.plan.run);
+  return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, blocks, 1, 32 * kContiguousWarps, stream);
 }
 
 // Fragments in registers: kernels up to 9 x 9.

@@ -9,6 +9,8 @@
 #if defined(__CUDACC__)
 #include <cuda.h>
 
+#include <atomic>
+
 namespace convmixer {
 
 using Barrier = uint64_t;  // in shared memory
@@ -107,17 +109,24 @@ CONVMIXER_WGMMA(__half, "f16")
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-// Whether the current device runs sm_90a code that this build holds for `kernel`.
+// Whether the current device runs sm_90a code that this build holds for `kernel`; asked once for each device and type
+// of kernel, which all are built for the same architectures.
 template <class K>
 inline bool has_hopper_code(K kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not asked
   int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaFuncAttributes code{};
-  // what was compiled for sm_80 or sm_90, without the a, is a trap of a few registers
-  return major == 9 && minor == 0 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 &&
-         code.numRegs >= 128;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (known[device] == 0) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaFuncAttributes code{};
+    // what was compiled for sm_80 or sm_90, without the a, is a trap of a few registers
+    const bool found = major == 9 && minor == 0 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess &&
+                       code.ptxVersion >= 90 && code.numRegs >= 128;
+    known[device] = found ? 1 : -1;
+  }
+  return known[device] > 0;
 }
 
 // A tensor of 16-bit values by extents and strides (innermost first; bytes, of dimensions 1 and 2) in boxes of 64 x

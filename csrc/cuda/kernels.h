@@ -156,6 +156,8 @@ struct PointwiseForward {
   float* partials;
   bool hopper;  // wgmma and TMA where device, shape and alignment allow them
 };
+// Whether `hopper` makes a difference here.
+bool pointwise_runs_hopper(const Shape& shape, int64_t c_out, const void* x, const void* weight);
 int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper);
 int pointwise_forward(const PointwiseForward& p, void* stream);
 

@@ -221,6 +221,9 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("pointwise_forward_partials", [](SHAPE, int64_t c_out, Address x, Address weight, bool hopper) {
     return cm::pointwise_forward_partials(SHAPE_VALUE, c_out, pointer(x), pointer(weight), hopper);
   });
+  m.def("pointwise_runs_hopper", [](SHAPE, int64_t c_out, Address x, Address weight) {
+    return cm::pointwise_runs_hopper(SHAPE_VALUE, c_out, pointer(x), pointer(weight));
+  });
   m.def("pointwise_epilogue_partials", [](SHAPE) { return cm::pointwise_epilogue_partials(SHAPE_VALUE); });
   m.def("pointwise_grad_prologue_workspace", [](SHAPE) { return cm::pointwise_grad_prologue_workspace(SHAPE_VALUE); });
   m.def("pointwise_weight_grad_workspace",

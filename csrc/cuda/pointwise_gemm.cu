@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Launcher of the pointwise block's forward in one kernel: pointwise_mma.cuh (16-bit), pointwise_fma.cuh (float32), and
-// by request pointwise_wgmma.cuh (16-bit on sm_90a).
+// Launcher of the pointwise block's forward in one kernel: pointwise_wgmma.cuh (16-bit on sm_90a), pointwise_mma.cuh
+// (16-bit), pointwise_fma.cuh (float32).
 #include "pointwise_fma.cuh"
 #include "pointwise_mma.cuh"
 #include "pointwise_wgmma.cuh"
@@ -88,6 +88,10 @@ int launch_16bit(const Args& p, const Plan& plan, const Shape& s, void* stream) 
 }
 
 }  // namespace
+
+bool pointwise_runs_hopper(const Shape& shape, int64_t c_out, const void* x, const void* weight) {
+  return plan_of(shape, c_out, x, weight, true).hopper;
+}
 
 int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper) {
   return ceil_div(shape.n * shape.h * shape.w, plan_of(shape, c_out, x, weight, hopper).tile);

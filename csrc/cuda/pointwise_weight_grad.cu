@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
 // dw: the sums of a tile's slots, in the order of K; kSumBlocks blocks a tile, a thread four results of a row.
 template <class O>
-__global__ void __launch_bounds__(kSumThreads) sum_slots_kernel(const __grid_constant__ GradArgs p, O* dw) {
+__global__ void __launch_bounds__(kSumThreads, 4) sum_slots_kernel(const __grid_constant__ GradArgs p, O* dw) {
   const int64_t index = blockIdx.x / kSumBlocks;
   const int at = static_cast<int>(blockIdx.x % kSumBlocks * kSumThreads + threadIdx.x) * kSumVector;
   const Tile tile = locate_tile<kGradGroup>(p.out_tiles, p.in_tiles, index);

@@ -131,11 +131,11 @@ def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
 
 
 def _pointwise_wgmma(last: bool) -> None:
-    """More stages than there are, several tiles for both warp groups, a last tile of one image."""
+    """Tiles of more stages than there are, several tiles for both warp groups, a last tile of one image."""
     os.environ["EMU_PROCESSORS"] = "1"
     cuda._merged = _merge_in_torch
     gemm.forced_gemm = lambda: "wgmma"
-    for shape, c_out in (((5, 72, 8, 8), 136), ((1, 456, 8, 8), 24)):
+    for shape, c_out in (((5, 72, 8, 8), 136), ((3, 456, 8, 8), 24)):
         (x,), _, _, (weight, bias, *vectors) = _tensors(
             shape, torch.bfloat16, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5
         )

@@ -400,7 +400,8 @@ def forced_gemms(case: OpCase, capability: tuple[int, int]) -> tuple[str, ...]:
     narrow, near = case.dtype != torch.float32, case.layout == "contiguous"
     if case.op == "mixer_eval":
         # mixer_eval declines for other reasons on small devices: then "layer" is "fused" once more
-        return ("fused", "torch", "layer") if narrow and near and c <= 256 and case.kernel <= 9 else ("fused", "torch")
+        both = ("fused", "torch", "wgmma") if narrow and capability == (9, 0) else ("fused", "torch")
+        return (*both, "layer") if narrow and near and c <= 256 and case.kernel <= 9 else both
     if case.op not in ("pointwise_eval", "pointwise_train"):
         return ()
     aligned = c % 8 == 0 and (not near or h * w % 64 == 0)

@@ -146,14 +146,18 @@ def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
             ((40, 2, 7, 7), "contiguous"),
             ((2, 2, 3, 131), "contiguous"),
             ((9, 16, 16, 16), "channels_last"),
+            # more channels than blocks, of one item each; items of a channel over several blocks
+            ((1, 11, 8, 8), "contiguous"),
+            ((37, 3, 16, 16), "contiguous"),
         )
     ],
     ids=str,
 )
-def test_blocks_that_walk_through_several_items(case, monkeypatch):
-    """As large tensors make them do: stages change, copies run ahead."""
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_blocks_that_walk_through_several_items(case, blocks, monkeypatch):
+    """As large tensors make them do: stages change, copies run ahead, a block's run ends within a channel."""
     monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-    monkeypatch.setenv("EMU_BLOCKS", "1")
+    monkeypatch.setenv("EMU_BLOCKS", str(blocks))
     for cache in (cuda._native, cuda._size):
         cache.cache_clear()
     try:

@@ -354,7 +354,7 @@ def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tm
         ("pointwise_eval", (64, 1536, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch")),
         ("pointwise_eval", (64, 1536, 32, 32), torch.float32, "contiguous", (9, 0), ("fused", "torch")),
         ("mixer_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch", "layer")),
-        ("mixer_eval", (64, 257, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("fused", "torch")),
+        ("mixer_eval", (64, 257, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("fused", "torch", "wgmma")),
         ("depthwise_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (9, 0), ()),
     ],
 )

@@ -119,12 +119,32 @@ MUTATIONS = [
     ),
     Mutation(
         "contiguous: barrier after the copies", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
-        "__syncthreads();\n    copy(current", "copy(current",
+        "__syncthreads();\n      copy_ahead(kStages - 1,", "copy_ahead(kStages - 1,",
     ),
     Mutation(
         "contiguous: next item's address", "depthwise_mma_contiguous.cuh", "depthwise_forward", "forward_bfloat16",
-        "static_cast<const unsigned char*>(p.x) + first_plane(item)",
-        "static_cast<const unsigned char*>(p.x) + first_plane(split)",
+        "static_cast<const unsigned char*>(p.x) + first_plane(c, item)",
+        "static_cast<const unsigned char*>(p.x) + first_plane(c, 0)",
+    ),
+    Mutation(
+        "contiguous: the next channel's copies from this one", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "item -= plan.items, ++channel;", "item -= plan.items;",
+    ),
+    Mutation(
+        "contiguous: the table of the channel before", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "build_table<T, GRAD, S>(table, p, c,", "build_table<T, GRAD, S>(table, p, 0,",
+    ),
+    Mutation(
+        "contiguous: a block's place in a channel", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "blockIdx.x - before / plan.run", "blockIdx.x % plan.splits",
+    ),
+    Mutation(
+        "contiguous: places left over not cleared", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "current == plan.items ? plan.splits : place + 1", "place + 1",
+    ),
+    Mutation(
+        "contiguous: a run's last items", "depthwise_mma_contiguous.cuh", "depthwise_forward",
+        "forward_bfloat16", "if (current + ahead < stop) {", "if (current + ahead + 1 < stop) {",
     ),
     Mutation(
         "contiguous: the warps' moments not merged", "depthwise_mma_contiguous.cuh", "depthwise_forward",
@@ -140,7 +160,7 @@ MUTATIONS = [
     ),
     Mutation(
         "spans: read before the other threads' copies", "depthwise_mma_contiguous.cuh", "depthwise_forward",
-        "forward_bfloat16", "and every warp is done with the tiles\n      __syncthreads();", "",
+        "forward_bfloat16", "and every warp is done with the tiles\n        __syncthreads();", "",
     ),
     Mutation(
         "spans: the stage of the copies", "depthwise_mma_contiguous.cuh", "depthwise_input_grad", "input_grad_bfloat16",
@@ -542,6 +562,7 @@ def _stand_ins() -> str:
         "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
         "int pointwise_forward(const PointwiseForward&, void*)",
         "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*, bool)",
+        "bool pointwise_runs_hopper(const Shape&, int64_t, const void*, const void*)",
         "bool mixer_fits(const Shape&, int64_t, int, int)",
         "int64_t mixer_tiles(const Shape&)",
         "int mixer_forward(const MixerForward&, void*)",

@@ -298,6 +298,8 @@ def check_jobs(backends: Sequence[str]) -> list[Job]:
         (["pointwise_eval", (2, 128, 8, 8), 9, bf16, near], ["wgmma"]),
         (["pointwise_train", (8, 192, 32, 32), 9, bf16, last], ["wgmma"]),
         (["pointwise_eval", (64, 1536, 32, 32), 9, bf16, near], ["wgmma"]),
+        (["pointwise_backward", (5, 136, 8, 24), 9, bf16, near], [None]),
+        (["pointwise_backward", (64, 1536, 32, 32), 9, bf16, near], [None]),
     ]
     return [_operator_job(case, "cuda", gemms=g, timed=False) for case, g in cases] if "cuda" in backends else []
 

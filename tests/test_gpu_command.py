@@ -356,6 +356,11 @@ def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tm
         ("mixer_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch", "layer")),
         ("mixer_eval", (64, 257, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("fused", "torch", "wgmma")),
         ("depthwise_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (9, 0), ()),
+        # the weight gradient
+        ("pointwise_backward", (64, 1536, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("torch",)),
+        ("pointwise_backward", (64, 768, 7, 7), torch.bfloat16, "contiguous", (9, 0), ()),
+        ("pointwise_backward", (64, 1536, 32, 32), torch.bfloat16, "channels_last", (9, 0), ()),
+        ("pointwise_backward", (64, 1536, 32, 32), torch.bfloat16, "contiguous", (8, 0), ()),
     ],
 )
 def test_which_gemms_are_timed(op, shape, dtype, layout, capability, expected):
@@ -364,7 +369,7 @@ def test_which_gemms_are_timed(op, shape, dtype, layout, capability, expected):
 
 def test_every_forced_gemm_is_one_that_the_backend_knows(monkeypatch):
     cases = [case for case in gpu_ops.operator_cases() if gpu_ops.forced_gemms(case, (9, 0))]
-    assert {case.op for case in cases} == {"pointwise_eval", "pointwise_train", "mixer_eval"}
+    assert {case.op for case in cases} == {"pointwise_eval", "pointwise_train", "pointwise_backward", "mixer_eval"}
     before = pointwise_gemm.forced_gemm
     for name in {name for case in cases for name in gpu_ops.forced_gemms(case, (9, 0))}:
         with gpu_ops.forcing(name):

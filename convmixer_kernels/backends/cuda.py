@@ -564,7 +564,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two GEMMs."""
+    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two products."""
     da = torch.empty_like(dy)
     db = torch.empty_like(bias) if needs[2] and bias is not None else None
     with _On(dy) as stream:

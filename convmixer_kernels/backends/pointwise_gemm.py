@@ -2,11 +2,11 @@
 """The matrix products of the `cuda` backend's pointwise block: which kernel computes the forward, and torch's GEMMs.
 
 Forward: either one kernel of ours (csrc/cuda/pointwise_gemm.cu: GEMM, bias, activation, norm or statistics), or torch's
-GEMM and a pass over its result. Backward: torch's GEMMs on a da that one pass has written. They are as large as the
-forward's, but nothing follows their results that a kernel of ours could save a pass by, and a da computed while the
-operands are loaded would be computed C_in / 128 times over. At 64x1536x32x32 in bfloat16 on an H100 the measured backward,
-1553 us contiguous, is about 207 us for da by its bytes, 550 us for dx as in the forward, 800 us for dw; our main loop would
-take 736 us for either product, by the rates below.
+GEMM and a pass over its result. Backward: two products on a da that one pass has written, for a da computed while the
+operands are loaded would be computed C_in / 128 times over. dx is torch's GEMM: nothing follows it that a kernel of ours
+could save a pass by. dw is torch's too, but for contiguous 16-bit tensors on sm_90 (csrc/cuda/pointwise_weight_grad.cu): images and
+channels interleave there, which for torch means a product an image. At 64x1536x32x32 in bfloat16 on an H100 the backward took
+1486 us by torch's products, about 207 for da by its bytes, 480 for dx and 800 for dw; ours is expected to take 485 for dw.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ _RATES = {
 @functools.cache
 def forced_gemm() -> str | None:
     """CONVMIXER_CUDA_GEMM: "fused", "wgmma", "torch" or "layer"; None (unset or "auto") leaves the choice to the table.
+
+    Only "torch" makes dw torch's where ours can run.
 
     "fused" is our kernel by mma.sync or FMA units, "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape
     allow them (csrc/cuda/pointwise_wgmma.cuh). "layer" is "fused", and an eval layer is one kernel wherever that can run

@@ -15,8 +15,8 @@ from helpers import Case, make_inputs, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_kernels as ck
-from convmixer_kernels import dispatch
-from convmixer_kernels.backends import cpu
+from convmixer_kernels import _native, dispatch
+from convmixer_kernels.backends import cpu, cuda, triton
 
 OPERATORS = ["depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d"]
 
@@ -208,8 +208,23 @@ def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
             ck.depthwise_conv2d(x, weight)
         dispatch._warn_if_nothing_faster.cache_clear()
         monkeypatch.setattr(cpu, "native", None)
-        with pytest.warns(RuntimeWarning, match="torch operations for cpu tensors.*module is not built") as seen:
+        monkeypatch.setattr(cpu, "_reason", "the native module _cpu is not built")
+        with pytest.warns(RuntimeWarning, match="torch operations for cpu tensors.*module _cpu is not built") as seen:
             [ck.depthwise_conv2d(x, weight) for _ in range(3)]
+        assert len(seen) == 1
+    finally:
+        dispatch._warn_if_nothing_faster.cache_clear()
+
+
+def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
+    """The Triton kernels run where a foreign _cuda lies beside them: nothing else would say so."""
+    monkeypatch.setattr(_native, "refused", {"_cuda": "there/_cuda.so is refused: it was built from other sources"})
+    monkeypatch.setattr(cuda, "build_info", lambda: {"available": False, "detail": _native.refused["_cuda"]})
+    monkeypatch.setattr(triton, "build_info", lambda: {"available": True, "detail": ""})
+    dispatch._warn_if_nothing_faster.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"there/_cuda\.so is refused") as seen:
+            [dispatch._warn_if_nothing_faster("cuda") for _ in range(3)]
         assert len(seen) == 1
     finally:
         dispatch._warn_if_nothing_faster.cache_clear()

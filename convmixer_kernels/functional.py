@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,7 @@ def mixer_layer(
     if _direct(x, *tensors, *running[0], *running[1]):
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
-        return mixer_forward(chosen, x, tuple(blocks), running, options)[0]
+        return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
     used = (None,) * 4 if training else (*running[0], *running[1])
     y, _, _, *batch = torch.ops.convmixer.mixer_layer(*tensors, *used, *_flat(options), _name(chosen))
     if training:
@@ -278,7 +278,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
             return None
         norms = (Norm(*r, b.norm_weight, b.norm_bias, layer.eps) for b, r in zip(blocks, running, strict=True))
         evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
-    return backend.mixer_eval(x, evaluated, True)
+    return _recorded("mixer_layers", backend.mixer_eval, x, evaluated, True)
 
 
 def depthwise_conv2d(
@@ -308,7 +308,7 @@ def depthwise_conv2d(
     if _direct(x, *block):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
             return ConvolutionFunction.apply(x, block.weight, block.bias, chosen)
-        return convolution_forward(chosen, x, block.weight, block.bias)
+        return _recorded(op, convolution_forward, chosen, x, block.weight, block.bias)
     return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, _name(chosen))
 
 
@@ -330,7 +330,8 @@ def _run_block(
     if _direct(x, *block, *running):
         if save:
             return BlockFunction.apply(x, *block, running, kind, options, backend)
-        return block_forward(backend, x, kind, block, running, options)[0]
+        op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+        return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
     y, _, mean, var = operator(x, *block, *used, *_flat(options), _name(backend))
@@ -420,6 +421,15 @@ def _direct(*tensors: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
     )
+
+
+def _recorded(op: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), under the operator's name where a profiler records: autograd and the dispatcher, which name the other calls,
+    do not see a direct one."""
+    if not torch._C._autograd._profiler_enabled():
+        return function(*args)
+    with torch.autograd.profiler.record_function(f"convmixer::{op}"):
+        return function(*args)
 
 
 def _flat(options: Options) -> tuple:

@@ -16,25 +16,37 @@ _spec = importlib.util.spec_from_file_location("_build", Path(__file__).parent /
 _build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_build)
 
-cxx = _build.find_cxx()
-nvcc = _build.find_nvcc() if cxx else None
-if os.environ.get("CONVMIXER_BUILD_CUDA") == "1" and nvcc is None:
-    sys.exit(
-        "CONVMIXER_BUILD_CUDA=1, but no C++ compiler with an nvcc was found on PATH, in CUDA_HOME or /usr/local/cuda"
-    )
-archs = _build.cuda_archs(nvcc) if nvcc else []
 
+def say(*lines: str) -> None:
+    for line in lines:
+        print(f"convmixer-kernels: {line}", flush=True)
+
+
+cxx = _build.find_cxx()
 if cxx is None:
-    print(
-        "convmixer-kernels: no C++ compiler found (set CXX): installing WITHOUT native kernels; the operators will run"
+    problems = [_build.cxx_problem(name) for name in _build.cxx_candidates()]
+    say(
+        *problems,
+        "no C++ compiler that works (set CXX): installing WITHOUT native kernels; the operators will run on the slow",
+        "'reference' backend. Install g++ (and Python's headers) and reinstall to get the fast ones.",
     )
-    print(
-        "convmixer-kernels: on the slow 'reference' backend. Install g++ and reinstall to get the fast ones.",
-        flush=True,
+
+nvcc = _build.find_nvcc() if cxx else None
+archs = _build.cuda_archs(nvcc) if nvcc else []
+problem = _build.nvcc_problem(nvcc, cxx, tuple(archs)) if nvcc else None
+if os.environ.get("CONVMIXER_BUILD_CUDA") == "1" and (nvcc is None or problem is not None):
+    found = problem or "no C++ compiler that works with an nvcc was found on PATH, in CUDA_HOME or /usr/local/cuda"
+    sys.exit(f"CONVMIXER_BUILD_CUDA=1, but {found}")
+if problem is not None and _build.requested_cuda_archs():
+    sys.exit(
+        f"CONVMIXER_CUDA_ARCHS={os.environ['CONVMIXER_CUDA_ARCHS']}, but {problem}; CONVMIXER_BUILD_CUDA=0 leaves _cuda out"
     )
-else:
+if problem is not None:
+    say(problem, "installing WITHOUT CUDA kernels")
+    nvcc, archs = None, []
+if cxx is not None:
     where = f"{nvcc} for {' '.join(archs)}" if nvcc else "not built, no nvcc found (or CONVMIXER_BUILD_CUDA=0)"
-    print(f"convmixer-kernels: _cpu: {cxx} for {' '.join(_build.cpu_instruction_sets())}; _cuda: {where}", flush=True)
+    say(f"_cpu: {cxx} for {' '.join(_build.cpu_instruction_sets())}; _cuda: {where}")
 
 BUILT = {
     "digest": _build.source_digest(),

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from convmixer_kernels import __version__
+
 from . import reference
 from .accelerate import Report, accelerate
 from .model import ConvMixer, MixerLayer, MixerSequential
 
-__all__ = ["ConvMixer", "MixerLayer", "MixerSequential", "Report", "accelerate", "reference"]
+__all__ = ["ConvMixer", "MixerLayer", "MixerSequential", "Report", "__version__", "accelerate", "reference"]

@@ -7,14 +7,20 @@ that appears later is never missed. Nothing about the decision is stored in the 
 
 from __future__ import annotations
 
+import contextlib
+import operator
+import types
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
 
-from convmixer_kernels import checks, functional
+from convmixer_kernels import checks, dispatch, functional
 
 from . import reference
 from .reference import Residual
@@ -22,9 +28,6 @@ from .reference import Residual
 # exact classes: a subclass of Tensor may give its operations another meaning
 _PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-# what a convolution or norm holds in the place that its class gives it, None included
-_PARAMETERS = frozenset({"weight", "bias"})
-_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 class MixerLayer(nn.Sequential):
@@ -34,18 +37,22 @@ class MixerLayer(nn.Sequential):
         y = norm_2(act(pointwise_conv(z)))                      1 conv, 2 act, 3 norm
 
     It runs its modules one by one, exactly as nn.Sequential, whenever that could be told apart: other children (a slice
-    of a layer, a replaced norm, a parametrization), a hook on an inner module or on all modules, an input that the
-    kernels do not take (float64, unbatched, a tensor subclass), tracing, torch.export, a torch.func transform,
-    forward-mode differentiation.
+    of a layer, a replaced norm, a parametrization), a hook on an inner module or on all modules, a function or a class of
+    torch's that was replaced for all (nn.GELU.forward, F.gelu), a mode that sees or changes torch's functions or operators
+    (TorchFunctionMode, TorchDispatchMode), an input that the kernels do not take (float64, unbatched, empty, a tensor
+    subclass), tracing, torch.export, a torch.func transform, forward-mode differentiation.
 
     One thing is less than the reference's: the operator is differentiable once, and a second time raises RuntimeError.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
         if not torch.jit.is_scripting():
-            blocks = recognize(self)
-            if not isinstance(blocks, str) and _takes(input, blocks):
-                return _run(input, *blocks)
+            # a tracer makes tensors of sizes, and records a program that runs without this package
+            if torch._C._get_tracing_state() is None:
+                blocks = recognize(self)
+                if not isinstance(blocks, str) and _takes_input(input) and _takes_tensors(input, blocks):
+                    return _run(self, input, *blocks)
+            return super().forward(input)
         for module in self:
             input = module(input)
         return input
@@ -61,6 +68,8 @@ class MixerSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
+            if not _torch_is_itself():
+                return super().forward(input)
             return _run_children(tuple(self._modules.values()), input)
         for module in self:
             input = module(input)
@@ -111,6 +120,50 @@ def ConvMixer(
     return model
 
 
+# ---- what torch is made of --------------------------------------------------------------------------------------
+
+#: What is run when a layer's modules are called. Who replaces one of these means every call of it.
+_RUNS = [
+    (owner, name)
+    for owner, names in (
+        (nn.Module, ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")),
+        (nn.Conv2d, ("__call__", "forward", "_conv_forward")),
+        (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
+        *((module, ("__call__", "forward")) for module in (nn.GELU, nn.ReLU, nn.Identity)),
+        (nn.Sequential, ("__call__", "__iter__", "forward")),
+        (F, ("conv2d", "batch_norm", "gelu", "relu")),
+        (torch, ("batch_norm", "relu", "relu_")),
+        (Tensor, ("__add__",)),
+    )
+    for name in names
+]
+_OWNERS, _NAMES = zip(*_RUNS, strict=True)
+
+
+def _is_torchs(function: object) -> bool:
+    """Whether it is compiled, or written in one of torch's own files: then nobody had replaced it before this import."""
+    if isinstance(function, types.FunctionType):
+        return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
+    return isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
+
+
+# object() is nobody's: a function that was foreign at import never counts as torch's own
+_ORIGINALS = [f if _is_torchs(f) else object() for f in map(getattr, _OWNERS, _NAMES)]
+
+
+@torch.compiler.assume_constant_result
+def _torch_is_itself() -> bool:
+    """Whether torch runs what it ran when it was written, in about a microsecond."""
+    return all(map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS))
+
+
+def _replaced_in_torch() -> str:
+    """The first name of those that somebody replaced."""
+    kept = map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS)
+    owner, name = next(run for run, same in zip(_RUNS, kept, strict=True) if not same)
+    return f"{owner.__name__}.{name}"
+
+
 # ---- what a layer is made of ------------------------------------------------------------------------------------
 
 
@@ -125,11 +178,13 @@ class Block(NamedTuple):
 def recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
     """The layer's depthwise and pointwise block if its operator would do what its modules do, else the reason why not.
 
-    Looks at modules only, not at an input. It runs on every forward, for about 5 microseconds.
+    Looks at modules only, not at an input. It runs on every forward, for about 6 microseconds.
     """
-    children = tuple(layer._modules.values())
-    if len(children) != 4:
-        return f"it has {len(children)} children, not the 4 of a mixer layer"
+    return _changed_for_all() or _recognize(layer)
+
+
+def _changed_for_all() -> str | None:
+    """Why no layer at all may run by its operator now, or None."""
     if (
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
@@ -137,6 +192,13 @@ def recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
         or torch_module._global_backward_pre_hooks
     ):
         return "a hook is registered on all modules"
+    return None if _torch_is_itself() else f"{_replaced_in_torch()} is not torch's own"
+
+
+def _recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
+    children = tuple(layer._modules.values())
+    if len(children) != 4:
+        return f"it has {len(children)} children, not the 4 of a mixer layer"
     residual, *pointwise = children
     if not _is_residual(residual):
         return f"its residual, {_name(residual)}, is not known to compute fn(x) + x"
@@ -163,34 +225,66 @@ def _block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -
         return f"its {kind} activation is {activation!r}"
     if _is_altered(conv) or _is_altered(activation) or _is_altered(norm):
         return f"a module of its {kind} block has a hook or its own forward"
+    if not _is_in_place(conv, norm):
+        return f"a tensor or method of its {kind} block is not where its class has it"
+    # the weight's own sizes: the convolution's attributes say what it was made for, and nothing reads them
+    weight = conv._parameters["weight"]
+    shape = () if weight is None else weight.shape
     if not (
-        conv._parameters.keys() >= _PARAMETERS
-        and norm._parameters.keys() >= _PARAMETERS
-        and norm._buffers.keys() >= _STATISTICS
-    ):
-        return f"a tensor of its {kind} block is not a parameter or buffer of its module"
-    channels = conv.in_channels
-    if kind == "depthwise":
-        shape_is_right = conv.groups == channels == conv.out_channels
-    else:
-        shape_is_right = conv.groups == 1 and conv.kernel_size == (1, 1)
-    if not (
-        shape_is_right
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
+        len(shape) == 4
+        and type(conv.groups) is int
+        and (
+            (shape[1] == 1 and conv.groups == shape[0])
+            if kind == "depthwise"
+            else (shape[2] == shape[3] == conv.groups == 1)
+        )
+        and _is_pair(conv.stride, 1, 1)
+        and _is_pair(conv.dilation, 1, 1)
         and conv.padding_mode == "zeros"
-        and _pads_same(conv.padding, conv.kernel_size)
+        and _pads_same(conv.padding, shape[2], shape[3])
     ):
-        return f"its {kind} convolution is {conv}"
+        return f"its {kind} convolution is {_described(conv, shape)}"
     return Block(conv, name, norm)
 
 
-def _pads_same(padding: str | tuple[int, int], kernel_size: tuple[int, int]) -> bool:
-    if padding == "same":
-        return True
-    if padding == "valid":
-        padding = (0, 0)
-    return 2 * padding[0] == kernel_size[0] - 1 and 2 * padding[1] == kernel_size[1] - 1
+def _is_in_place(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether their tensors, None included, are parameters and buffers, and no attribute hides one or a method of the class."""
+    parameters, own = conv._parameters, conv.__dict__
+    if not ("weight" in parameters and "bias" in parameters):
+        return False
+    if "weight" in own or "bias" in own or "_conv_forward" in own:
+        return False
+    parameters, buffers, own = norm._parameters, norm._buffers, norm.__dict__
+    if not ("weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers):
+        return False
+    if not ("running_mean" in buffers and "running_var" in buffers) or "_check_input_dim" in own:
+        return False
+    return not (
+        "weight" in own
+        or "bias" in own
+        or "running_mean" in own
+        or "running_var" in own
+        or "num_batches_tracked" in own
+    )
+
+
+def _pads_same(padding: object, height: int, width: int) -> bool:
+    if type(padding) is str:
+        return padding == "same" or (padding == "valid" and height == width == 1)
+    return height & width & 1 == 1 and _is_pair(padding, height // 2, width // 2)
+
+
+def _is_pair(value: object, first: int, second: int) -> bool:
+    """Exactly these two ints: torch refuses floats that equal them."""
+    return value == (first, second) and type(value) is tuple and type(value[0]) is int and type(value[1]) is int
+
+
+def _described(conv: nn.Conv2d, shape: tuple[int, ...]) -> str:
+    try:
+        described = str(conv)
+    except (TypeError, ValueError):  # it takes pairs for granted
+        return "an nn.Conv2d with attributes of other types than the class gives them"
+    return described if shape[2:] == conv.kernel_size else f"{described} with a weight of {tuple(shape)}"
 
 
 def _activation_name(module: nn.Module) -> str | None:
@@ -255,7 +349,7 @@ def _is_residual(module: nn.Module) -> bool:
     """
     kind = type(module)
     forward = getattr(kind, "forward", None)
-    if _proven_residuals.get(kind) is not forward or forward is None:
+    if _proven_residuals.get(kind) is not forward or forward is None or kind.__call__ is not nn.Module.__call__:
         if not (
             isinstance(module, nn.Module)
             and kind.__call__ is nn.Module.__call__
@@ -272,16 +366,19 @@ def _is_residual(module: nn.Module) -> bool:
 # ---- running a layer by its operator ----------------------------------------------------------------------------
 
 
-def _takes(x: object, blocks: tuple[Block, Block]) -> bool:
-    """Whether the operator gives the modules' result for this input, under the modes that are active now."""
+def _takes_input(x: object) -> bool:
+    """Whether operators may run on this input, under the modes that are active now."""
     if type(x) not in _PLAIN_TENSORS or x.dtype not in _DTYPES or x.dim() != 4 or x.layout is not torch.strided:
         return False
-    if x.is_meta or x.is_nested or torch._C._get_tracing_state() is not None:
+    if x.is_meta or x.is_nested or x.numel() == 0 or _is_watched():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch.compiler.is_exporting():
-        return False  # a program that runs without this package
+    return not torch.compiler.is_exporting()  # a program that runs without this package
+
+
+def _takes_tensors(x: Tensor, blocks: tuple[Block, Block]) -> bool:
+    """Whether the operator gives the modules' result for an input that operators may run on, with their tensors and settings."""
     dtype, device = x.dtype, x.device.type
     # autocast casts float32 weights to its dtype; without it nn.Conv2d wants weights of x's dtype
     wide = dtype
@@ -290,8 +387,11 @@ def _takes(x: object, blocks: tuple[Block, Block]) -> bool:
             return False
         wide = torch.float32
     for conv, _, norm in blocks:
-        if not norm.eps > 0:
-            return False  # F.batch_norm refuses it in training, and if negative in evaluation
+        # F.batch_norm refuses an eps of 0 in training, and a negative one in evaluation
+        if not (_is_moderate(norm.eps) and norm.eps > 0):
+            return False
+        if not (norm.momentum is None or _is_moderate(norm.momentum)):
+            return False
         for t in conv._parameters.values():
             if t is not None and (type(t) not in _PLAIN_TENSORS or (t.dtype is not dtype and t.dtype is not wide)):
                 return False
@@ -313,6 +413,24 @@ def _takes(x: object, blocks: tuple[Block, Block]) -> bool:
     return True
 
 
+def _is_moderate(value: object) -> bool:
+    """A number that float32 holds: about others (infinite, NaN, of another type) torch has ideas of its own."""
+    kind = type(value)
+    return (
+        kind is float or kind is int or (isinstance(value, (float, int)) and kind is not bool)
+    ) and -1e30 < value < 1e30
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees torch's functions or operators; one that only sets the default device changes nothing here."""
+    if torch.compiler.is_compiling():
+        return False  # a compiled program has operators of its own
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    modes = torch._C._len_torch_function_stack()
+    return modes > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+
+
 class _NormCall(NamedTuple):
     """What nn.BatchNorm2d.forward hands to F.batch_norm, and the counter that it steps."""
 
@@ -324,7 +442,7 @@ class _NormCall(NamedTuple):
 def _norm_call(norm: nn.BatchNorm2d) -> _NormCall:
     parameters, buffers = norm._parameters, norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
-    training, counter = norm.training, None
+    training, counter = bool(norm.training), None
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if training:
         if norm.track_running_stats:
@@ -339,17 +457,34 @@ def _norm_call(norm: nn.BatchNorm2d) -> _NormCall:
     return _NormCall(tensors, (training or mean is None, momentum, norm.eps), counter)
 
 
-def _run(x: Tensor, depthwise: Block, pointwise: Block) -> Tensor:
+def _run(layer: nn.Sequential, x: Tensor, depthwise: Block, pointwise: Block) -> Tensor:
     norms = _norm_call(depthwise.norm), _norm_call(pointwise.norm)
     try:
         return _run_operators(x, depthwise, pointwise, *norms)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
         # a refused call has counted nothing; activation checkpointing stops a forward by an exception of its own, and
         # there the reference has counted
         for norm in norms:
             if norm.counter is not None:
                 norm.counter.sub_(1)
-        raise
+        if isinstance(error, RuntimeError):
+            raise
+        dispatch.requested_backend("mixer_layer", None)  # an unknown name is no reason to run something else
+        if any(t.device != x.device for t in (*layer.parameters(), *layer.buffers())):
+            raise  # torch's convolution takes a meta tensor beside a real one, and reads what is not there
+        return _run_modules(layer, x, norms, error)
+
+
+def _run_modules(layer: nn.Sequential, x: Tensor, norms: Sequence[_NormCall], refusal: Exception) -> Tensor:
+    """What the modules make of a call that the operator refuses; if they raise, the refusal, and no state has moved."""
+    state = [t for norm in norms for t in (*norm.tensors[2:], norm.counter) if t is not None]
+    before = [t.clone() for t in state]
+    try:
+        return nn.Sequential.forward(layer, x)
+    except Exception as error:
+        for t, value in zip(state, before, strict=True):
+            t.detach().copy_(value)
+        raise refusal from error
 
 
 def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCall, second: _NormCall) -> Tensor:
@@ -401,7 +536,10 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
         candidate = evaluates and type(children[at]) is MixerLayer and type(x) in _PLAIN_TENSORS
         if candidate and functional.may_evaluate_mixer_layers(x):
             layers = _evaluated_together(children[at:], x)
-            y = functional.evaluate_mixer_layers(x, layers) if len(layers) > 1 else None
+            if len(layers) > 1:
+                # of a refusal the first layer that gets it makes what it must
+                with contextlib.suppress(TypeError, ValueError):
+                    y = functional.evaluate_mixer_layers(x, layers)
         taken = max(len(layers), 1)
         if y is None:
             y = x
@@ -415,11 +553,13 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
 def _evaluated_together(children: tuple[nn.Module, ...], x: object) -> list[functional.MixerArguments]:
     """What the first children are called with, as far as they are layers that their operator would evaluate."""
     layers: list[functional.MixerArguments] = []
+    if _changed_for_all() is not None or not _takes_input(x):
+        return layers
     for layer in children:
         if type(layer) is not MixerLayer or _is_altered(layer):
             break
-        blocks = recognize(layer)
-        if isinstance(blocks, str) or not _takes(x, blocks):
+        blocks = _recognize(layer)
+        if isinstance(blocks, str) or not _takes_tensors(x, blocks):
             break
         if any(b.norm.training or b.norm._buffers["running_mean"] is None for b in blocks):
             break

@@ -6,11 +6,14 @@ Source: Trockman and Kolter, "Patches Are All You Need?", https://arxiv.org/abs/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 #: The activations by name, each as a function that makes the module.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu": nn.ReLU,
@@ -69,7 +72,8 @@ def ConvMixer(
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"ConvMixer: activation must be one of {known}, got activation={activation!r}")
-    act, kwargs = ACTIVATIONS[activation], {"device": device, "dtype": dtype}
+    act = ACTIVATIONS[activation]
+    kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
     return nn.Sequential(
         nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, **kwargs),
         act(),

@@ -6,6 +6,7 @@ import pkgutil
 # In a source checkout this folder shadows the installed package, which alone holds the native modules: look there too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from ._flops import register_when_imported as _register_flops
 from ._version import __version__
 from .dispatch import available_backends, use_backend
 from .functional import depthwise_block, depthwise_conv2d, mixer_layer, pointwise_block
@@ -25,3 +26,5 @@ __all__ = [
     "pointwise_block",
     "use_backend",
 ]
+
+_register_flops()

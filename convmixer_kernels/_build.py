@@ -11,12 +11,15 @@ Environment variables:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -71,10 +74,53 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def find_cxx() -> str | None:
-    """The C++ compiler, or None."""
+def cxx_candidates() -> list[str]:
+    """CXX alone where it is set, else the usual names that are on PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((name for name in names if shutil.which(name.split()[0])), None)
+    return [name for name in names if shutil.which(name.split()[0])]
+
+
+def find_cxx() -> str | None:
+    """The first C++ compiler that can build a Python module with OpenMP, or None."""
+    return next((name for name in cxx_candidates() if cxx_problem(name) is None), None)
+
+
+_PROBE = """#include <Python.h>
+#include <omp.h>
+#include <vector>
+int probe() { return static_cast<int>(std::vector<int>(omp_get_max_threads()).size()); }
+"""
+
+
+@functools.cache
+def cxx_problem(cxx: str) -> str | None:
+    """Why this C++ compiler cannot build a module, found out by a small one; None where it can."""
+    flags = ["-std=c++17", "-fPIC", "-fopenmp", "-shared", f"-I{sysconfig.get_path('include')}"]
+    return _problem([*cxx.split(), *flags], "probe.cpp", _PROBE)
+
+
+@functools.cache
+def nvcc_problem(nvcc: Path, cxx: str, archs: tuple[str, ...] = ()) -> str | None:
+    """Why this nvcc cannot compile, beside this host compiler and for these architectures; None where it can."""
+    command = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs), "-c"]
+    return _problem(command, "probe.cu", "__global__ void probe(float* x) { *x = 1.0f; }\n")
+
+
+def _problem(command: list[str], name: str, source: str) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, output = Path(folder, name), Path(folder, "output")
+        path.write_text(source)
+        try:
+            done = subprocess.run(
+                [*command, str(path), "-o", str(output)], capture_output=True, text=True, errors="replace", timeout=300
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        if done.returncode == 0 and output.exists():
+            return None
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        told = next((line for line in lines if "error" in line or "fatal" in line), lines[0] if lines else "no message")
+        return f"{command[0]} cannot compile: {told} (exit status {done.returncode})"
 
 
 def find_nvcc() -> Path | None:
@@ -110,16 +156,21 @@ def local_cuda_archs() -> list[str]:
     return ["90a" if arch == "90" else arch for arch in found] if query.returncode == 0 else []
 
 
+def requested_cuda_archs() -> list[str]:
+    """Those of CONVMIXER_CUDA_ARCHS, each like "90a" or "80+PTX"."""
+    requested = os.environ.get("CONVMIXER_CUDA_ARCHS", "").replace(",", ";").split(";")
+    return [arch.strip().replace("sm_", "").replace(".", "") for arch in requested if arch.strip()]
+
+
 def cuda_archs(nvcc: Path) -> list[str]:
     """The architectures to build for, each like "90a" or "80+PTX"; an nvcc that is too old for a default one leaves it out."""
-    requested = os.environ.get("CONVMIXER_CUDA_ARCHS", "").replace(",", ";").split(";")
-    requested = [arch.strip().replace("sm_", "").replace(".", "") for arch in requested if arch.strip()]
+    requested = requested_cuda_archs()
     if requested:
         return requested
     local = local_cuda_archs()
     if local:
         return local
-    listing = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    listing = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     defaults = DEFAULT_CUDA_ARCHS.split(";")
     return [arch for arch in defaults if f"compute_{arch.removesuffix('+PTX').rstrip('a')}" in listing]
 
@@ -137,7 +188,9 @@ def gencode_flags(archs: Iterable[str]) -> list[str]:
 def _binding_flags() -> list[str]:
     import pybind11
 
-    return [*BINDING_FLAGS, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    # the module says what it was built from, and _native.py refuses one of other sources
+    digest = shlex.quote(f'-DCONVMIXER_DIGEST="{source_digest()}"')
+    return [*BINDING_FLAGS, digest, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
 
 #: Beside better instruction sets the portable kernels are for old processors: half the compile time, the same bits.

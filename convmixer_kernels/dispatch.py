@@ -21,6 +21,8 @@ from types import ModuleType
 
 from torch import Tensor
 
+from . import _native
+
 logger = logging.getLogger("convmixer_kernels")
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -95,7 +97,7 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
         module = load(name)
         reason = _reason(module, primitive, x, weights)
         if reason is None:
-            if name == "reference":
+            if name == "reference" or (_native.refused and name != x.device.type):
                 _warn_if_nothing_faster(x.device.type)
             return module
         logger.debug("%s: backend %r not used: %s", op, name, reason)
@@ -104,7 +106,8 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
 
 @functools.cache
 def _warn_if_nothing_faster(device_type: str) -> None:
-    """Once: pip shows nothing of a build that left the native modules out, and a slow result looks like any other."""
+    """Once: pip shows nothing of a build that left the native modules out or of two installs that were mixed, and a slow result
+    looks like any other."""
     details = {name: load(name).build_info() for name in automatic_order(device_type) if name != "reference"}
     if details and not any(detail["available"] for detail in details.values()):
         reasons = "; ".join(f"{name}: {detail['detail']}" for name, detail in details.items())
@@ -114,6 +117,8 @@ def _warn_if_nothing_faster(device_type: str) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
+    elif f"_{device_type}" in _native.refused:
+        warnings.warn(f"convmixer_kernels: {_native.refused[f'_{device_type}']}", RuntimeWarning, stacklevel=5)
 
 
 def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> str | None:

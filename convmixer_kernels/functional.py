@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from .autograd import (
     mixer_forward,
 )
 from .backends.base import MixerEval, Norm
-from .backends.reference import activate, update_running_statistics
+from .backends.reference import activate, convolution, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -209,7 +209,7 @@ def mixer_layer(
     if _direct(x, *tensors, *running[0], *running[1]):
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
-        return mixer_forward(chosen, x, tuple(blocks), running, options)[0]
+        return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
     used = (None,) * 4 if training else (*running[0], *running[1])
     y, _, _, *batch = torch.ops.convmixer.mixer_layer(*tensors, *used, *_flat(options), _name(chosen))
     if training:
@@ -278,7 +278,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
             return None
         norms = (Norm(*r, b.norm_weight, b.norm_bias, layer.eps) for b, r in zip(blocks, running, strict=True))
         evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
-    return backend.mixer_eval(x, evaluated, True)
+    return _recorded("mixer_layers", backend.mixer_eval, x, evaluated, True)
 
 
 def depthwise_conv2d(
@@ -303,12 +303,12 @@ def depthwise_conv2d(
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
     if x.numel() == 0 or _transformed():
-        return F.conv2d(x, *_of_dtype(block, x.dtype)[:2], padding="same", groups=x.shape[1])
+        return convolution(x, *_of_dtype(block, x.dtype)[:2], groups=x.shape[1])
     x, block = _dense(x, block)
     if _direct(x, *block):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
             return ConvolutionFunction.apply(x, block.weight, block.bias, chosen)
-        return convolution_forward(chosen, x, block.weight, block.bias)
+        return _recorded(op, convolution_forward, chosen, x, block.weight, block.bias)
     return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, _name(chosen))
 
 
@@ -330,7 +330,8 @@ def _run_block(
     if _direct(x, *block, *running):
         if save:
             return BlockFunction.apply(x, *block, running, kind, options, backend)
-        return block_forward(backend, x, kind, block, running, options)[0]
+        op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+        return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
     y, _, mean, var = operator(x, *block, *used, *_flat(options), _name(backend))
@@ -367,7 +368,7 @@ def _transformed() -> bool:
 def _torch_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
     """The equivalent of the docstrings."""
     weight, bias, _, _ = _of_dtype(block, x.dtype)
-    a = F.conv2d(x, weight, bias, padding="same", groups=x.shape[1] if kind == "depthwise" else 1)
+    a = convolution(x, weight, bias, groups=x.shape[1] if kind == "depthwise" else 1)
     norm = (*running, block.norm_weight, block.norm_bias)
     y = F.batch_norm(activate(a, options.activation), *norm, options.batch_statistics, options.momentum, options.eps)
     return y + x if options.residual else y
@@ -420,6 +421,15 @@ def _direct(*tensors: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
     )
+
+
+def _recorded(op: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), under the operator's name where a profiler records: autograd and the dispatcher, which name the other calls,
+    do not see a direct one."""
+    if not torch._C._autograd._profiler_enabled():
+        return function(*args)
+    with torch.autograd.profiler.record_function(f"convmixer::{op}"):
+        return function(*args)
 
 
 def _flat(options: Options) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ _PRIMITIVES = {
 }
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Version, native modules, torch, GPUs, and each operator's backend with why the others would not run it.
 
     Returns:

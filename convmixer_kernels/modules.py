@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,14 @@ class DepthwiseConv2d(nn.Conv2d):
         device, dtype: of the parameters.
     """
 
-    def __init__(self, channels: int, kernel_size: int | tuple[int, int], bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(
             channels, channels, kernel_size, padding="same", groups=channels, bias=bias, device=device, dtype=dtype
         )
@@ -34,7 +43,15 @@ class DepthwiseConv2d(nn.Conv2d):
 class _Block(nn.Module):
     """The parameters and buffers of one block, with nn.Conv2d's and nn.BatchNorm2d's initialisation and meaning."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: str):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: str) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             known = ", ".join(sorted(ACTIVATIONS))
@@ -45,7 +62,7 @@ class _Block(nn.Module):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(norm, name))
 
-    def _run(self, operator, x: Tensor, **options) -> Tensor:
+    def _run(self, operator: Callable[..., Tensor], x: Tensor, **options: bool) -> Tensor:
         batch_statistics = self.training or self.running_mean is None
         momentum = self.momentum
         if momentum is None:
@@ -96,7 +113,7 @@ class DepthwiseBlock(_Block):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         conv = DepthwiseConv2d(channels, kernel_size, bias, device, dtype)
         norm = nn.BatchNorm2d(channels, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(conv, norm, activation)
@@ -133,7 +150,7 @@ class PointwiseBlock(_Block):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         out_channels = in_channels if out_channels is None else out_channels
         conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         norm = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)

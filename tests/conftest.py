@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -25,6 +26,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and item.path.name.startswith("test_cuda") and not native["available"]:
             item.add_marker(pytest.mark.skip(reason=f"needs the CUDA kernels: {native['detail']}"))
+
+
+# where pytest does not capture what is written
+_STDERR = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Names a test that reaches faulthandler_timeout (pyproject.toml), just before pytest ends the process with its traceback.
+
+    faulthandler knows a test's function, not its parameters. A pytest.fail would never be seen: what hangs does not return.
+    """
+    limit = float(item.config.getini("faulthandler_timeout"))
+    name = f"\n{item.nodeid} has run for {limit:g} s: the process ends here\n".encode()
+    timer = threading.Timer(limit - min(1.0, limit / 2), os.write, (_STDERR, name))
+    timer.daemon = True
+    if limit > 0:
+        timer.start()
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
 
 
 @pytest.fixture(autouse=True)

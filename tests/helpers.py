@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convmixer_kernels.backends.reference import convolution
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 ACTIVATIONS = {
@@ -113,18 +114,14 @@ def eager(case: Case, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
     act = ACTIVATIONS[case.activation]
 
     def depthwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
-        # oneDNN's bfloat16 depthwise convolution does not return for some large kernels (torch 2.13, 31x31)
-        hangs = x.dtype in (torch.bfloat16, torch.float16) and max(case.kernel) > 15 and not x.is_cuda
-        with torch.backends.mkldnn.flags(enabled=False) if hangs else contextlib.nullcontext():
-            a = F.conv2d(x, block[0], block[1], padding="same", groups=x.shape[1])
-        h = norm(act(a), block)
+        h = norm(act(convolution(x, block[0], block[1], groups=x.shape[1])), block)
         return h + x if case.residual else h
 
     def pointwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
         return norm(act(F.conv2d(x, block[0], block[1])), block)
 
     if case.op == "depthwise_conv2d":
-        return F.conv2d(x, tensors[0], tensors[1], padding="same", groups=x.shape[1])
+        return convolution(x, tensors[0], tensors[1], groups=x.shape[1])
     if case.op == "depthwise_block":
         return depthwise(x, tensors)
     if case.op == "pointwise_block":

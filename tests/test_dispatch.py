@@ -11,12 +11,14 @@ import warnings
 
 import pytest
 import torch
-from helpers import Case, make_inputs, ours
+from helpers import Case, eager, make_inputs, ours
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import convmixer
 import convmixer_kernels as ck
-from convmixer_kernels import dispatch
-from convmixer_kernels.backends import cpu
+from convmixer_kernels import _native, dispatch
+from convmixer_kernels.backends import cpu, cuda, triton
 
 OPERATORS = ["depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d"]
 
@@ -55,7 +57,7 @@ def test_automatic_choice_logs_the_reason(caplog):
 def test_available_backends_and_info():
     assert {"reference", "cpu"} <= set(ck.available_backends())
     info = ck.build_info()
-    assert info["version"] == ck.__version__
+    assert info["version"] == ck.__version__ == convmixer.__version__
     assert info["operators"]["cpu"]["mixer_layer"]["backend"] == "cpu"
     printed = subprocess.run([sys.executable, "-m", "convmixer_kernels"], capture_output=True, text=True, check=True)
     assert f"convmixer-kernels {ck.__version__}" in printed.stdout
@@ -142,6 +144,83 @@ def test_dispatch_modes_see_the_operator_and_change_nothing(operator):
     assert f"convmixer.{operator}.default" in seen
 
 
+# ---- what counters and profilers see -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("wanted", ["everything", "x", "weights", "nothing"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_flops_are_those_of_the_equivalent(operator, training, wanted):
+    kernel = (1, 1) if operator == "pointwise_block" else (4, 3)
+    out = 8 if operator in ("pointwise_block", "mixer_layer") else None
+    case = Case(operator, (2, 6, 7, 5), kernel, out, training=training)
+    x, tensors, dy = make_inputs(case)
+    counts = []
+    for call in (eager, lambda case, x, t: ours(case, x, t, None)):
+        leaves = [x.clone(), *(t.clone() for t in tensors)]
+        for i, t in enumerate(leaves):
+            floating = i == 0 or (i - 1) % 6 < 4
+            t.requires_grad_(floating and {"everything": True, "x": i == 0, "weights": i > 0, "nothing": False}[wanted])
+        with FlopCounterMode(display=False) as counter:
+            y = call(case, leaves[0], leaves[1:])
+            if wanted != "nothing":
+                y.backward(dy)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flops_of_a_model_are_the_references_module_by_module(training):
+    counts = []
+    for build in (convmixer.ConvMixer, convmixer.reference.ConvMixer):
+        model = build(8, 2, 3, 2, 4).train(training)
+        with FlopCounterMode(display=False) as counter:
+            y = model(torch.randn(2, 3, 8, 8))
+            y.sum().backward()
+        found = counter.get_flop_counts()
+        counts.append({name.partition(".")[2]: dict(count) for name, count in found.items()})
+    assert counts[0] == counts[1]
+    assert len(counts[0]) > 4
+
+
+FLOPS = """
+import sys
+{first}
+import torch, convmixer_kernels as ck
+assert ("torch.utils.flop_counter" in sys.modules) == {imported}
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ck.depthwise_conv2d(torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3))
+print(counter.get_total_flops())
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import torch.utils.flop_counter"])
+def test_flops_are_known_whatever_is_imported_first(first):
+    """And nothing of torch's counter, which imports triton, is imported for those who do not count."""
+    script = FLOPS.format(first=first, imported=bool(first))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(2 * 2 * 25 * 9), done.stderr
+
+
+def test_profilers_see_evaluation_by_name():
+    x = torch.randn(2, 8, 6, 6)
+    model = convmixer.ConvMixer(8, 2, 3, 1, 4, in_chans=8).eval()
+    calls = {
+        "depthwise_block": ck.DepthwiseBlock(8, 3).eval(),
+        "pointwise_block": ck.PointwiseBlock(8).eval(),
+        "depthwise_conv2d": ck.DepthwiseConv2d(8, 3),
+        "mixer_layer": model[3],
+        "mixer_layers": model,
+    }
+    with torch.no_grad():
+        for name, call in calls.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                call(x)
+            assert [e.key for e in seen.key_averages() if "convmixer" in e.key] == [f"convmixer::{name}"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck(backend, training):
@@ -208,8 +287,23 @@ def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
             ck.depthwise_conv2d(x, weight)
         dispatch._warn_if_nothing_faster.cache_clear()
         monkeypatch.setattr(cpu, "native", None)
-        with pytest.warns(RuntimeWarning, match="torch operations for cpu tensors.*module is not built") as seen:
+        monkeypatch.setattr(cpu, "_reason", "the native module _cpu is not built")
+        with pytest.warns(RuntimeWarning, match="torch operations for cpu tensors.*module _cpu is not built") as seen:
             [ck.depthwise_conv2d(x, weight) for _ in range(3)]
+        assert len(seen) == 1
+    finally:
+        dispatch._warn_if_nothing_faster.cache_clear()
+
+
+def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
+    """The Triton kernels run where a foreign _cuda lies beside them: nothing else would say so."""
+    monkeypatch.setattr(_native, "refused", {"_cuda": "there/_cuda.so is refused: it was built from other sources"})
+    monkeypatch.setattr(cuda, "build_info", lambda: {"available": False, "detail": _native.refused["_cuda"]})
+    monkeypatch.setattr(triton, "build_info", lambda: {"available": True, "detail": ""})
+    dispatch._warn_if_nothing_faster.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"there/_cuda\.so is refused") as seen:
+            [dispatch._warn_if_nothing_faster("cuda") for _ in range(3)]
         assert len(seen) == 1
     finally:
         dispatch._warn_if_nothing_faster.cache_clear()

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_twice_eager
 from model_helpers import (
     DIM,
@@ -24,6 +25,8 @@ from model_helpers import (
     step,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convmixer import ConvMixer
 
@@ -91,12 +94,54 @@ def negative_eps_in_evaluation(layer):
     layer.eval()[3].eps = -1e-5
 
 
+def smaller_depthwise_weight(layer):
+    layer[0].fn[0].padding = (2, 2)
+    layer[0].fn[0].weight = nn.Parameter(torch.zeros(DIM, 1, 3, 3))
+
+
+def depthwise_weight_of_two_channels(layer):
+    layer[0].fn[0].weight = nn.Parameter(torch.zeros(DIM, 2, 5, 5))
+
+
+def unknown_padding(layer):
+    layer[1].padding = "full"
+
+
+def groups_as_a_float(layer):
+    layer[0].fn[0].groups = float(DIM)
+
+
+def padding_of_floats(layer):
+    layer[0].fn[0].padding = (2.0, 2.0)
+
+
+def momentum_as_text(layer):
+    layer[3].momentum = "0.1"
+
+
+def eps_as_text(layer):
+    layer[3].eps = "0.1"
+
+
 @pytest.mark.parametrize(
     "change",
-    [half_norm, half_running_statistics, one_running_statistic, eps_of_zero, negative_eps_in_evaluation],
+    [
+        half_norm,
+        half_running_statistics,
+        one_running_statistic,
+        eps_of_zero,
+        negative_eps_in_evaluation,
+        smaller_depthwise_weight,
+        depthwise_weight_of_two_channels,
+        unknown_padding,
+        groups_as_a_float,
+        padding_of_floats,
+        momentum_as_text,
+        eps_as_text,
+    ],
     ids=lambda f: f.__name__,
 )
-def test_norms_that_the_reference_refuses_are_refused_alike(calls, change):
+def test_layers_that_the_reference_refuses_are_refused_alike(calls, change):
     layer, ref = (m[3] for m in make_pair())
     for one in (layer, ref):
         change(one)
@@ -117,21 +162,16 @@ def wrong_pointwise_norm(layer):
     layer[3].bias = nn.Parameter(torch.zeros(DIM + 1))
 
 
-def infinite_pointwise_momentum(layer):
-    layer[3].momentum = float("inf")
-
-
 @pytest.mark.parametrize(
     ("change", "x", "message"),
     [
-        (infinite_pointwise_momentum, features(), "pointwise_block: momentum must be finite"),
         (lambda layer: None, features()[:, :8], "mixer_layer: depthwise_weight must be"),
         (lambda layer: None, features(1, 1), "mixer_layer: training needs more than one value per channel"),
         (cumulative_average, features(1, 1), "mixer_layer: training needs more than one value per channel"),
         (wrong_pointwise_weight, features(), "mixer_layer: pointwise_weight must be"),
         (wrong_pointwise_norm, features(), "pointwise_block: norm_bias must be"),
     ],
-    ids=["pointwise-momentum", "channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
+    ids=["channels", "one-value", "one-value-averaged", "pointwise-weight", "pointwise-norm"],
 )
 def test_a_call_that_raises_changes_nothing(change, x, message):
     layer = make_pair()[0][3]
@@ -140,6 +180,83 @@ def test_a_call_that_raises_changes_nothing(change, x, message):
     with pytest.raises(ValueError, match=message):
         layer(x)
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+def column_of_norm_weights(layer):
+    layer[3].weight = nn.Parameter(layer[3].weight.detach()[:, None])
+
+
+def test_what_the_operator_refuses_and_the_reference_runs(calls, monkeypatch):
+    """In evaluation without gradients torch reads any number of dimensions: with the layer's modules, alone and in a model."""
+    model, ref = (m.eval() for m in make_pair())
+    for one in (model, ref):
+        column_of_norm_weights(one[3])
+    with torch.no_grad():
+        assert torch.equal(model[3](features()), ref[3](features()))
+        assert calls == ["mixer_layer"]
+        torch.testing.assert_close(model(image()), ref(image()), rtol=1e-4, atol=1e-4)
+        monkeypatch.setenv("CONVMIXER_BACKEND", "nonsense")
+        with pytest.raises(ValueError, match="CONVMIXER_BACKEND must be one of"):
+            model[3](features())
+
+
+@pytest.mark.parametrize("name", ["n0", "h0"])
+@MODES
+def test_empty_inputs_are_the_references(training, name):
+    layer, ref = (m[3].train(training) for m in make_pair())
+    x = features()[:0] if name == "n0" else features()[:, :, :0]
+    outcomes = []
+    for one in (layer, ref):
+        try:
+            outcomes.append(one(x).shape)
+        except (RuntimeError, ValueError) as error:
+            outcomes.append((type(error), str(error)))
+    assert outcomes[0] == outcomes[1]
+    torch.testing.assert_close(layer.state_dict(), ref.state_dict(), rtol=0, atol=0, equal_nan=True)
+
+
+class DoublesGelu(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is F.gelu else out
+
+
+class DoublesGeluOperator(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.ops.aten.gelu.default else out
+
+
+@MODES
+@pytest.mark.parametrize("mode", [DoublesGelu, DoublesGeluOperator])
+def test_modes_see_what_the_reference_shows(calls, mode, training):
+    ours, ref = (m.train(training) for m in make_pair())
+    plain = copy.deepcopy(ref)(image())
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), mode():
+            expected = ref(image())
+            assert torch.equal(ours(image()), expected)
+        assert not torch.equal(expected, plain)
+    assert calls == []
+
+
+@MODES
+def test_a_default_device_or_dtype_changes_nothing(calls, training):
+    layer, twin = (make_pair()[0][3].train(training) for _ in range(2))
+    x, dy = features().requires_grad_(), features() + 1
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            results = torch.autograd.grad(layer(x), (x, *layer.parameters()), dy)
+            with torch.no_grad():
+                results += (layer(x),)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = torch.autograd.grad(twin(x), (x, *twin.parameters()), dy)
+    with torch.no_grad():
+        expected += (twin(x),)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+    assert calls == ["mixer_layer"] * 4
 
 
 def test_meta_fake_and_subclassed_inputs(calls):

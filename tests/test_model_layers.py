@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import (
     DIM,
     MODES,
@@ -85,6 +89,18 @@ def numeric_padding(layer):
     layer[1].padding = "valid"
 
 
+def replaced_kernel(layer):
+    torch.manual_seed(9)
+    layer[0].fn[0].weight = nn.Parameter(torch.randn(DIM, 1, 3, 4) / 3)
+
+
+def attributes_that_nothing_reads(layer):
+    layer[0].fn[0].in_channels = layer[0].fn[0].out_channels = layer[1].in_channels = 3
+    layer[0].fn[0].kernel_size = (7, 7)
+    layer[3].num_features = 3
+    layer[3].training = int(layer[3].training)
+
+
 def wider(layer):
     layer[1] = nn.Conv2d(DIM, 24, 1)
     layer[3] = nn.BatchNorm2d(24).train(layer.training)
@@ -105,6 +121,8 @@ SETTINGS = [
     (other_activation, TWO, TWO),
     (no_biases, ONE, ONE),
     (numeric_padding, ONE, ONE),
+    (replaced_kernel, ONE, ONE),
+    (attributes_that_nothing_reads, ONE, ONE),
     (wider, ONE, ONE),
 ]
 
@@ -350,6 +368,43 @@ def padded_pointwise(layer):
     layer[1].padding = (1, 1)
 
 
+def replaced_pointwise_weight(layer):
+    torch.manual_seed(7)
+    layer[1].weight = nn.Parameter(torch.randn(DIM, DIM, 3, 3) / 24)
+
+
+def padding_as_a_number(layer):
+    layer[0].fn[0].padding = 2
+
+
+def infinite_eps(layer):
+    layer[3].eps = float("inf")
+
+
+def momentum_that_is_no_number(layer):
+    layer[0].fn[2].momentum = float("nan")
+
+
+def infinite_momentum(layer):
+    layer[3].momentum = float("inf")
+
+
+def own_conv_forward(layer):
+    layer[1]._conv_forward = lambda x, weight, bias: F.conv2d(x, 2 * weight, bias)
+
+
+def own_input_check(layer):
+    layer[3]._check_input_dim = lambda x: x.mul_(2)
+
+
+def hidden_weight(layer):
+    layer[1].__dict__["weight"] = 2 * layer[1].weight.detach()
+
+
+def hidden_running_mean(layer):
+    layer[3].__dict__["running_mean"] = layer[3].running_mean + 1
+
+
 def fused_pair(layer):
     nn.utils.fusion.fuse_conv_bn_weights  # noqa: B018 - the name must exist
     layer[1] = nn.utils.fusion.fuse_conv_bn_eval(layer[1].eval(), layer[3].eval())
@@ -411,6 +466,15 @@ ALTERATIONS = [
     pointwise_of_three,
     strided_pointwise,
     padded_pointwise,
+    replaced_pointwise_weight,
+    padding_as_a_number,
+    infinite_eps,
+    momentum_that_is_no_number,
+    infinite_momentum,
+    own_conv_forward,
+    own_input_check,
+    hidden_weight,
+    hidden_running_mean,
     fused_pair,
     dropout_added,
     norm_removed,
@@ -429,7 +493,7 @@ def test_an_altered_layer_runs_its_modules(calls, alter):
         alter(one)
     for _ in range(2):
         results = [step(one, features()) for one in (layer, ref)]
-        torch.testing.assert_close(*results, rtol=0, atol=0)
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
     assert type(layer) is MixerLayer
     assert calls == []
 
@@ -447,3 +511,68 @@ def test_a_compiled_inner_module_is_called(calls):
     layer[1].compile(backend="eager")
     layer(features())
     assert calls == []
+
+
+# ---- what somebody replaced for all ---------------------------------------------------------------------------------
+
+REPLACED = [
+    (nn.Module, "__call__"),
+    (nn.Conv2d, "forward"),
+    (nn.Conv2d, "_conv_forward"),
+    (nn.BatchNorm2d, "forward"),
+    (nn.BatchNorm2d, "_check_input_dim"),
+    (nn.GELU, "forward"),
+    (nn.GELU, "__call__"),
+    (nn.Sequential, "forward"),
+    (reference.Residual, "forward"),
+    (reference.Residual, "__call__"),
+    (F, "conv2d"),
+    (F, "gelu"),
+    (F, "batch_norm"),
+    (torch, "batch_norm"),
+]
+
+
+@MODES
+@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=lambda v: getattr(v, "__name__", v))
+def test_what_is_replaced_in_torch_is_called(calls, monkeypatch, owner, name, training):
+    model, ref = (m.train(training) for m in make_pair())
+    original, seen = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        seen.append(1)
+        out = original(*args, **kwargs)
+        return 1.5 * out if isinstance(out, torch.Tensor) else out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, replacement)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                expected, count = ref(image()), len(seen)
+                assert torch.equal(model(image()), expected)
+                assert len(seen) == 2 * count > 0
+                seen.clear()
+    assert calls == []
+    model(image())
+    assert calls == ["mixer_layer"] * 2
+
+
+BEFORE_THE_IMPORT = """
+import functools, torch
+from torch import nn
+original = nn.GELU.forward
+nn.GELU.forward = functools.wraps(original)(lambda self, x: 2 * original(self, x))
+from convmixer import ConvMixer, accelerate, reference
+model = ConvMixer(8, 1, 3, 2, 4).eval()
+ref = reference.ConvMixer(8, 1, 3, 2, 4).eval()
+ref.load_state_dict(model.state_dict())
+x = torch.randn(2, 3, 8, 8)
+assert torch.equal(model(x), ref(x))
+print(accelerate(ref))
+"""
+
+
+def test_what_was_replaced_before_the_import_is_called():
+    done = subprocess.run([sys.executable, "-c", BEFORE_THE_IMPORT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "3: GELU.forward is not torch's own" in done.stdout

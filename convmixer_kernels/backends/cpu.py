@@ -11,15 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _native
 from .base import ACTIVATIONS, MixerEval, Norm
 
-try:
-    from convmixer_kernels import _cpu as native
-except ImportError as error:
-    native = None
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
+native, _reason = _native.load("_cpu")
 
 name = "cpu"
 
@@ -34,10 +29,7 @@ _NO_NORM_GRAD = (False, 0, 0, 0, 0, 0, 0, 0.0)
 def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     if native is None:
-        return (
-            f"the native module is not built ({_import_error}); reinstall with a C++ compiler: "
-            "pip install --force-reinstall --no-deps ."
-        )
+        return f"{_reason}; reinstall with a C++ compiler: pip install --force-reinstall --no-deps ."
     if x.device.type != "cpu":
         return f"it takes CPU tensors, got x.device={x.device}"
     if x.dtype not in _CODES:
@@ -50,7 +42,7 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
 def build_info() -> dict[str, object]:
     """What this backend is made of, for convmixer_kernels.build_info()."""
     if native is None:
-        return {"available": False, "detail": f"the native module is not built: {_import_error}"}
+        return {"available": False, "detail": _reason}
     return {
         "available": True,
         "detail": f"{native.isa()} (this CPU runs {native.supported_isas()}), compiler {native.compiler}",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _native as _native_modules
 from . import pointwise_gemm as gemm
 from .base import ACTIVATIONS, MixerEval, Norm
 from .pointwise_gemm import convolution as _pointwise
@@ -49,11 +50,10 @@ def _native() -> _Native:
             return _Native(_emulation.load(), None, True)
         except RuntimeError as error:
             return _Native(None, str(error), True)
-    try:
-        from convmixer_kernels import _cuda as module
-    except ImportError as error:
+    module, reason = _native_modules.load("_cuda")
+    if module is None:
         fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
-        return _Native(None, f"the native module is not built ({error}); {fix}", False)
+        return _Native(None, f"{reason}; {fix}", False)
     count, error = module.device_count()
     if count == 0:
         why = f"no usable NVIDIA GPU: {error or 'none found'} (it needs a driver of the 580 series or newer)"

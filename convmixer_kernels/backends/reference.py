@@ -92,12 +92,44 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
+#: A kernel side from which torch's own 16-bit depthwise convolution may never return on a CPU: oneDNN on processors with AVX-512 FP16
+#: (torch 2.13; float16 in both layouts, bfloat16 in channels_last), forward only as far as is known.
+_ENDLESS_FROM = 15
+
+
+def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether torch may not return from this depthwise convolution or its backward in `dtype` (x's unless given), on x's device.
+
+    The one place that knows: who calls torch's convolution asks here, and computes in float32 where the answer is True.
+    """
+    small = x.dtype if dtype is None else dtype
+    return (
+        small in (torch.float16, torch.bfloat16) and max(weight.shape[2:]) >= _ENDLESS_FROM and x.device.type == "cpu"
+    )
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+    """F.conv2d(x, weight, bias, padding=padding, groups=groups), autocast included, which always returns."""
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if not never_returns(x, weight, dtype):
+        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    with torch.autocast("cpu", enabled=False):
+        return _in_float32(x.to(dtype), weight, bias, groups, padding)
+
+
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+    bias = None if bias is None else bias.float()
+    return F.conv2d(x.float(), weight.to(x.dtype).float(), bias, padding=padding, groups=groups).to(x.dtype)
+
+
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    # on a CPU 16-bit operands are widened: oneDNN's bfloat16 depthwise convolution does not return for some large kernels
-    # (torch 2.13: 31x31, channels_last), and float32 is no slower there
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    y = F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype != torch.float64:
+        # whatever the kernel's size, 16-bit operands are widened: float32 is no slower there
+        y = _in_float32(x, weight, bias, groups)
+    else:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = F.conv2d(x, weight.to(x.dtype), bias, padding="same", groups=groups)
     return _in_format_of(x, y)
 
 

@@ -303,5 +303,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", [] { return supported_isas(); });
 #ifdef __VERSION__
   m.attr("compiler") = __VERSION__;
+  m.attr("digest") = CONVMIXER_DIGEST;
 #endif
 }

@@ -14,6 +14,7 @@
 #if defined(CONVMIXER_EMULATED)
 #include "cuda_emu.h"
 #define CONVMIXER_MODULE _cuda_emulated
+#define CONVMIXER_DIGEST "emulated"
 #else
 #define CONVMIXER_MODULE _cuda
 #endif
@@ -193,6 +194,7 @@ py::tuple device_count() {
 PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.doc() = "Launchers of the CUDA kernels; see csrc/cuda/kernels.h.";
   m.attr("compiler") = __VERSION__;
+  m.attr("digest") = CONVMIXER_DIGEST;
   m.def("device_count", &device_count);
 #if defined(CONVMIXER_EMULATED)
   m.def("launches", [] { return emu::launches; });

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""What is built where a compiler does not work, and which native module is taken where several are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+import convmixer_kernels
+from convmixer_kernels import _build
+from convmixer_kernels.backends import cpu
+
+ROOT = _build.ROOT
+
+
+# ---- a compiler that cannot compile is a missing compiler --------------------------------------------------------------
+
+
+def _program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def _toolkit(folder: Path, script: str) -> Path:
+    """A CUDA toolkit whose nvcc is a script."""
+    _program(folder / "bin" / "nvcc", script)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").touch()
+    return folder
+
+
+def _setup(**environment: str | Path) -> subprocess.CompletedProcess[str]:
+    """setup.py up to where a build would begin: it names the version."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("the build needs setuptools 77 or newer")
+    unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONVMIXER_BUILD_CUDA", "CONVMIXER_CUDA_ARCHS")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    environment = {name: str(value) for name, value in environment.items()}
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def test_a_compiler_that_works_has_no_problem():
+    cxx = _build.find_cxx()
+    if cxx is None:
+        pytest.skip("no C++ compiler")
+    assert _build.cxx_problem(cxx) is None
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("exit 1", "no message (exit status 1)"), ("echo 'error: no disk' >&2; exit 4", "error: no disk"), ("exit 0", "")],
+    ids=["false", "message", "does-nothing"],
+)
+def test_a_compiler_that_does_not_work_is_a_missing_one(monkeypatch, tmp_path, script, told):
+    cxx = str(_program(tmp_path / "c++", script))
+    monkeypatch.setenv("CXX", cxx)
+    assert _build.cxx_candidates() == [cxx]
+    assert _build.find_cxx() is None
+    assert f"{cxx} cannot compile" in _build.cxx_problem(cxx)
+    assert told in _build.cxx_problem(cxx)
+    done = _setup(CXX=cxx)
+    assert done.returncode == 0, done.stderr
+    assert f"{cxx} cannot compile" in done.stdout
+    assert "installing WITHOUT native kernels" in done.stdout
+    assert "Traceback" not in done.stderr
+    forced = _setup(CXX=cxx, CONVMIXER_BUILD_CUDA="1")
+    assert forced.returncode == 1
+    assert "CONVMIXER_BUILD_CUDA=1, but no C++ compiler that works" in forced.stderr
+
+
+def test_the_next_compiler_is_tried(monkeypatch, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.delenv("CXX", raising=False)
+    _program(tmp_path / "c++", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _build.cxx_problem.cache_clear()
+    try:
+        assert _build.find_cxx() == "g++"
+    finally:
+        _build.cxx_problem.cache_clear()
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo 'nvcc fatal   : Unsupported gpu architecture' >&2; exit 1"])
+def test_an_nvcc_that_does_not_work_is_a_missing_one_unless_it_was_asked_for(tmp_path, script):
+    if _build.find_cxx() is None:
+        pytest.skip("no C++ compiler")
+    toolkit = _toolkit(tmp_path / "cuda", script)
+    done = _setup(CUDA_HOME=toolkit)
+    assert done.returncode == 0, done.stderr
+    assert f"{toolkit}/bin/nvcc cannot compile" in done.stdout
+    assert "installing WITHOUT CUDA kernels" in done.stdout
+    for variable, value in (("CONVMIXER_BUILD_CUDA", "1"), ("CONVMIXER_CUDA_ARCHS", "80")):
+        done = _setup(CUDA_HOME=toolkit, **{variable: value})
+        assert done.returncode == 1
+        assert f"{variable}={value}, but {toolkit}/bin/nvcc cannot compile" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert _setup(CUDA_HOME=toolkit, CONVMIXER_BUILD_CUDA="0").returncode == 0
+
+
+# ---- native modules of other sources -----------------------------------------------------------------------------------
+
+USE = """
+import json, warnings, torch
+import convmixer_kernels as ck
+x, weight = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    ys = [ck.depthwise_conv2d(x, weight) for _ in range(2)]
+torch.testing.assert_close(ys[0], torch.nn.functional.conv2d(x, weight, padding="same", groups=2))
+info = ck.build_info()["backends"]["cpu"]
+print(json.dumps([info["available"], info["detail"], [str(w.message) for w in seen if w.category is RuntimeWarning]]))
+"""
+
+
+def _package(folder: Path, digest: str | None = None, fake_module: bool = False) -> Path:
+    """A copy of the package's Python files without a native module: an install where `digest` is given."""
+    source = Path(convmixer_kernels.__file__).parent
+    skipped = shutil.ignore_patterns("*.so", "__pycache__", "_built.py")
+    package = Path(shutil.copytree(source, folder / "convmixer_kernels", ignore=skipped))
+    if digest is not None:
+        (package / "_built.py").write_text(f"BUILT = {{'digest': '{digest}', 'cxx': None}}\n")
+    if fake_module:
+        (package / "_cpu.py").write_text("digest = 'abc'\n")
+    return folder
+
+
+def _use(*folders: Path) -> tuple[bool, str, list[str]]:
+    path = [*map(str, folders), str(Path(cpu.native.__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment.pop("CONVMIXER_BACKEND", None)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", USE] if sys.version_info >= (3, 11) else [sys.executable, "-c", USE],
+        cwd=folders[0].parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads(done.stdout))
+
+
+native = pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
+
+
+@native
+def test_the_module_says_what_it_was_built_from():
+    assert len(cpu.native.digest) == 16
+    if (ROOT / "csrc").is_dir():
+        assert cpu.native.digest == _build.source_digest()
+
+
+@native
+def test_a_module_of_other_sources_is_refused_by_a_checkout(tmp_path):
+    checkout = _package(tmp_path / "checkout")
+    shutil.copytree(ROOT / "csrc", checkout / "csrc")
+    assert _use(checkout)[0] is True
+    with open(checkout / "csrc" / "cpu" / "module.cpp", "a") as file:
+        file.write("// another line\n")
+    available, detail, warned = _use(checkout)
+    assert available is False
+    refusal = f"{cpu.native.__file__} is refused: it was built from other sources (digest {cpu.native.digest})"
+    assert refusal in detail
+    assert str(checkout / "csrc") in detail
+    assert len(warned) == 1
+    assert refusal in warned[0]
+
+
+@native
+def test_a_module_of_another_install_is_refused_by_an_install(tmp_path):
+    assert _use(_package(tmp_path / "same", cpu.native.digest)) == (True, cpu.build_info()["detail"], [])
+    available, detail, warned = _use(_package(tmp_path / "other", "0123456789abcdef"))
+    assert available is False
+    assert "is refused: it was built from other sources" in detail
+    assert str(tmp_path / "other" / "convmixer_kernels" / "_built.py") in detail
+    assert "is refused" in warned[0]
+    available, detail, _ = _use(_package(tmp_path / "neither"))
+    assert available is False
+    assert "is refused: it belongs to another install" in detail
+
+
+@native
+def test_the_right_module_is_found_behind_a_wrong_one(tmp_path):
+    mine, older = _package(tmp_path / "mine", cpu.native.digest), _package(tmp_path / "older", "abc", True)
+    available, detail, warned = _use(mine, older)
+    assert (available, detail) == (True, cpu.build_info()["detail"])
+    assert warned == []

@@ -209,7 +209,7 @@ def ours(op: str, backend, t: Tensors, i: int = 0):
     if op == "depthwise_eval":
         return backend.depthwise_eval(x, t.depthwise, t.bias, "gelu", t.norm, True)
     if op == "depthwise_train":
-        return backend.depthwise_train(x, t.depthwise, t.bias, "gelu", None, None, 0.1)
+        return backend.depthwise_train(x, t.depthwise, t.bias, "gelu")
     if op == "depthwise_input_grad":
         return backend.depthwise_input_grad(dy, a, t.depthwise, "gelu", t.norm, t.sums, True)
     if op == "depthwise_weight_grad":
@@ -221,7 +221,7 @@ def ours(op: str, backend, t: Tensors, i: int = 0):
     if op == "pointwise_eval":
         return backend.pointwise_eval(x, t.pointwise, t.bias, "gelu", t.norm)
     if op == "pointwise_train":
-        return backend.pointwise_train(x, t.pointwise, t.bias, "gelu", None, None, 0.1)
+        return backend.pointwise_train(x, t.pointwise, t.bias, "gelu")
     if op == "mixer_eval":
         layer = MixerEval("gelu", t.lower, (t.pointwise, t.bias, t.norm))
         y = backend.mixer_eval(x, (layer,), True) if hasattr(backend, "mixer_eval") else None

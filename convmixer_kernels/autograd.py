@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends.base import MixerEval, Norm
+from . import checks
+from .backends.base import MixerEval, Norm, Update
 
 Sums = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
@@ -42,6 +43,13 @@ class Statistics(NamedTuple):
 
     mean: Tensor | None
     var: Tensor | None
+
+
+#: Names of the tensors that a forward reads beside x, and that a backward does.
+_BLOCK_TENSORS = (*Block._fields, "running_mean", "running_var")
+_READ_BACKWARD = ("dy", "x", "a", "weight", "norm_weight", "mean", "var")
+_READ_FOR_Z = ("x", "depthwise a", "depthwise_norm_weight", "depthwise_norm_bias", "depthwise mean", "depthwise var")
+MIXER_TENSORS = tuple(f"{half}_{name}" for half in ("depthwise", "pointwise") for name in _BLOCK_TENSORS)
 
 
 class Options(NamedTuple):
@@ -100,6 +108,46 @@ def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
 # ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
 
 
+def _preactivation(
+    backend: ModuleType, x: Tensor, kind: str, block: Block, running: Statistics, options: Options
+) -> tuple[Tensor, Statistics]:
+    """a, and the statistics that act(a) is normalised by."""
+    depthwise = kind == "depthwise"
+    convolution = (x, block.weight, block.bias)
+    if options.batch_statistics:
+        train = backend.depthwise_train if depthwise else backend.pointwise_train
+        a, mean, var = train(*convolution, options.activation)
+        return a, Statistics(mean, var)
+    evaluate = backend.depthwise_eval if depthwise else backend.pointwise_eval
+    return evaluate(*convolution, "identity", None, *((False,) if depthwise else ())), running
+
+
+def _update(a: Tensor, running: Statistics, batch: Statistics, options: Options) -> tuple[Update, ...]:
+    """How `running` moves; nothing where it is not tracked or was itself used."""
+    if running is batch or (running.mean is None and running.var is None):
+        return ()
+    return (Update(*running, *batch, a.numel() // a.shape[1], options.momentum),)
+
+
+def _normalize(
+    backend: ModuleType,
+    a: Tensor,
+    block: Block,
+    statistics: Statistics,
+    options: Options,
+    residual: Tensor | None,
+    updates: tuple[Update, ...],
+) -> Tensor:
+    """The forward's last pass. Running statistics move in it: a call that fails before has changed nothing."""
+    y = backend.normalize(a, options.activation, _norm(block, statistics, options), residual, updates)
+    for update in updates:
+        for t in update[:2]:
+            if t is not None:
+                # a native kernel writes past the version counter, which guards what an earlier eval saved
+                torch.autograd.graph.increment_version(t)
+    return y
+
+
 @_without_autocast
 def block_forward(
     backend: ModuleType,
@@ -110,26 +158,16 @@ def block_forward(
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Statistics]:
     """y, a (None where no backward follows) and the statistics that y is normalised by."""
-    depthwise = kind == "depthwise"
-    convolution = (x, block.weight, block.bias)
-    if options.batch_statistics:
-        for t in running:
-            if t is not None:
-                # a native kernel writes past the version counter, which guards what an earlier eval saved
-                torch.autograd.graph.increment_version(t)
-        train = backend.depthwise_train if depthwise else backend.pointwise_train
-        a, mean, var = train(*convolution, options.activation, running.mean, running.var, options.momentum)
-        statistics = Statistics(mean, var)
-    else:
-        statistics = running
-        residual = (options.residual,) if depthwise else ()
-        evaluate = backend.depthwise_eval if depthwise else backend.pointwise_eval
-        if not options.save:
-            return evaluate(*convolution, options.activation, _norm(block, running, options), *residual), None, running
-        a = evaluate(*convolution, "identity", None, *((False,) if depthwise else ()))
-    norm = _norm(block, statistics, options)
-    y = backend.normalize(a, options.activation, norm, x if depthwise and options.residual else None)
-    return y, a, statistics
+    checks.check_memory(f"{kind}_block", ("x", *_BLOCK_TENSORS), x, *block, *running)
+    if not options.batch_statistics and not options.save:
+        residual = (options.residual,) if kind == "depthwise" else ()
+        evaluate = backend.depthwise_eval if kind == "depthwise" else backend.pointwise_eval
+        norm = _norm(block, running, options)
+        return evaluate(x, block.weight, block.bias, options.activation, norm, *residual), None, running
+    a, statistics = _preactivation(backend, x, kind, block, running, options)
+    residual = x if kind == "depthwise" and options.residual else None
+    updates = _update(a, running, statistics, options)
+    return _normalize(backend, a, block, statistics, options, residual, updates), a, statistics
 
 
 @_without_autocast
@@ -145,6 +183,8 @@ def block_backward(
     needs: Needs,  # x, weight, bias, norm_weight, norm_bias
 ) -> Grads:
     """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
+    read = (block.weight if needs[0] else None, block.norm_weight, *statistics)
+    checks.check_memory(f"{kind}_block's backward", _READ_BACKWARD, dy, x, a, *read)
     dy = match_format(dy, a)
     norm = _norm(block, statistics, options)
     whole = getattr(backend, f"{kind}_block_backward", None)
@@ -175,6 +215,7 @@ def block_backward(
 # ---- mixer_layer ------------------------------------------------------------------------------------------------------
 
 
+@_without_autocast
 def mixer_forward(
     backend: ModuleType,
     x: Tensor,  # (N, C, H, W)
@@ -183,14 +224,25 @@ def mixer_forward(
     options: Options,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[Statistics, Statistics]]:
     """y, both a and both statistics, as block_forward of the one and then the other."""
-    if hasattr(backend, "mixer_eval") and not options.batch_statistics and not options.save:
-        lower, upper = ((b.weight, b.bias, _norm(b, s, options)) for b, s in zip(blocks, running, strict=True))
-        y = backend.mixer_eval(x, (MixerEval(options.activation, lower, upper),), options.residual)
-        if y is not None:
-            return y, (None, None), running
-    z, a_depthwise, depthwise = block_forward(backend, x, "depthwise", blocks[0], running[0], options)
-    y, a_pointwise, pointwise = block_forward(backend, z, "pointwise", blocks[1], running[1], options)
-    return y, (a_depthwise, a_pointwise), (depthwise, pointwise)
+    checks.check_memory("mixer_layer", ("x", *MIXER_TENSORS), x, *blocks[0], *running[0], *blocks[1], *running[1])
+    if not options.batch_statistics and not options.save:
+        norms = [_norm(b, s, options) for b, s in zip(blocks, running, strict=True)]
+        convolutions = [(b.weight, b.bias) for b in blocks]
+        y = None
+        if hasattr(backend, "mixer_eval"):
+            layer = MixerEval(options.activation, (*convolutions[0], norms[0]), (*convolutions[1], norms[1]))
+            y = backend.mixer_eval(x, (layer,), options.residual)
+        if y is None:
+            z = backend.depthwise_eval(x, *convolutions[0], options.activation, norms[0], options.residual)
+            y = backend.pointwise_eval(z, *convolutions[1], options.activation, norms[1])
+        return y, (None, None), running
+    a, depthwise = _preactivation(backend, x, "depthwise", blocks[0], running[0], options)
+    updates = _update(a, running[0], depthwise, options)
+    z = _normalize(backend, a, blocks[0], depthwise, options, x if options.residual else None, ())
+    a_pointwise, pointwise = _preactivation(backend, z, "pointwise", blocks[1], running[1], options)
+    updates += _update(a_pointwise, running[1], pointwise, options)
+    y = _normalize(backend, a_pointwise, blocks[1], pointwise, options, None, updates)
+    return y, (a, a_pointwise), (depthwise, pointwise)
 
 
 @_without_autocast
@@ -208,6 +260,8 @@ def mixer_backward(
     below = any(needs[:5])
     z = None
     if needs[5]:
+        read = (a[0], blocks[0].norm_weight, blocks[0].norm_bias, *statistics[0])
+        checks.check_memory("mixer_layer's backward", _READ_FOR_Z, x, *read)
         norm = _norm(blocks[0], statistics[0], options)
         z = backend.normalize(a[0], options.activation, norm, x if options.residual else None)
     upper = block_backward(backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, (below, *needs[5:]))
@@ -225,6 +279,7 @@ def mixer_backward(
 @_without_autocast
 def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain depthwise convolution: a block without activation and norm."""
+    checks.check_memory("depthwise_conv2d", ("x", "weight", "bias"), x, weight, bias)
     return backend.depthwise_eval(x, weight, bias, "identity", None, False)
 
 
@@ -239,6 +294,7 @@ def convolution_backward(
     needs: Needs,  # x, weight, bias
 ) -> Grads:
     """The gradients of x, weight and bias; None where `needs` is False."""
+    checks.check_memory("depthwise_conv2d's backward", ("dy", "x", "weight"), dy, x, weight if needs[0] else None)
     dy = _in_format(dy, contiguous)
     dx = dw = db = None
     if needs[0]:

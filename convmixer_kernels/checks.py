@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Every argument check of the public functions. A check reads, raises, and changes nothing.
 
-TypeError: not a tensor, or a dtype that the rule excludes. ValueError: a shape, device or option that is wrong.
+TypeError: not a tensor, or a dtype that the rule excludes. ValueError: a shape, device or option that is wrong. RuntimeError: a
+tensor without its memory, or one that autograd cannot take.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -15,6 +17,38 @@ from .backends.base import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_memory(op: str, names: Sequence[str], *tensors: Tensor | None) -> None:
+    """Each tensor's storage must reach as far as the tensor does: kernels read addresses, and torch's own operations do not look.
+
+    A storage is freed or shrunk by `t.untyped_storage().resize_(0)`, as FSDP and offloading do. For tensors that have storages.
+    """
+    for i, t in enumerate(tensors):
+        # a gap between a tensor's elements is not counted among its bytes, a shared element is counted again and again
+        if t is not None and (
+            t.untyped_storage().nbytes() < t.nbytes + t.storage_offset() * t.itemsize or not t.is_contiguous()
+        ):
+            _check_reach(op, names[i], t)
+
+
+def _check_reach(op: str, name: str, t: Tensor) -> None:
+    if t.numel() == 0 or t._is_zerotensor():
+        return
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    needed, held = (t.storage_offset() + last + 1) * t.itemsize, t.untyped_storage().nbytes()
+    if held < needed:
+        raise RuntimeError(
+            f"{op}: {name} has lost its memory: its storage holds {held} bytes, and the tensor reaches to byte {needed} "
+            "(freed or shrunk by storage.resize_, as FSDP and offloading do)"
+        )
+
+
+def check_before_copy(op: str, name: str, t: Tensor) -> None:
+    """check_memory for what may be copied before a kernel sees it; some tensors have no storage here."""
+    if not torch.compiler.is_compiling() and type(t) in _PLAIN and not torch._C._are_functorch_transforms_active():
+        check_memory(op, (name,), t)
 
 
 def check_input(op: str, x: Tensor) -> None:
@@ -31,6 +65,7 @@ def check_input(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x must be (N, C, H, W), got x.shape={x.shape}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{op}: C, H and W of x must be positive, got x.shape={x.shape}")
+    check_before_copy(op, "x", x)
 
 
 def check_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
@@ -44,8 +79,12 @@ def check_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be {allowed} where x is {x.dtype}, got {name}.dtype={t.dtype}")
     if t.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {name}.layout={t.layout}")
+    if t.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a nested one")
     if t.device != x.device:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {name}.device={t.device}")
+    if not t.is_contiguous():
+        check_before_copy(op, name, t)
 
 
 def _check_vector(op: str, name: str, t: Tensor | None, x: Tensor, channels: int, of: str) -> None:
@@ -97,8 +136,12 @@ def check_norm(
     """Batch norm's tensors must be (C,) each; running statistics come together and are needed where training is False."""
     _check_vector(op, f"{prefix}norm_weight", norm_weight, x, channels, "C")
     _check_vector(op, f"{prefix}norm_bias", norm_bias, x, channels, "C")
-    _check_vector(op, f"{prefix}running_mean", running_mean, x, channels, "C")
-    _check_vector(op, f"{prefix}running_var", running_var, x, channels, "C")
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_vector(op, f"{prefix}{name}", t, x, channels, "C")
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: {prefix}{name} must not require a gradient, got {prefix}{name}.requires_grad=True"
+            )
     if (running_mean is None) != (running_var is None):
         given, missing = ("running_mean", "running_var") if running_var is None else ("running_var", "running_mean")
         raise ValueError(
@@ -119,18 +162,32 @@ def check_bool(op: str, name: str, value: bool) -> None:
         raise TypeError(f"{op}: {name} must be a bool, got {name}={value!r}")
 
 
-def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> None:
-    """activation must be known, training a bool, momentum and eps finite numbers, eps not negative, in training positive."""
-    if activation not in ACTIVATIONS:
+def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
+    """activation must be known, training a bool, momentum and eps finite numbers, eps not negative, in training positive.
+
+    Returns:
+        momentum and eps as floats, which is all that the kernels know.
+    """
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"{op}: activation must be one of {known}, got activation={activation!r}")
     check_bool(op, "training", training)
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")
-        if not abs(value) < float("inf"):
-            raise ValueError(f"{op}: {name} must be finite, got {name}={value!r}")
+    momentum, eps = _number(op, "momentum", momentum), _number(op, "eps", eps)
     if eps < 0:
         raise ValueError(f"{op}: eps must not be negative, got eps={eps!r}")
     if training and eps == 0:
         raise ValueError(f"{op}: eps must be positive in training, got eps={eps!r}")
+    return momentum, eps
+
+
+def _number(op: str, name: str, value: float) -> float:
+    if type(value) is not float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a number, got {name}={value!r}")
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ValueError(f"{op}: {name} must be finite, got an integer beyond the largest float") from None
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{op}: {name} must be finite, got {name}={value!r}")
+    return value

@@ -52,7 +52,7 @@ def automatic_order(device_type: str) -> tuple[str, ...]:
 
 
 def _known(source: str, name: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 

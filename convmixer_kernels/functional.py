@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from . import checks, dispatch
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
+    MIXER_TENSORS,
     Block,
     BlockFunction,
     ConvolutionFunction,
@@ -26,7 +27,7 @@ from .autograd import (
     convolution_forward,
     mixer_forward,
 )
-from .backends.base import MixerEval, Norm
+from .backends.base import MixerEval, Norm, Update
 from .backends.reference import activate, convolution, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -89,7 +90,7 @@ def depthwise_block(
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x_given, (x, block) = x, _autocast(x, block)
-    checks.check_options(op, activation, training, momentum, eps)
+    momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     checks.check_bool(op, "residual", residual)
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training)
@@ -135,7 +136,7 @@ def pointwise_block(
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x, block = _autocast(x, block)
-    checks.check_options(op, activation, training, momentum, eps)
+    momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     checks.check_pointwise_convolution(op, "", x, block.weight, block.bias)
     checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training)
     chosen = _choose(op, backend, "pointwise", x, (weight,))
@@ -188,15 +189,21 @@ def mixer_layer(
         Statistics(pointwise_running_mean, pointwise_running_var),
     )
     x_given, (x, *blocks) = x, _autocast(x, *given)
-    checks.check_options(op, activation, training, momentum, eps)
+    momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     _check_layer(op, x, blocks, running, training)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
         # autocast meets a wide x only outside a model: the blocks know what eager does with its residual
         shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, "backend": backend}
-        return pointwise_block(
-            depthwise_block(x_given, *given[0], *running[0], **shared), *given[1], *running[1], **shared
-        )
+        # the first block's statistics move when the second has succeeded
+        moving = tuple(t.clone() if training and t is not None else t for t in running[0])
+        z = depthwise_block(x_given, *given[0], *moving, **shared)
+        y = pointwise_block(z, *given[1], *running[1], **shared)
+        with torch.no_grad():
+            for t, moved in zip(running[0], moving, strict=True):
+                if moved is not t:
+                    t.copy_(moved)
+        return y
     if x.numel() == 0 or _transformed():
         options = Options(training, momentum, eps, activation, True, False)
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
@@ -262,7 +269,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
     evaluated, backend = [], None
     for layer in layers:
         blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
-        checks.check_options(op, layer.activation, False, 0.0, layer.eps)
+        _, eps = checks.check_options(op, layer.activation, False, 0.0, layer.eps)
         _check_layer(op, x, blocks, running, False)
         chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
         if (
@@ -276,7 +283,8 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
         running = tuple(Statistics(*map(_contiguous, r)) for r in running)
         if not _direct(x, *blocks[0], *blocks[1], *running[0], *running[1]):
             return None
-        norms = (Norm(*r, b.norm_weight, b.norm_bias, layer.eps) for b, r in zip(blocks, running, strict=True))
+        checks.check_memory(op, MIXER_TENSORS, *blocks[0], *running[0], *blocks[1], *running[1])
+        norms = (Norm(*r, b.norm_weight, b.norm_bias, eps) for b, r in zip(blocks, running, strict=True))
         evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
     return _recorded("mixer_layers", backend.mixer_eval, x, evaluated, True)
 
@@ -385,11 +393,15 @@ def _autocast(x: Tensor, *blocks: Block) -> tuple:
         return x, *blocks
     dtype = torch.get_autocast_dtype(kind)
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        keep = not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (dtype, torch.float32)
-        return t if keep else t.to(dtype)
+    def cast(name: str, t: Tensor | None) -> Tensor | None:
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype in (dtype, torch.float32):
+            return t
+        checks.check_before_copy("autocast", name, t)
+        return t.to(dtype)
 
-    return x.to(dtype), *(Block(cast(b.weight), cast(b.bias), b.norm_weight, b.norm_bias) for b in blocks)
+    return x.to(dtype), *(
+        Block(cast("weight", b.weight), cast("bias", b.bias), b.norm_weight, b.norm_bias) for b in blocks
+    )
 
 
 def _dense(x: Tensor, *blocks: Block) -> tuple:
@@ -449,4 +461,4 @@ def _name(backend: ModuleType | str) -> str:
 
 def _update(running: Statistics, mean: Tensor, var: Tensor, y: Tensor, momentum: float) -> None:
     with torch.no_grad():
-        update_running_statistics(*running, mean, var, y.numel() // y.shape[1], momentum)
+        update_running_statistics(Update(*running, mean, var, y.numel() // y.shape[1], momentum))

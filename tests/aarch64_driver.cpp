@@ -124,10 +124,12 @@ void run(const Case& s, int dtype, bool channels_last, int act) {
 
   Tensor batch_mean(s.c, kFloat32), batch_var(s.c, kFloat32), running_mean = vector(s.c),
                                                               running_var = vector(s.c, true);
-  const Statistics statistics{batch_mean.floats(), batch_var.floats(), running_mean.out(), running_var.out(), 0.1};
+  const Statistics statistics{batch_mean.floats(), batch_var.floats()};
   check(kernels.depthwise_forward(
       {shape, s.kh, s.kw, x.data(), weight.in(), bias.in(), act, Norm{}, false, statistics, a.data(), threads}));
   show("depthwise train", a), show("mean", batch_mean), show("variance", batch_var);
+  kernels.update_running_statistics({batch_mean.floats(), batch_var.floats(), s.c, s.n * int64_t{s.h} * s.w,
+                                     running_mean.out(), running_var.out(), 0.1});
   show("running mean", running_mean), show("running variance", running_var);
   const Norm batch{batch_mean.in(), batch_var.in(), gamma.in(), beta.in(), 1e-5, true};
   check(kernels.normalize({shape, a.data(), act, batch, x.data(), y.data(), threads}));

@@ -15,7 +15,7 @@ from helpers import ACTIVATIONS, Case, check_case
 from torch import Tensor
 
 from convmixer_kernels.backends import cuda, reference
-from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.backends.base import Norm, Update
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -278,10 +278,12 @@ def test_statistics(shape, dtype, memory_format, device):
     weight, bias = torch.eye(c, device=device)[:, :, None, None].contiguous(), torch.full((c,), 0.25, device=device)
     running = torch.randn(c, device=device), torch.rand(c, device=device)
     expected = [t.double() for t in running]
-    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", *running, 0.1)
+    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu")
+    count = a.numel() // c
+    cuda.normalize(a, "gelu", Norm(mean, var, None, None, 1e-5), None, (Update(*running, mean, var, count, 0.1),))
     h = torch.nn.functional.gelu(a.double())
     exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
-    reference.update_running_statistics(*expected, exact_mean, exact_var, a.numel() // c, 0.1)
+    reference.update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
     for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
         assert relative_error(ours, exact) < tolerance
@@ -321,7 +323,7 @@ def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
     assert (sum_dy.double() - exact_dy).norm() <= _pairwise_bound(wide[0])
     assert (sum_dy_hhat.double() - exact_dy_hhat).norm() <= _pairwise_bound(wide[0] * hhat)
 
-    forward, mean, var = cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1)
+    forward, mean, var = cuda.depthwise_train(x, weight, bias, "gelu")
     h = torch.nn.functional.gelu(forward.double())
     exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
     count = h.numel() // c
@@ -352,7 +354,7 @@ def test_variance_of_one_value_among_zeros(shape, memory_format, device):
         torch.rand(c) + 0.5
     )
     x = _formatted(x, memory_format).to(device)
-    a, mean, var = cuda.depthwise_train(x, torch.ones(c, 1, 1, 1, device=device), None, "relu", None, None, 0.1)
+    a, mean, var = cuda.depthwise_train(x, torch.ones(c, 1, 1, 1, device=device), None, "relu")
     assert torch.equal(a, x)
     h = x.double().relu()
     exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
@@ -441,7 +443,7 @@ def test_a_special_value_reaches_the_outputs_under_the_filter_alone(special, ker
     weight, bias = torch.randn(8, 1, *kernel, device=device), torch.randn(8, device=device)
     for results in (
         lambda backend: backend.depthwise_eval(x, weight, bias, "relu", norm, True),
-        lambda backend: backend.depthwise_train(x, weight, bias, "relu", None, None, 0.1)[0],
+        lambda backend: backend.depthwise_train(x, weight, bias, "relu")[0],
         lambda backend: backend.depthwise_input_grad(dy, a, weight, "gelu", norm, None, True),
     ):
         ours, expected = results(cuda), results(reference)
@@ -459,7 +461,7 @@ def test_bits_do_not_change_between_runs(memory_format, device):
     def everything() -> list[Tensor]:
         sums = cuda.norm_backward(dy, a, "gelu", norm)
         return [
-            *cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1),
+            *cuda.depthwise_train(x, weight, bias, "gelu"),
             *sums,
             cuda.depthwise_input_grad(dy, a, weight, "gelu", norm, sums, True),
             *cuda.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums),
@@ -507,7 +509,7 @@ def test_graph_capture_and_streams():
     def everything() -> list[Tensor]:
         sums = cuda.norm_backward(dy, a, "gelu", norm)
         return [
-            *cuda.depthwise_train(x, weight, bias, "gelu", None, None, 0.1),
+            *cuda.depthwise_train(x, weight, bias, "gelu"),
             cuda.depthwise_input_grad(dy, a, weight, "gelu", norm, sums, True),
             *cuda.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums),
             cuda.pointwise_eval(x, matrix, bias, "gelu", norm),

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_kernels as ck
 from convmixer_kernels.backends import cuda, pointwise_gemm, reference
-from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.backends.base import Norm, Update
 from convmixer_kernels.testing import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -159,7 +159,7 @@ def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
     ours = []
     for kind in ("wgmma", "fused"):
         monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda kind=kind: kind)
-        train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        train = cuda.pointwise_train(x, weight, bias, "gelu")
         ours.append([cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train])
     for first, second in zip(*ours, strict=True):
         assert relative_error(first, second.double()) < 2**-8
@@ -167,7 +167,7 @@ def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
         monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
         for order in ("1", "7"):
             monkeypatch.setenv("EMU_ORDER", order)
-            train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+            train = cuda.pointwise_train(x, weight, bias, "gelu")
             for first, second in zip(
                 (cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train), ours[0], strict=True
             ):
@@ -200,9 +200,11 @@ def test_statistics(shape, c_out, dtype, memory_format, device):
     bias = bias + 3
     running = torch.randn(c_out, device=device), torch.rand(c_out, device=device)
     expected = [t.double() for t in running]
-    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", *running, 0.1)
+    a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu")
+    count = a.numel() // c_out
+    cuda.normalize(a, "gelu", Norm(mean, var, None, None, 1e-5), None, (Update(*running, mean, var, count, 0.1),))
     exact_var, exact_mean = torch.var_mean(torch.nn.functional.gelu(a.double()), dim=(0, 2, 3), correction=0)
-    reference.update_running_statistics(*expected, exact_mean, exact_var, a.numel() // c_out, 0.1)
+    reference.update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
     for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
         assert relative_error(ours, exact) < tolerance
@@ -231,7 +233,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(dtype, memory_format, device
         x, weight, bias, norm = _inputs(shape, c_out, dtype, memory_format, device)
 
         def everything(x=x, weight=weight, bias=bias, norm=norm) -> list[Tensor]:
-            train = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+            train = cuda.pointwise_train(x, weight, bias, "gelu")
             return [cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train]
 
         expected = everything()
@@ -359,7 +361,7 @@ def test_no_torch_operation_touches_an_activation(dtype, memory_format, launches
     x, weight, bias, norm = _inputs((3, 16, 8, 8), 24, dtype, memory_format, "cpu")
     with _Seen(3 * 16 * 64) as seen:
         cuda.pointwise_eval(x, weight.float(), bias, "gelu", norm)
-        a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu", None, None, 0.1)
+        a, mean, var = cuda.pointwise_train(x, weight, bias, "gelu")
         cuda.normalize(a, "gelu", norm._replace(mean=mean, var=var), None)
     assert seen.names <= _ALLOCATIONS
     # the backward: views of dy, a and x, and the two products

@@ -107,7 +107,7 @@ def _depthwise(dtype, k, channels_last=False, size=32):
     x, norm, sums = _tensors(dtype, 1536, size, channels_last)
     weight, bias = torch.empty(1536, 1, k, k, dtype=dtype, device="meta"), norm.bias
     yield True, f"eval k{k}", lambda: backend.depthwise_eval(x, weight, bias, "gelu", norm, True)
-    yield False, f"train k{k}", lambda: backend.depthwise_train(x, weight, bias, "gelu", *norm[:2], 0.1)
+    yield False, f"train k{k}", lambda: backend.depthwise_train(x, weight, bias, "gelu")
     yield (
         False,
         f"input grad k{k}",
@@ -129,7 +129,7 @@ def _pointwise(dtype, channels_last=False, channels=1536):
     x, norm, sums = _tensors(dtype, channels, 32, channels_last)
     weight, bias, needs = torch.empty(channels, channels, 1, 1, dtype=dtype, device="meta"), norm.bias, (True,) * 3
     yield True, "eval", lambda: backend.pointwise_eval(x, weight, bias, "gelu", norm)
-    yield False, "train", lambda: backend.pointwise_train(x, weight, bias, "gelu", *norm[:2], 0.1)
+    yield False, "train", lambda: backend.pointwise_train(x, weight, bias, "gelu")
     yield (
         channels > 128,
         "backward",

@@ -19,6 +19,8 @@ Conventions that hold for every primitive of every backend:
   M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd:
   ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
   In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
+* ``normalize`` is the last pass of a forward, and with ``updates`` also moves running statistics, after everything that can fail:
+  no other primitive changes a tensor that it was given.
 * A backend may offer ``mixer_eval(x, layers, residual)``, layers a non-empty sequence of :class:`MixerEval`: for each layer
   pointwise_eval of depthwise_eval without tensors between them; None where separate calls are faster or it cannot run. The bits are
   those of separate calls, but for the order in which a GPU's tensor cores add the products of one instruction. With it comes
@@ -46,6 +48,17 @@ class Norm(NamedTuple):
     weight: Tensor | None  # (C,) gamma; None is 1
     bias: Tensor | None  # (C,) beta; None is 0
     eps: float
+
+
+class Update(NamedTuple):
+    """Running statistics and the batch's: running = (1 - momentum) * running + momentum * new, the variance unbiased."""
+
+    running_mean: Tensor | None  # (C,) updated in place, float32 or x's dtype; None: not tracked
+    running_var: Tensor | None  # (C,) as running_mean
+    mean: Tensor  # (C,) of the batch, float32 (float64 where x is)
+    var: Tensor  # (C,) biased
+    count: int  # values of a channel, N * H * W
+    momentum: float
 
 
 class MixerEval(NamedTuple):

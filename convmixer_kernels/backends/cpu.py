@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The primitives in native code for CPUs (csrc/cpu): one native call each.
 
-The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
+The native module takes addresses; every tensor whose address is passed stays referenced by the calling function, and autograd.py has
+checked that it has its memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .base import ACTIVATIONS, MixerEval, Norm
+from .base import ACTIVATIONS, MixerEval, Norm, Update
 
 native, _reason = _native.load("_cpu")
 
@@ -115,9 +116,6 @@ def depthwise_train(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     activation: str,
-    running_mean: Tensor | None,  # (C,) updated in place
-    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
     a = torch.empty_like(x)
@@ -133,9 +131,6 @@ def depthwise_train(
         _ACTIVATION_CODES[activation],
         mean.data_ptr(),
         var.data_ptr(),
-        *_param(running_mean),
-        *_param(running_var),
-        momentum,
         torch.get_num_threads(),
     )
     return a, mean, var
@@ -179,9 +174,6 @@ def pointwise_train(
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
     a = _pointwise_output(x, weight)
@@ -195,9 +187,6 @@ def pointwise_train(
         _ACTIVATION_CODES[activation],
         mean.data_ptr(),
         var.data_ptr(),
-        *_param(running_mean),
-        *_param(running_var),
-        momentum,
         torch.get_num_threads(),
     )
     return a, mean, var
@@ -244,6 +233,7 @@ def normalize(
     activation: str,
     norm: Norm,
     residual: Tensor | None,  # (N, C, H, W)
+    updates: Sequence[Update] = (),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
     y = torch.empty_like(a)
@@ -256,6 +246,16 @@ def normalize(
         *_norm(norm),
         torch.get_num_threads(),
     )
+    for running_mean, running_var, mean, var, count, momentum in updates:
+        native.update_running_statistics(
+            mean.data_ptr(),
+            var.data_ptr(),
+            len(mean),
+            count,
+            *_param(running_mean),
+            *_param(running_var),
+            momentum,
+        )
     return y
 
 

@@ -2,7 +2,8 @@
 """The primitives in CUDA C++ (csrc/cuda), on the current stream; pointwise_gemm.py says which GEMMs are torch's.
 
 Nothing here synchronises, and memory comes from torch's allocator alone: every primitive fits in a CUDA graph.
-The native module takes addresses; every tensor whose address is passed stays referenced by the calling function.
+The native module takes addresses; every tensor whose address is passed stays referenced by the calling function, and autograd.py has
+checked that it has its memory.
 With CONVMIXER_CUDA_EMULATION=1 the same kernels, compiled for the CPU, take CPU tensors, for tests (see _emulation.py).
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .. import _native as _native_modules
 from . import pointwise_gemm as gemm
-from .base import ACTIVATIONS, MixerEval, Norm
+from .base import ACTIVATIONS, MixerEval, Norm, Update
 from .pointwise_gemm import convolution as _pointwise
 
 name = "cuda"
@@ -171,34 +172,19 @@ def _merged(
     native: ModuleType,
     partials: Tensor,  # (C, parts, 3)
     count: int,
-    running_mean: Tensor | None,  # (C,)
-    running_var: Tensor | None,  # (C,)
-    momentum: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     channels, parts, _ = partials.shape
     mean, var = partials.new_empty(channels), partials.new_empty(channels)
-    given = running_mean if running_mean is not None else running_var
-    dtype = 0 if given is None else _CODES[given.dtype]
-    if running_mean is not None and running_var is not None and running_mean.dtype != running_var.dtype:
-        raise NotImplementedError(
-            "backend 'cuda': running_mean and running_var must have one dtype, "
-            f"got {running_mean.dtype} and {running_var.dtype}"
-        )
-    native.merge_statistics(
-        channels,
-        parts,
-        count,
-        partials.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
-        _address(running_mean),
-        _address(running_var),
-        dtype,
-        momentum,
-        stream,
-    )
+    native.merge_statistics(channels, parts, count, partials.data_ptr(), mean.data_ptr(), var.data_ptr(), stream)
     return mean, var
+
+
+def _updates(updates: Sequence[Update]) -> tuple:
+    return tuple(
+        (len(u.mean), u.count, u.mean.data_ptr(), u.var.data_ptr(), *_param(u[0]), *_param(u[1]), u.momentum)
+        for u in updates
+    )
 
 
 # ---- depthwise --------------------------------------------------------------------------------------------------
@@ -237,9 +223,6 @@ def depthwise_train(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     activation: str,
-    running_mean: Tensor | None,  # (C,) updated in place
-    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
     x = _aligned(x)
@@ -261,7 +244,7 @@ def depthwise_train(
             stream,
         )
         count = x.numel() // x.shape[1]
-        return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+        return a, *_merged(native, partials, count, stream)
 
 
 def depthwise_input_grad(
@@ -334,8 +317,9 @@ def normalize(
     activation: str,
     norm: Norm | None,
     residual: Tensor | None,  # (N, C, H, W)
+    updates: Sequence[Update] = (),
 ) -> Tensor:  # (N, C, H, W)
-    """norm(act(a)) (+ residual), in one launch."""
+    """norm(act(a)) (+ residual), and running statistics, in one launch."""
     y = torch.empty_like(a)
     with _On(a) as stream:
         _native().module.normalize(
@@ -345,6 +329,7 @@ def normalize(
             *_norm(norm),
             _address(residual),
             y.data_ptr(),
+            _updates(updates),
             stream,
         )
     return y
@@ -495,9 +480,6 @@ def pointwise_train(
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
-    running_mean: Tensor | None,  # (C_out,) updated in place
-    running_var: Tensor | None,  # (C_out,) updated in place
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train: one launch and the merge.
 
@@ -515,7 +497,7 @@ def pointwise_train(
             )
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
-            return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+            return a, *_merged(native, partials, count, stream)
     a = _pointwise(x, weight, bias if adds_bias else None)
     with _On(x) as stream:
         shape = _shape(a)
@@ -529,7 +511,7 @@ def pointwise_train(
             partials.data_ptr(),
             stream,
         )
-        return a, *_merged(native, partials, count, running_mean, running_var, momentum, stream)
+        return a, *_merged(native, partials, count, stream)
 
 
 def _pointwise_weight_grad(

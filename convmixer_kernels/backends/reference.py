@@ -7,12 +7,13 @@ float64 stays float64. For 32- and 16-bit tensors what follows the convolution i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Norm
+from .base import Norm, Update
 
 name = "reference"
 
@@ -159,13 +160,10 @@ def depthwise_train(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     activation: str,
-    running_mean: Tensor | None,  # (C,) updated in place
-    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a) over N, H, W."""
     a = _convolution(x, weight, bias, x.shape[1])
-    return a, *_statistics(a, activation, running_mean, running_var, momentum)
+    return a, *_statistics(a, activation)
 
 
 def pointwise_eval(
@@ -184,31 +182,33 @@ def pointwise_train(
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
     a = _convolution(x, weight, bias, 1)
-    return a, *_statistics(a, activation, running_mean, running_var, momentum)
+    return a, *_statistics(a, activation)
 
 
-def _statistics(a, activation, running_mean, running_var, momentum):
-    count = a.numel() // a.shape[1]
+def _statistics(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(activate(_wide(a), activation), dim=(0, 2, 3), correction=0)
-    update_running_statistics(running_mean, running_var, mean, var, count, momentum)
     return mean, var
 
 
-def update_running_statistics(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
+def update_running_statistics(update: Update) -> None:
     """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
+    running_mean, running_var, mean, var, count, momentum = update
     if running_mean is not None:
-        running_mean.copy_((1 - momentum) * _wide(running_mean) + momentum * mean)
+        _move(running_mean, mean, momentum)
     if running_var is not None:
-        unbiased = var * (count / max(count - 1, 1))
-        running_var.copy_((1 - momentum) * _wide(running_var) + momentum * unbiased)
+        _move(running_var, var * (count / max(count - 1, 1)), momentum)
+
+
+def _move(running: Tensor, new: Tensor, momentum: float) -> None:
+    if running.stride(0) != 0 or running.shape[0] == 1:
+        running.copy_((1 - momentum) * _wide(running) + momentum * new)
+        return
+    # one element for all channels, which move it one after the other, as torch's loop over channels does
+    for value in new:
+        running[0].copy_((1 - momentum) * _wide(running[0]) + momentum * value)
 
 
 def normalize(
@@ -216,9 +216,13 @@ def normalize(
     activation: str,
     norm: Norm,
     residual: Tensor | None,  # (N, C, H, W)
+    updates: Sequence[Update] = (),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
-    return _apply_norm(activate(_wide(a), activation), norm, residual, a.dtype)
+    y = _apply_norm(activate(_wide(a), activation), norm, residual, a.dtype)
+    for update in updates:
+        update_running_statistics(update)
+    return y
 
 
 def norm_backward(

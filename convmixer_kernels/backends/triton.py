@@ -11,13 +11,14 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Norm
+from .base import Norm, Update
 
 name = "triton"
 
@@ -155,16 +156,13 @@ def depthwise_train(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     activation: str,
-    running_mean: Tensor | None,  # (C,) updated in place
-    running_var: Tensor | None,  # (C,) updated in place, with the unbiased variance
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
     form, _ = _depthwise_kernels(x, weight)
     with _On(x):
         a, partials = form.forward(x, weight, bias, activation, None, None, True)
         count = x.numel() // x.shape[1]
-        return a, *_kernels().batch_norm.merge(partials, count, running_mean, running_var, momentum)
+        return a, *_kernels().batch_norm.merge(partials, count)
 
 
 def _has_prologue(activation: str, norm: Norm | None) -> bool:
@@ -309,10 +307,11 @@ def normalize(
     activation: str,
     norm: Norm,
     residual: Tensor | None,  # (N, C, H, W)
+    updates: Sequence[Update] = (),
 ) -> Tensor:  # (N, C, H, W)
-    """norm(act(a)) (+ residual), in one launch."""
+    """norm(act(a)) (+ residual), and running statistics, in one launch."""
     with _On(a):
-        return _kernels().batch_norm.normalize(a, activation, norm, residual)
+        return _kernels().batch_norm.normalize(a, activation, norm, residual, updates)
 
 
 def norm_backward(
@@ -346,15 +345,12 @@ def pointwise_train(
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
-    running_mean: Tensor | None,  # (C_out,) updated in place
-    running_var: Tensor | None,  # (C_out,) updated in place
-    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution: two launches."""
     with _On(x):
         a, partials = _kernels().pointwise.forward(x, weight, bias, activation, None, True)
         count = a.numel() // a.shape[1]
-        return a, *_kernels().batch_norm.merge(partials, count, running_mean, running_var, momentum)
+        return a, *_kernels().batch_norm.merge(partials, count)
 
 
 def pointwise_backward(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Batch norm's passes, and what ends every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
 
-    normalize       y = (act(a) - mean) * scale + shift (+ residual)
+    normalize       y = (act(a) - mean) * scale + shift (+ residual), and running statistics
     norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
     grad_prologue   da = dh * act'(a), dh = scale * (dy - mean_dy - hhat * mean_dy_hhat), and sum da; of the parts that norm_backward
                     left it makes the sums itself, the parameters' gradients
@@ -12,6 +12,8 @@ N, H, W, so that small planes share a block. Bound: memory, every tensor is read
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.base import ACTIVATIONS, Norm
+from ..backends.base import ACTIVATIONS, Norm, Update
 from . import tuning
 from .common import (
     activate,
@@ -36,7 +38,30 @@ from .common import (
 from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
 
 _SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "sum_parts", "count"]
-_SIZES += ["size", "second_parts", "second_size"]
+_SIZES += ["size", "second_parts", "second_size", "batch_channels", "second_channels"]
+
+
+@triton.jit
+def _lerp(old, new, weight):
+    """torch.lerp: exact at both ends."""
+    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
+
+
+@triton.jit
+def _move(running_ptr, new, c, c_ok, momentum):
+    """running_ptr[c] towards `new`, where the pointer is not None."""
+    if running_ptr is not None:
+        old = tl.load(running_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
+        tl.store(running_ptr + c, narrow(_lerp(old, new, momentum), running_ptr.dtype.element_ty), mask=c_ok)
+
+
+@triton.jit
+def _update(pid, running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, channels, unbias, momentum, BLOCK: tl.constexpr):
+    """BLOCK channels of a block's running statistics, (C,) each as the batch's, whose variance is biased."""
+    c = pid * BLOCK + tl.arange(0, BLOCK)
+    c_ok = c < channels
+    _move(running_mean_ptr, tl.load(mean_ptr + c, mask=c_ok, other=0.0), c, c_ok, momentum)
+    _move(running_var_ptr, tl.load(var_ptr + c, mask=c_ok, other=0.0) * unbias, c, c_ok, momentum)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -48,6 +73,21 @@ def normalize_kernel(
     beta_ptr,
     residual_ptr,  # (N, C, H, W) or None
     y_ptr,  # (N, C, H, W)
+    # what _update takes, twice; a mean of None: nothing
+    running_mean_ptr,
+    running_var_ptr,
+    batch_mean_ptr,
+    batch_var_ptr,
+    batch_channels,
+    unbias,
+    momentum,
+    second_running_mean_ptr,
+    second_running_var_ptr,
+    second_mean_ptr,
+    second_var_ptr,
+    second_channels,
+    second_unbias,
+    second_momentum,
     images,
     channel_units,
     plane_units,
@@ -59,23 +99,54 @@ def normalize_kernel(
     ACT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_UPDATE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     FAST: tl.constexpr = a_ptr.dtype.element_ty != tl.float32
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
     blocks = tl.cdiv(images.to(tl.int64) * plane, BLOCK_P)
-    block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    start, offsets, ok = tile_offsets(block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P)
-    c_ok = c < channels
-    ok = ok[:, None] & c_ok[None, :]
-    mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST)
-    h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
-    y = (h - mean[None, :]) * scale[None, :] + shift[None, :]
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + start + offsets, narrow(y, y_ptr.dtype.element_ty), mask=ok)
+    first = blocks * tl.cdiv(channels, BLOCK_C)
+    if pid < first:
+        block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
+        lane = tl.arange(0, BLOCK_C)
+        c = first_channel + lane
+        start, offsets, ok = tile_offsets(
+            block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P
+        )
+        c_ok = c < channels
+        ok = ok[:, None] & c_ok[None, :]
+        mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST)
+        h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
+        y = (h - mean[None, :]) * scale[None, :] + shift[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y_ptr + start + offsets, narrow(y, y_ptr.dtype.element_ty), mask=ok)
+    else:
+        # programs behind the tensor's; here, because this is a forward's last launch: one that fails earlier has moved nothing
+        if batch_mean_ptr is not None:
+            _update(
+                pid - first,
+                running_mean_ptr,
+                running_var_ptr,
+                batch_mean_ptr,
+                batch_var_ptr,
+                batch_channels,
+                unbias,
+                momentum,
+                BLOCK_UPDATE,
+            )
+        if second_mean_ptr is not None:
+            _update(
+                pid - first,
+                second_running_mean_ptr,
+                second_running_var_ptr,
+                second_mean_ptr,
+                second_var_ptr,
+                second_channels,
+                second_unbias,
+                second_momentum,
+                BLOCK_UPDATE,
+            )
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -242,24 +313,14 @@ def sum_parts_kernel(
             _sum_block(pid - blocks, partials_ptr, out_ptr, parts, size, BLOCK_PARTS, BLOCK)
 
 
-@triton.jit
-def _lerp(old, new, weight):
-    """torch.lerp: exact at both ends."""
-    return tl.where(weight < 0.5, old + weight * (new - old), new - (new - old) * (1.0 - weight))
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def merge_kernel(
     partials_ptr,  # (parts, 3, C): count, mean, M2 of parts
     mean_ptr,  # (C,)
     var_ptr,  # (C,) biased
-    running_mean_ptr,  # (C,) or None
-    running_var_ptr,  # (C,) or None
     channel_units,
     parts,
     count,  # N * H * W, as a float
-    unbias,  # count / (count - 1)
-    momentum,
     CHANNEL_UNIT: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -286,22 +347,15 @@ def merge_kernel(
         n = tl.load(at, mask=ok, other=0.0)
         away = tl.where(ok, tl.load(at + channels, mask=ok, other=0.0) - mean[None, :], 0.0)
         acc += tl.load(at + 2 * channels, mask=ok, other=0.0) + n * away * away
-    var = (tl.sum(acc, 0) / count).to(tl.float32)
-    mean = mean.to(tl.float32)
-    tl.store(mean_ptr + c, mean, mask=c_ok)
-    tl.store(var_ptr + c, var, mask=c_ok)
-    if running_mean_ptr is not None:
-        old = tl.load(running_mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-        new = _lerp(old, mean, momentum)
-        tl.store(running_mean_ptr + c, narrow(new, running_mean_ptr.dtype.element_ty), mask=c_ok)
-    if running_var_ptr is not None:
-        old = tl.load(running_var_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
-        new = _lerp(old, var * unbias, momentum)
-        tl.store(running_var_ptr + c, narrow(new, running_var_ptr.dtype.element_ty), mask=c_ok)
+    tl.store(mean_ptr + c, mean.to(tl.float32), mask=c_ok)
+    tl.store(var_ptr + c, (tl.sum(acc, 0) / count).to(tl.float32), mask=c_ok)
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------
 
+#: Channels of a program that moves running statistics; what a launch without any is given.
+_BLOCK_UPDATE = 256
+_NO_UPDATE = (None, None, None, None, 0, 1.0, 0.0)
 #: Parts of norm_backward's sums: every program of grad_prologue reads all of them, 16 or 32 KB of L2 at most.
 _MOST_SUMS = 64
 
@@ -316,27 +370,36 @@ def normalize(
     activation: str,
     norm: Norm,
     residual: Tensor | None,  # (N, C, H, W)
+    updates: Sequence[Update] = (),  # two at most
 ) -> Tensor:  # (N, C, H, W)
-    """norm(act(a)) (+ residual), in one launch."""
+    """norm(act(a)) (+ residual), and the running statistics, in one launch."""
     y, layout = torch.empty_like(a), layout_of(a)
 
-    def call(config: tuning.Config) -> None:
+    def call(config: tuning.Config, updates: Sequence[Update] = ()) -> None:
         config = layout.fit(config)
-        grid = (ceil_div(layout.count, config["BLOCK_P"]) * ceil_div(layout.channels, config["BLOCK_C"]),)
-        normalize_kernel[grid](
+        grid = ceil_div(layout.count, config["BLOCK_P"]) * ceil_div(layout.channels, config["BLOCK_C"])
+        widest = max((len(u.mean) for u in updates), default=0)
+        moves = [(*u[:4], len(u.mean), u.count / max(u.count - 1, 1), u.momentum) for u in updates]
+        first, second = [*moves, _NO_UPDATE, _NO_UPDATE][:2]
+        normalize_kernel[(grid + ceil_div(widest, _BLOCK_UPDATE),)](
             a,
             *norm[:4],
             residual,
             y,
+            *first,
+            *second,
             *layout.sizes,
             norm.eps,
             **layout.units,
             ACT=ACTIVATIONS.index(activation),
+            BLOCK_UPDATE=_BLOCK_UPDATE,
             **config,
             **OPTIONS,
         )
 
-    tuning.run("normalize" + layout.suffix, (a.dtype, *layout.key, activation), layout.device, call)
+    # measuring repeats the launch, and statistics move once
+    last = functools.partial(call, updates=updates)
+    tuning.run("normalize" + layout.suffix, (a.dtype, *layout.key, activation), layout.device, call, last)
     return y
 
 
@@ -496,9 +559,6 @@ def sum_parts(
 def merge(
     partials: Tensor,  # (parts, 3, C)
     count: int,
-    running_mean: Tensor | None,  # (C,) updated in place
-    running_var: Tensor | None,  # (C,) updated in place
-    momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """mean and biased variance, (C,) float32, in one launch."""
     parts, _, channels = partials.shape
@@ -508,13 +568,9 @@ def merge(
         partials,
         mean,
         var,
-        running_mean,
-        running_var,
         channels // unit(channels),
         parts,
         float(count),
-        count / max(count - 1, 1),
-        momentum,
         CHANNEL_UNIT=unit(channels),
         BLOCK_PARTS=min(64, power_of_2(parts)),
         BLOCK_C=block_c,

@@ -130,8 +130,6 @@ inline void run_items(const Shape& s, const Split& split, const Norm& norm, cons
 }
 constexpr Sums kNoSums = {nullptr, nullptr};
 constexpr Norm kNoNorm = {{nullptr, 0}, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}, 0, false};
-// Vectors whose float sum is taken before it goes into double: few, so that rounding does not add up.
-constexpr int kFlush = 4;
 
 int normalize(const Normalize& p) {
   const Shape& s = p.shape;
@@ -162,6 +160,20 @@ int normalize(const Normalize& p) {
     });
   });
   return 0;
+}
+
+void update_running_statistics(const UpdateRunningStatistics& p) {
+  const double count = static_cast<double>(p.count), unbiased = count / (count > 1 ? count - 1 : 1);
+  const auto update = [&](const MutableParam& running, const float* values, double factor) {
+    if (running.data == nullptr) return;
+    for (int64_t c = 0; c < p.c; c++) {
+      const double old = static_cast<double>(param_at({running.data, running.dtype}, c));
+      set_param(running, c,
+                static_cast<float>((1 - p.momentum) * old + p.momentum * (static_cast<double>(values[c]) * factor)));
+    }
+  };
+  update(p.running_mean, p.mean, 1);
+  update(p.running_var, p.var, unbiased);
 }
 
 int norm_backward(const NormBackward& p) {

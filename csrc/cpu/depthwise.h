@@ -373,36 +373,23 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
       convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
       return;
     }
-    LaneSums sum[kMostTogether], squares[kMostTogether];
-    Vec shift[kMostTogether];
+    LaneMoments sums[kMostTogether];
     const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
       Vec* v = reinterpret_cast<Vec*>(to);
-      if (p0 == item.y0 * s.w) {
-        shift[g] = activate<A>(rounded(v[0], T{}));
-        sum[g].clear();
-        squares[g].clear();
+      if (p0 == item.y0 * s.w) sums[g].begin(activate<A>(rounded(v[0], T{})));
+      LaneMoments total = sums[g];
+      for (int64_t j = 0; j < p1 - p0; j++) {
+        v[j] = rounded(v[j], T{});
+        total.add(activate<A>(v[j]));
       }
-      LaneSums total = sum[g], total_squares = squares[g];
-      const Vec around = shift[g];
-      for (int64_t j = 0; j < p1 - p0; j += kFlush) {
-        Vec short_squares = splat(0.f);
-        for (int64_t k = j; k < smaller(j + kFlush, p1 - p0); k++) {
-          v[k] = rounded(v[k], T{});
-          const Vec h = activate<A>(v[k]), d = h - around;
-          total.add(h);
-          short_squares = fma(d, d, short_squares);
-        }
-        total_squares.add(short_squares);
-      }
-      sum[g] = total;
-      squares[g] = total_squares;
+      sums[g] = total;
     };
     convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
     for (int g = 0; g < item.blocks; g++) {
       for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
         partials[item.part * s.c + item.c0 + g * V + l] =
-            moments(static_cast<double>((item.y1 - item.y0) * s.w), static_cast<double>(shift[g][l]), sum[g].lane(l),
-                    squares[g].lane(l));
+            moments(static_cast<double>((item.y1 - item.y0) * s.w), static_cast<double>(sums[g].shift[l]),
+                    sums[g].sum.lane(l), sums[g].squares.lane(l));
       }
     }
   });

@@ -27,37 +27,45 @@ __attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const V
 }
 
 // RY kernel rows of KX taps, over `rows` rows of w columns; `row` is x's stride in vectors, `taps` dw's row length.
-// Sums of more than kSumPositions products are taken in parts of whole rows, which keeps their rounding small.
-constexpr int64_t kSumPositions = 96;
+// Sums of more than kSumPositions products are taken in parts: equal products, of constant planes, round alike, and the
+// error of their sum grows with its length. A part is whole rows, or of a long row some tiles.
+constexpr int64_t kSumPositions = 32;
+static_assert(kSumPositions % kGradTile == 0, "a part of a row is whole tiles");
 template <int RY, int KX>
 void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, float* dw, int taps) {
   const int64_t part = larger(1, kSumPositions / w);
-  for (int64_t y0 = 0; y0 < rows; y0 += part) {
+  const auto correlate_part = [&](int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
     Vec acc[RY][KX];
 #pragma GCC unroll 8
     for (int r = 0; r < RY; r++) {
 #pragma GCC unroll 16
       for (int k = 0; k < KX; k++) acc[r][k] = splat(0.f);
     }
-    for (int64_t y = y0; y < smaller(y0 + part, rows); y++) {
+    for (int64_t y = y0; y < y1; y++) {
       const Vec* vx = reinterpret_cast<const Vec*>(x) + y * row;
       const Vec* vda = reinterpret_cast<const Vec*>(da) + y * w;
-      int64_t c = 0;
-      for (; c + kGradTile <= w; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
+      int64_t c = c0;
+      for (; c + kGradTile <= c1; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
+      const int64_t left = c1 - c;
       if constexpr (kGradTile > 8) {
-        if ((w & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
+        if ((left & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
       }
       if constexpr (kGradTile > 4) {
-        if ((w & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
+        if ((left & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
       }
-      if ((w & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
-      if ((w & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
+      if ((left & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
+      if ((left & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < RY; r++) {
       Vec* to = reinterpret_cast<Vec*>(dw) + r * taps;
 #pragma GCC unroll 16
       for (int k = 0; k < KX; k++) to[k] += acc[r][k];
+    }
+  };
+  for (int64_t y = 0; y < rows; y += part) {
+    for (int64_t c = 0; c < w; c += kSumPositions) {
+      correlate_part(y, smaller(y + part, rows), c, smaller(c + kSumPositions, w));
     }
   }
 }
@@ -158,6 +166,12 @@ inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& pla
   Vec acc[Rows3x3::kTaps];
 #pragma GCC unroll 9
   for (int t = 0; t < Rows3x3::kTaps; t++) acc[t] = splat(0.f);
+  int64_t products = 0;
+  const auto add_some = [&] {
+#pragma GCC unroll 9
+    for (int t = 0; t < Rows3x3::kTaps; t++) sums[t * V] += acc[t], acc[t] = splat(0.f);
+    products = 0;
+  };
   const auto da_of = [&](int64_t at, auto full, int count) {
     Vec g = load_some(from_dy + at, full, count);
     prefetch(from_dy + at, hw);
@@ -188,10 +202,10 @@ inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& pla
     for (int64_t y = larger(0, y0 - 1); y < smaller(y1 + 1, s.h); y++) {
       correlate_row(acc, from_x + y * s.w, s.w, da + (y - y0 + 2) * row, row);
       for (int64_t c = 0; c < s.w; c += V) prefetch(from_x + y * s.w + c, hw);
+      if ((products += plan.vectors) >= kSumPositions) add_some();
     }
   }
-#pragma GCC unroll 9
-  for (int t = 0; t < Rows3x3::kTaps; t++) sums[t * V] += acc[t];
+  add_some();
   return bias.total();
 }
 
@@ -239,8 +253,8 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   float* partials = aligned_floats(memory, groups * stride * taps);  // [group][block][tap][V]
   double* bias_partials = reinterpret_cast<double*>(memory);         // [group][channel]
   const int64_t plane_floats = plan.plane_floats(), da_floats = plan.rows * s.w * V;
-  // Positions of a strip: da and k rows of x stay in L1.
-  const int64_t strip_rows = larger(1, 256 / s.w);
+  // Positions of a strip: da and k rows of x stay in L1. A few strips make a sum, and dw is the sum of those.
+  const int64_t strip_rows = larger(1, 256 / s.w), strips_of_sum = larger(1, 1024 / (strip_rows * s.w));
   const bool along_rows = Rows3x3::fits(s, p.kh, p.kw);
   const int64_t own_floats = along_rows ? Rows3x3(s).floats() : plane_floats + da_floats + kStripFloats + taps * V;
   int failed = 0;
@@ -252,7 +266,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
     if (plane != nullptr && !along_rows) zero(plane, plane_floats);
     float* da = plane + plane_floats;
     float* strip = da + da_floats;
-    float* image = strip + kStripFloats;
+    float* some = strip + kStripFloats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) fill_table(p.norm, p.sums, s, b * V, table);
 #pragma omp for schedule(dynamic)
@@ -274,8 +288,13 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       zero(dw, taps * V);
       LaneSums bias_sum;
       bias_sum.clear();
+      int64_t strips = 0;
+      zero(some, taps * V);
+      const auto add_some = [&] {
+        for (int t = 0; t < taps; t++) reinterpret_cast<Vec*>(dw)[t] += reinterpret_cast<Vec*>(some)[t];
+        zero(some, taps * V);
+      };
       for (int64_t n = n0; n < n1; n++) {
-        zero(image, taps * V);
         for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
           const int64_t y1 = smaller(y0 + plan.rows, s.h);
           const Window window = open_window(plan, s, plane, y0, y1);
@@ -291,14 +310,15 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
           });
           for (int64_t y = 0; y < y1 - y0; y += strip_rows) {
             const int64_t rows = smaller(strip_rows, y1 - y0 - y);
-            correlate_strip(plane + y * plan.columns * V, plan.columns, da + y * s.w * V, rows, s.w, p.kh, p.kw, image);
+            correlate_strip(plane + y * plan.columns * V, plan.columns, da + y * s.w * V, rows, s.w, p.kh, p.kw, some);
+            if (++strips % strips_of_sum == 0) add_some();
             if (p.db.data == nullptr) continue;
             const Vec* g = reinterpret_cast<const Vec*>(da + y * s.w * V);
             for (int64_t i = 0; i < rows * s.w; i++) bias_sum.add(g[i]);
           }
         }
-        for (int t = 0; t < taps; t++) reinterpret_cast<Vec*>(dw)[t] += reinterpret_cast<Vec*>(image)[t];
       }
+      add_some();
       for (int l = 0; l < V; l++) bias_partials[group * stride + c0 + l] = bias_sum.lane(l);
     }
 #pragma omp for schedule(static)

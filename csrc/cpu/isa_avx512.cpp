@@ -31,9 +31,10 @@ namespace {
 // clang-format on
 }  // namespace
 
-const Kernels kAvx512 = {"avx512",      depthwise_forward, depthwise_input_grad, depthwise_weight_grad, normalize,
-                         norm_backward, pointwise_forward, pointwise_backward,   pointwise_is_narrow,   mixer_forward,
-                         mixer_fits,    activation_only};
+const Kernels kAvx512 = {"avx512",           depthwise_forward,   depthwise_input_grad, depthwise_weight_grad,
+                         normalize,          norm_backward,       pointwise_forward,    update_running_statistics,
+                         pointwise_backward, pointwise_is_narrow, mixer_forward,        mixer_fits,
+                         activation_only};
 
 }  // namespace cpu
 }  // namespace convmixer

@@ -50,12 +50,10 @@ struct Sums {
   const float* dy_hhat;
 };
 
-// The statistics of act(a), float32 (C), and the running ones, updated in place; mean is null in eval.
+// The statistics of act(a), float32 (C); null in eval.
 struct Statistics {
   float* mean;
   float* var;
-  MutableParam running_mean, running_var;
-  double momentum;
 };
 
 // eval: y = norm(act(conv(x) + bias)) (+ x); training: y = a = conv(x) + bias, and statistics.
@@ -133,6 +131,15 @@ struct PointwiseForward {
   int threads;
 };
 
+// running = (1 - momentum) * running + momentum * new as nn.BatchNorm2d does, the variance unbiased; cannot fail.
+struct UpdateRunningStatistics {
+  const float* mean;                       // of the batch, (C)
+  const float* var;                        // biased
+  int64_t c, count;                        // count = N * H * W
+  MutableParam running_mean, running_var;  // data may be null
+  double momentum;
+};
+
 // da = dh * act'(a) into da, dx = W^T da, dw = da x^T, db = sum da. `shape` is dy's.
 struct PointwiseBackward {
   Shape shape;
@@ -166,6 +173,7 @@ struct Kernels {
   int (*normalize)(const Normalize&);
   int (*norm_backward)(const NormBackward&);
   int (*pointwise_forward)(const PointwiseForward&);
+  void (*update_running_statistics)(const UpdateRunningStatistics&);
   int (*pointwise_backward)(const PointwiseBackward&);
   bool (*pointwise_is_narrow)(int64_t c, int64_t c_in);
   int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, each on the one before

@@ -220,11 +220,40 @@ struct LaneSums {
   }
 };
 
+// Sums of h and of (h - shift)^2 of each lane, in double throughout: beside a mean far from 0 or from the shift the
+// squares are large and their differences small.
+struct LaneMoments {
+  LaneSums sum, squares;
+  Vec shift;
+  void begin(Vec around) {
+    sum.clear();
+    squares.clear();
+    shift = around;
+  }
+  VEC_INLINE void add(Vec h) {
+    const DVec low = low_half(h), high = high_half(h);
+    const DVec from_low = low - low_half(shift), from_high = high - high_half(shift);
+    sum.low += low;
+    sum.high += high;
+    squares.low += from_low * from_low;
+    squares.high += from_high * from_high;
+  }
+  // The first `count` lanes.
+  void add_some(Vec h, int count) {
+    LaneSums kept = sum;
+    Vec others = h;
+    for (int i = count; i < V; i++) h[i] = 0.f, others[i] = shift[i];
+    kept.add(h);
+    add(others);
+    sum = kept;
+  }
+};
+
 // Partial statistics of a channel: its values' count, mean and M2 = sum (h - mean)^2.
 struct Moments {
   double count, mean, m2;
 };
-// From sums of h and of (h - shift)^2.
+// From sums of h and of (h - shift)^2, both in double: the shift may be far from the mean, a border's value.
 inline Moments moments(double count, double shift, double sum, double squares) {
   const double mean = sum / count;
   return {count, mean, squares - (mean - shift) * (mean - shift) * count};
@@ -238,18 +267,10 @@ inline void merge(Moments& a, const Moments& b) {
   a.count = total;
 }
 
-// Channel c's mean and biased variance out; running statistics updated as nn.BatchNorm2d does.
+// Channel c's mean and biased variance out.
 inline void finish_statistics(const Statistics& s, int64_t c, const Moments& m) {
-  const double var = (m.m2 > 0 || m.m2 != m.m2) ? m.m2 / m.count : 0;
   s.mean[c] = static_cast<float>(m.mean);
-  s.var[c] = static_cast<float>(var);
-  const auto update = [&](const MutableParam& running, double value) {
-    if (running.data == nullptr) return;
-    const double old = static_cast<double>(param_at({running.data, running.dtype}, c));
-    set_param(running, c, static_cast<float>((1 - s.momentum) * old + s.momentum * value));
-  };
-  update(s.running_mean, m.mean);
-  update(s.running_var, var * (m.count / (m.count > 1 ? m.count - 1 : 1)));
+  s.var[c] = static_cast<float>((m.m2 > 0 || m.m2 != m.m2) ? m.m2 / m.count : 0);
 }
 
 inline float* aligned_floats(char*& p, int64_t count) {

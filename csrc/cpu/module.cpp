@@ -68,8 +68,7 @@ void depthwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, in
 
 void depthwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
                      int kh, int kw, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
-                     Address mean, Address var, Address running_mean, int running_mean_dtype, Address running_var,
-                     int running_var_dtype, double momentum, int threads) {
+                     Address mean, Address var, int threads) {
   check(kernels().depthwise_forward({{n, c, h, w, dtype, channels_last},
                                      kh,
                                      kw,
@@ -79,11 +78,7 @@ void depthwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int6
                                      activation,
                                      {},
                                      false,
-                                     {at<float>(mean),
-                                      at<float>(var),
-                                      {at(running_mean), running_mean_dtype},
-                                      {at(running_var), running_var_dtype},
-                                      momentum},
+                                     {at<float>(mean), at<float>(var)},
                                      output(a, n * c * h * w, dtype),
                                      threads}));
 }
@@ -144,6 +139,17 @@ void normalize(Address a, Address residual, Address y, int64_t n, int64_t c, int
                              at(residual),
                              output(y, n * c * h * w, dtype),
                              threads}));
+}
+
+void update_running_statistics(Address mean, Address var, int64_t c, int64_t count, Address running_mean,
+                               int running_mean_dtype, Address running_var, int running_var_dtype, double momentum) {
+  kernels().update_running_statistics({at<float>(mean),
+                                       at<float>(var),
+                                       c,
+                                       count,
+                                       {at(running_mean), running_mean_dtype},
+                                       {at(running_var), running_var_dtype},
+                                       momentum});
 }
 
 void norm_backward(Address dy, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
@@ -237,8 +243,7 @@ void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_
 
 void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
                      int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
-                     Address mean, Address var, Address running_mean, int running_mean_dtype, Address running_var,
-                     int running_var_dtype, double momentum, int threads) {
+                     Address mean, Address var, int threads) {
   check(kernels().pointwise_forward({{n, c, h, w, dtype, channels_last},
                                      c_in,
                                      at(x),
@@ -246,11 +251,7 @@ void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int6
                                      {at(bias), bias_dtype},
                                      activation,
                                      {},
-                                     {at<float>(mean),
-                                      at<float>(var),
-                                      {at(running_mean), running_mean_dtype},
-                                      {at(running_var), running_var_dtype},
-                                      momentum},
+                                     {at<float>(mean), at<float>(var)},
                                      output(a, n * c * h * w, dtype),
                                      threads}));
 }
@@ -291,6 +292,7 @@ PYBIND11_MODULE(_cpu, m) {
   define("depthwise_input_grad", depthwise_input_grad);
   define("depthwise_weight_grad", depthwise_weight_grad);
   define("normalize", normalize);
+  define("update_running_statistics", update_running_statistics);
   define("norm_backward", norm_backward);
   define("pointwise_forward", pointwise_forward);
   define("pointwise_train", pointwise_train);

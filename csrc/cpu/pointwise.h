@@ -166,13 +166,9 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
   with_activation(p.activation, [&](auto act) {
     constexpr int A = decltype(act)::value;
     // Of each channel of the current rows (contiguous) or lanes (channels_last).
-    LaneSums sum[kGemmRows], squares[kGemmRows];
-    alignas(64) float shift[kGemmColumns];
+    LaneMoments sums[kGemmRows];
     double count = 0;
-    const auto begin = [&](int64_t, int64_t, int) {
-      for (int i = 0; i < kGemmRows; i++) sum[i].clear(), squares[i].clear();
-      count = 0;
-    };
+    const auto begin = [&](int64_t, int64_t, int) { count = 0; };
     const auto tile = [&](int64_t, int64_t image, int64_t c0, int channels, int64_t p0, int positions, const float* c) {
       if (!last) {
         for (int r = 0; r < channels; r++) {
@@ -181,17 +177,18 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
           for (int i = 0; i < kRows; i++) f.row[i] = splat(channel[i * stride]);
           const Vec bias = splat(biases[c0 + r]);
           T* to = y + (image * s.c + c0 + r) * hw + p0;
-          Vec total_squares = splat(0.f);
           for (int j = 0; j < positions; j += V) {
             const int n = positions - j < V ? positions - j : V;
             Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
             if (training) {
               v = rounded(v, T{});
               const Vec h = activate<A>(v);
-              if (count == 0 && j == 0) shift[r] = h[0];
-              const Vec d = h - splat(shift[r]);
-              sum[r].add(n < V ? keep(h, n) : h);
-              total_squares += n < V ? keep(d * d, n) : d * d;
+              if (count == 0 && j == 0) sums[r].begin(splat(h[0]));
+              if (n == V) {
+                sums[r].add(h);
+              } else {
+                sums[r].add_some(h, n);
+              }
             } else {
               v = normalized<A>(v, f, p.norm.present);
             }
@@ -201,7 +198,6 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
               store_n(to + j, v, n);
             }
           }
-          if (training) squares[r].add(total_squares);
         }
       } else {
         for (int j = 0; j < channels; j += V) {
@@ -210,15 +206,13 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
           const Vec bias = load(biases + c0 + j);
           T* to = y + p0 * s.c + c0 + j;
           if (training && count == 0) {
-            store(shift + j, activate<A>(rounded(*reinterpret_cast<const Vec*>(c + j) + bias, T{})));
+            sums[j / V].begin(activate<A>(rounded(*reinterpret_cast<const Vec*>(c + j) + bias, T{})));
           }
           for (int r = 0; r < positions; r++) {
             Vec v = *reinterpret_cast<const Vec*>(c + r * kGemmColumns + j) + bias;
             if (training) {
               v = rounded(v, T{});
-              const Vec h = activate<A>(v), d = h - load(shift + j);
-              sum[j / V].add(h);
-              squares[j / V].add(d * d);
+              sums[j / V].add(activate<A>(v));
             } else {
               v = normalized<A>(v, f, p.norm.present);
             }
@@ -235,9 +229,11 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
     const auto end = [&](int64_t, int64_t c0, int channels) {
       if (!training) return;
       for (int i = 0; i < channels; i++) {
-        const double total = last ? sum[i / V].lane(i % V) : sum[i].total();
-        const double square = last ? squares[i / V].lane(i % V) : squares[i].total();
-        partials[item * s.c + c0 + i] = moments(count, static_cast<double>(shift[i]), total, square);
+        const LaneMoments& of = sums[last ? i / V : i];
+        const double total = last ? of.sum.lane(i % V) : of.sum.total();
+        const double square = last ? of.squares.lane(i % V) : of.squares.total();
+        const double shift = static_cast<double>(of.shift[last ? i % V : 0]);
+        partials[item * s.c + c0 + i] = moments(count, shift, total, square);
       }
     };
     product_item(items, item, s.c, tables.depth, static_cast<const T*>(p.x), tables.packed, panels, begin, tile, end);
@@ -273,7 +269,7 @@ int pointwise_forward(const PointwiseForward& p) {
       }
       with_dtype(s.dtype, [&](auto tag) { pointwise_item<decltype(tag)>(p, items, item, tables, panels, partials); });
     }
-    if (training) {
+    if (training && failed == 0) {
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < s.c; c++) {
         Moments m = {0, 0, 0};

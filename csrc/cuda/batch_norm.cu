@@ -2,8 +2,9 @@
 // Batch norm after the activation, h = act(a), y = (h - mean) * gamma * rsqrt(var + eps) + beta (+ residual): the
 // passes around the convolutions. Contiguous and channels_last, any sizes; elementwise.cuh says what a block and a
 // thread own.
-//   merge_statistics  a warp owns a channel: Chan's merge of the convolution's partials in double, running statistics
-//   normalize         reads a (and the residual), writes y
+//   merge_statistics  a warp owns a channel: Chan's merge of the convolution's partials in double
+//   normalize         reads a (and the residual), writes y; blocks at the end of the grid move running statistics, here
+//   because it is a forward's last launch: one that fails earlier has moved nothing
 //   norm_backward     reads dy and a: sum dy and sum dy * (h - mean) by part; then a warp owns a channel and adds up
 //   its parts
 // Bound: HBM for all but merge_statistics, whose bytes are a few percent of a pass.
@@ -15,13 +16,30 @@ namespace {
 constexpr int kChannelsPerBlock = 4;  // one warp each
 
 template <class T>
-__device__ __forceinline__ void update_running(void* running, int64_t c, double value, double momentum) {
-  if (running == nullptr) return;
+__device__ __forceinline__ void move_running(void* running, int64_t c, double value, double momentum) {
   T* at = static_cast<T*>(running) + c;
   *at = from_float<T>(static_cast<float>((1.0 - momentum) * static_cast<double>(to_float(*at)) + momentum * value));
 }
 
-template <class T>
+__device__ __forceinline__ void move_running(void* running, int dtype, int64_t c, double value, double momentum) {
+  if (running == nullptr) return;
+  if (dtype == kFloat32) {
+    move_running<float>(running, c, value, momentum);
+  } else if (dtype == kFloat16) {
+    move_running<__half>(running, c, value, momentum);
+  } else {
+    move_running<__nv_bfloat16>(running, c, value, momentum);
+  }
+}
+
+// Channel c of an update.
+__device__ __forceinline__ void move_running(const RunningUpdate& p, int64_t c) {
+  if (c >= p.c) return;
+  const double count = static_cast<double>(p.count), unbiased = count / (count > 1.0 ? count - 1.0 : 1.0);
+  move_running(p.running_mean, p.running_mean_dtype, c, p.mean[c], p.momentum);
+  move_running(p.running_var, p.running_var_dtype, c, p.var[c] * unbiased, p.momentum);
+}
+
 __global__ void __launch_bounds__(32 * kChannelsPerBlock) merge_kernel(MergeStatistics p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kChannelsPerBlock + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -40,17 +58,15 @@ __global__ void __launch_bounds__(32 * kChannelsPerBlock) merge_kernel(MergeStat
   }
   m2 = elementwise::sum_over_warp(m2);
   if (lane != 0) return;
-  const double count = static_cast<double>(p.count), var = m2 / count;
+  const double var = m2 / static_cast<double>(p.count);
   p.mean[c] = static_cast<float>(mean);
   p.var[c] = static_cast<float>(var);
-  update_running<T>(p.running_mean, c, mean, p.momentum);
-  update_running<T>(p.running_var, c, var * (count / (count > 1.0 ? count - 1.0 : 1.0)), p.momentum);
 }
 
 template <class T>
 struct NormalizeOp {
   static constexpr int kInputs = 2, kStats = 0;
-  static constexpr bool kMoments = false, kWrites = true, kWide = false;
+  static constexpr bool kMoments = false, kWrites = true, kWide = false, kUpdates = true;
   using Channel = elementwise::Affine;
 
   const T* first;   // a
@@ -59,6 +75,13 @@ struct NormalizeOp {
   elementwise::Partial<NormalizeOp>* partials;
   int activation;
   Norm norm;
+  RunningUpdate updates[kMostUpdates];
+
+  int64_t channels_to_update() const { return std::max(updates[0].c, updates[1].c); }
+  __device__ __forceinline__ void update(int64_t c) const {
+#pragma unroll
+    for (int i = 0; i < kMostUpdates; ++i) move_running(updates[i], c);
+  }
 
   __device__ __forceinline__ Channel channel(int64_t c) const { return elementwise::affine(norm, c); }
 
@@ -72,7 +95,7 @@ struct NormalizeOp {
 template <class T>
 struct NormBackwardOp {
   static constexpr int kInputs = 2, kStats = 2;
-  static constexpr bool kMoments = false, kWrites = false, kWide = sizeof(T) == 4;
+  static constexpr bool kMoments = false, kWrites = false, kWide = sizeof(T) == 4, kUpdates = false;
   struct Channel {
     float mean;
   };
@@ -113,12 +136,8 @@ unsigned warp_blocks(int64_t channels) {
 }  // namespace
 
 int merge_statistics(const MergeStatistics& p, void* stream) {
-  return elementwise::with_type(p.running_dtype, [&](auto type) {
-    using T = decltype(type);
-    LAUNCH((merge_kernel<T>), dim3(warp_blocks(p.c)), dim3(32 * kChannelsPerBlock), 0,
-           static_cast<cudaStream_t>(stream), p);
-    return static_cast<int>(cudaGetLastError());
-  });
+  LAUNCH(merge_kernel, dim3(warp_blocks(p.c)), dim3(32 * kChannelsPerBlock), 0, static_cast<cudaStream_t>(stream), p);
+  return static_cast<int>(cudaGetLastError());
 }
 
 int normalize(const Normalize& p, void* stream) {
@@ -129,7 +148,8 @@ int normalize(const Normalize& p, void* stream) {
                             static_cast<T*>(p.y),
                             nullptr,
                             p.activation,
-                            p.norm};
+                            p.norm,
+                            {p.updates[0], p.updates[1]}};
     return elementwise::launch<T>(op, p.shape, {p.a, p.residual, p.y}, stream);
   });
 }

@@ -32,7 +32,7 @@ struct Window {
 
 // The division of a tensor: `parts` partials a channel, whatever the alignment of the addresses.
 struct Geometry {
-  int64_t channels, parts;
+  int64_t channels, parts, blocks;
   int64_t items, items_per_part;  // contiguous: windows of one channel's planes; channels_last: rows
   int64_t plane, windows;         // contiguous: H * W, windows of one plane
   int64_t images_step;            // contiguous: kThreads windows further is images_step planes ...
@@ -307,9 +307,22 @@ struct Pipeline {
   }
 };
 
+// Blocks behind g.blocks, a thread a channel: what an operation has to do beside the tensor.
+template <class Op>
+__device__ __forceinline__ bool update(const Op& op, const Geometry& g) {
+  if constexpr (Op::kUpdates) {
+    if (blockIdx.x >= g.blocks) {
+      op.update((blockIdx.x - g.blocks) * kThreads + threadIdx.x);
+      return true;
+    }
+  }
+  return false;
+}
+
 // One block: channel blockIdx.x % C, part blockIdx.x / C, so that blocks that run together read neighbouring planes.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
+  if (update(op, g)) return;
   constexpr int kSize = Window<T>::kSize;
   const int64_t c = blockIdx.x % g.channels, part = blockIdx.x / g.channels;
   const int64_t begin = part * g.items_per_part;
@@ -364,6 +377,7 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
 // lanes.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
+  if (update(op, g)) return;
   constexpr int kSize = Window<T>::kSize;
   const int64_t group = blockIdx.x % g.groups, part = blockIdx.x / g.groups;
   const int64_t begin = part * g.items_per_part;
@@ -473,9 +487,11 @@ __device__ __forceinline__ Partial<Op> add_parts(const Partial<Op>* partials, in
 
 template <class T, class Op>
 int launch(const Op& op, const Shape& shape, std::initializer_list<const void*> tensors, void* stream) {
-  const Geometry g = geometry(shape, tensors);
+  Geometry g = geometry(shape, tensors);
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  const int64_t blocks = g.parts * (shape.channels_last ? g.groups : g.channels);
+  g.blocks = g.parts * (shape.channels_last ? g.groups : g.channels);
+  int64_t blocks = g.blocks;
+  if constexpr (Op::kUpdates) blocks += (op.channels_to_update() + kThreads - 1) / kThreads;
   if (blocks > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
   const dim3 grid(static_cast<unsigned>(blocks));
   if (shape.channels_last) {

@@ -103,20 +103,29 @@ int64_t depthwise_weight_grad_fma_workspace(const Shape& shape, int kh, int kw);
 int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream);
 
 // ---- batch_norm.cu ------------------------------------------------------------------------------------------------
-// Chan's merge of P partials a channel, in order; mean and biased var (C) float32; running statistics updated in place.
+// Chan's merge of P partials a channel, in order; mean and biased var (C) float32.
 struct MergeStatistics {
   int64_t c, partials_per_channel, count;  // count = N * H * W
   const float* partials;
   float* mean;
   float* var;
-  void* running_mean;  // null: none
-  void* running_var;
-  int running_dtype;
-  float momentum;
 };
 int merge_statistics(const MergeStatistics& p, void* stream);
 
-// y = norm(act(a)) (+ residual)
+// running = (1 - momentum) * running + momentum * new as nn.BatchNorm2d does, the variance unbiased.
+struct RunningUpdate {
+  int64_t c, count;    // count = N * H * W; c = 0: nothing to do
+  const float* mean;   // of the batch, (C)
+  const float* var;    // biased
+  void* running_mean;  // null: none
+  int running_mean_dtype;
+  void* running_var;
+  int running_var_dtype;
+  double momentum;
+};
+
+// y = norm(act(a)) (+ residual), and the running statistics of this block and of the one before it.
+constexpr int kMostUpdates = 2;
 struct Normalize {
   Shape shape;
   const void* a;
@@ -124,6 +133,7 @@ struct Normalize {
   Norm norm;
   const void* residual;  // null: none
   void* y;
+  RunningUpdate updates[kMostUpdates];
 };
 int normalize(const Normalize& p, void* stream);
 

@@ -79,23 +79,36 @@ void depthwise_weight_grad(SHAPE, int kh, int kw, Address dy, Address a, Address
 }
 
 void merge_statistics(int64_t c, int64_t partials_per_channel, int64_t count, Address partials, Address mean,
-                      Address var, Address running_mean, Address running_var, int running_dtype, float momentum,
-                      Address stream) {
+                      Address var, Address stream) {
   const cm::MergeStatistics p{c,
                               partials_per_channel,
                               count,
                               static_cast<const float*>(pointer(partials)),
                               static_cast<float*>(pointer(mean)),
-                              static_cast<float*>(pointer(var)),
-                              pointer(running_mean),
-                              pointer(running_var),
-                              running_dtype,
-                              momentum};
+                              static_cast<float*>(pointer(var))};
   check("merge_statistics", cm::merge_statistics(p, pointer(stream)));
 }
 
-void normalize(SHAPE, Address a, int activation, NORM, Address residual, Address y, Address stream) {
-  const cm::Normalize p{SHAPE_VALUE, pointer(a), activation, NORM_VALUE, pointer(residual), pointer(y)};
+// C, N * H * W, the batch's mean and var, the running ones (0: none) with their dtypes, momentum
+using UpdateOf = std::tuple<int64_t, int64_t, Address, Address, Address, int, Address, int, double>;
+
+void normalize(SHAPE, Address a, int activation, NORM, Address residual, Address y, const py::tuple& updates,
+               Address stream) {
+  cm::Normalize p{SHAPE_VALUE, pointer(a), activation, NORM_VALUE, pointer(residual), pointer(y), {}};
+  if (updates.size() > cm::kMostUpdates) throw std::invalid_argument("normalize: too many updates");
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const auto [channels, count, mean, var, running_mean, mean_dtype, running_var, var_dtype, momentum] =
+        updates[i].cast<UpdateOf>();
+    p.updates[i] = {channels,
+                    count,
+                    static_cast<const float*>(pointer(mean)),
+                    static_cast<const float*>(pointer(var)),
+                    pointer(running_mean),
+                    mean_dtype,
+                    pointer(running_var),
+                    var_dtype,
+                    momentum};
+  }
   check("normalize", cm::normalize(p, pointer(stream)));
 }
 

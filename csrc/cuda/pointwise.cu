@@ -16,7 +16,7 @@ namespace {
 template <class T>
 struct EpilogueEvalOp {
   static constexpr int kInputs = 1, kStats = 0;
-  static constexpr bool kMoments = false, kWrites = true, kWide = false;
+  static constexpr bool kMoments = false, kWrites = true, kWide = false, kUpdates = false;
   struct Channel {
     elementwise::Affine norm;
     float bias;
@@ -44,7 +44,7 @@ struct EpilogueEvalOp {
 template <class T>
 struct EpilogueTrainOp {
   static constexpr int kInputs = 1, kStats = 1;
-  static constexpr bool kMoments = true, kWrites = true;
+  static constexpr bool kMoments = true, kWrites = true, kUpdates = false;
   struct Channel {
     float bias;
   };
@@ -69,7 +69,7 @@ struct EpilogueTrainOp {
 template <class T>
 struct GradPrologueOp {
   static constexpr int kInputs = 2, kStats = 1;
-  static constexpr bool kMoments = false, kWrites = true, kWide = sizeof(T) == 4;
+  static constexpr bool kMoments = false, kWrites = true, kWide = sizeof(T) == 4, kUpdates = false;
   // dh = offset + scale * dy + slope * (h - mean). dy is scaled before the offset meets it: the difference of dy and a
   // constant rounds alike for all dy of a binade, an error that grows with their number in db (depthwise_fma.cuh).
   struct Channel {

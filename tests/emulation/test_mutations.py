@@ -93,8 +93,20 @@ MUTATIONS = [
         "if (count > 0.0) m2 +=", "m2 +=",
     ),
     Mutation(
-        "merge: biased running variance", "batch_norm.cu", "batch_norm", "statistics",
+        "normalize: biased running variance", "batch_norm.cu", "batch_norm", "normalize",
         "count > 1.0 ? count - 1.0 : 1.0", "count",
+    ),
+    Mutation(
+        "normalize: running statistics of the first block alone", "batch_norm.cu", "batch_norm", "normalize",
+        "i < kMostUpdates; ++i", "i < 1; ++i",
+    ),
+    Mutation(
+        "normalize: threads for the first block's channels", "batch_norm.cu", "batch_norm", "normalize",
+        "return std::max(updates[0].c, updates[1].c);", "return updates[0].c;",
+    ),
+    Mutation(
+        "normalize: running statistics beyond the last channel", "batch_norm.cu", "batch_norm", "normalize",
+        "if (c >= p.c) return;", "if (c > p.c) return;",
     ),
     Mutation(
         "epilogue: window's moments with another mean", "elementwise.cuh", "pointwise", "pointwise_epilogue",

@@ -45,11 +45,11 @@ class Statistics(NamedTuple):
     var: Tensor | None
 
 
-#: Names of the tensors that a forward reads beside x, and that a backward does.
-_BLOCK_TENSORS = (*Block._fields, "running_mean", "running_var")
+#: Names of the tensors that a forward reads, and that a backward does.
+_BLOCK_TENSORS = ("x", *Block._fields, "running_mean", "running_var")
 _READ_BACKWARD = ("dy", "x", "a", "weight", "norm_weight", "mean", "var")
 _READ_FOR_Z = ("x", "depthwise a", "depthwise_norm_weight", "depthwise_norm_bias", "depthwise mean", "depthwise var")
-MIXER_TENSORS = tuple(f"{half}_{name}" for half in ("depthwise", "pointwise") for name in _BLOCK_TENSORS)
+MIXER_TENSORS = ("x", *(f"{half}_{name}" for half in ("depthwise", "pointwise") for name in _BLOCK_TENSORS[1:]))
 
 
 class Options(NamedTuple):
@@ -90,6 +90,8 @@ def match_format(dy: Tensor, like: Tensor) -> Tensor:
 def _in_format(dy: Tensor, contiguous: bool) -> Tensor:
     if dy._is_zerotensor():
         dy = dy.clone()  # it has no memory
+    elif not dy.is_contiguous():
+        checks.check_reach("the backward", "dy", dy)
     # a negative view's memory holds the opposite values
     return dy.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
 
@@ -158,7 +160,7 @@ def block_forward(
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Statistics]:
     """y, a (None where no backward follows) and the statistics that y is normalised by."""
-    checks.check_memory(f"{kind}_block", ("x", *_BLOCK_TENSORS), x, *block, *running)
+    checks.check_memory(f"{kind}_block", _BLOCK_TENSORS, x, *block, *running)
     if not options.batch_statistics and not options.save:
         residual = (options.residual,) if kind == "depthwise" else ()
         evaluate = backend.depthwise_eval if kind == "depthwise" else backend.pointwise_eval
@@ -224,7 +226,7 @@ def mixer_forward(
     options: Options,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[Statistics, Statistics]]:
     """y, both a and both statistics, as block_forward of the one and then the other."""
-    checks.check_memory("mixer_layer", ("x", *MIXER_TENSORS), x, *blocks[0], *running[0], *blocks[1], *running[1])
+    checks.check_memory("mixer_layer", MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
     if not options.batch_statistics and not options.save:
         norms = [_norm(b, s, options) for b, s in zip(blocks, running, strict=True)]
         convolutions = [(b.weight, b.bias) for b in blocks]

@@ -283,7 +283,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
         running = tuple(Statistics(*map(_contiguous, r)) for r in running)
         if not _direct(x, *blocks[0], *blocks[1], *running[0], *running[1]):
             return None
-        checks.check_memory(op, MIXER_TENSORS, *blocks[0], *running[0], *blocks[1], *running[1])
+        checks.check_memory(op, MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
         norms = (Norm(*r, b.norm_weight, b.norm_bias, eps) for b, r in zip(blocks, running, strict=True))
         evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
     return _recorded("mixer_layers", backend.mixer_eval, x, evaluated, True)
@@ -399,6 +399,8 @@ def _autocast(x: Tensor, *blocks: Block) -> tuple:
         checks.check_before_copy("autocast", name, t)
         return t.to(dtype)
 
+    if x.dtype != dtype:
+        checks.check_before_copy("autocast", "x", x)
     return x.to(dtype), *(
         Block(cast("weight", b.weight), cast("bias", b.bias), b.norm_weight, b.norm_bias) for b in blocks
     )

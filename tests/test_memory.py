@@ -85,12 +85,12 @@ def test_views_that_are_copied(left):
 
 
 @pytest.mark.parametrize("left", LEFT)
-def test_parameters_that_autocast_casts(left):
-    for name in ("weight", "bias"):
-        given = {"weight": torch.randn(8, 1, 3, 3).half(), "bias": torch.randn(8).half()}
+def test_tensors_that_autocast_casts(left):
+    for name in ("x", "weight", "bias"):
+        given = {"x": torch.randn(1, 8, 6, 5), "weight": torch.randn(8, 1, 3, 3).half(), "bias": torch.randn(8).half()}
         take_memory(given[name], LEFT[left])
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=lost(name)):
-            ck.depthwise_conv2d(torch.randn(1, 8, 6, 5), **given)
+            ck.depthwise_conv2d(**given)
 
 
 def test_views_and_storages_that_hold_them():
@@ -154,6 +154,12 @@ def test_gradients_without_memory_of_their_own():
     (expanded,) = torch.autograd.grad(y, x, torch.ones(1, 1, 1, 1).expand_as(y), retain_graph=True)
     (dense,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert torch.equal(expanded, dense)
+    # a strided one, whose last element alone is missing
+    wide = torch.ones(2, 8, 6, 10)
+    dy = wide[..., ::2]
+    take_memory(wide, wide.nbytes - 8)
+    with pytest.raises(RuntimeError, match=lost("dy")):
+        torch.autograd.grad(y, x, dy, retain_graph=True)
     (zero,) = torch.autograd.grad(y, x, torch._efficientzerotensor(y.shape))
     assert not zero.any()
 

@@ -17,9 +17,11 @@ import json
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -298,8 +300,8 @@ def check_jobs(backends: Sequence[str]) -> list[Job]:
         (["pointwise_eval", (2, 128, 8, 8), 9, bf16, near], ["wgmma"]),
         (["pointwise_train", (8, 192, 32, 32), 9, bf16, last], ["wgmma"]),
         (["pointwise_eval", (64, 1536, 32, 32), 9, bf16, near], ["wgmma"]),
-        (["pointwise_backward", (5, 136, 8, 24), 9, bf16, near], [None]),
-        (["pointwise_backward", (64, 1536, 32, 32), 9, bf16, near], [None]),
+        (["pointwise_backward", (5, 136, 8, 24), 9, bf16, near], ["wgmma"]),
+        (["pointwise_backward", (64, 1536, 32, 32), 9, bf16, near], ["wgmma"]),
     ]
     return [_operator_job(case, "cuda", gemms=g, timed=False) for case, g in cases] if "cuda" in backends else []
 
@@ -492,7 +494,6 @@ STEPS = {
     "check": 90,
     "operators": 200,
     "models": 110,
-    "knobs": 45,
     "profile": 50,
     "tests": 120,
     "sanitizer": 60,
@@ -579,7 +580,6 @@ _STEPS: dict[str, Callable[[Run, float, list[str], dict[str, str]], None]] = {
         run, "operators", operator_jobs(backends[0], _wgmma_is_right(run)), s
     ),
     "models": lambda run, s, backends, absent: run_jobs(run, "models", model_jobs(backends[:1]), s),
-    "knobs": lambda run, s, backends, absent: run_jobs(run, "knobs", knob_jobs() if "cuda" in backends else [], s),
     "profile": lambda run, s, backends, absent: profile(run, s),
     "tests": lambda run, s, backends, absent: tests(run, s),
     "sanitizer": lambda run, s, backends, absent: sanitizer(run, s, absent.get("cuda")),
@@ -588,35 +588,6 @@ _STEPS: dict[str, Callable[[Run, float, list[str], dict[str, str]], None]] = {
     "compile": lambda run, s, backends, absent: run_jobs(run, "compile", compile_jobs(), s),
     "confirm": lambda run, s, backends, absent: run_jobs(run, "confirm", confirm_jobs(), s),
 }
-
-
-def knob_jobs() -> list[Job]:
-    """Settings that a build may read from the environment, over the headline cases."""
-    big, bf16 = (64, 1536, 32, 32), "bfloat16"
-    jobs = []
-    for op in ("depthwise_eval", "depthwise_train", "depthwise_input_grad"):
-        for items, carveout in ((8, 100), (4, -1), (16, -1), (16, 100), (32, -1)):
-            settings = {"CONVMIXER_ITEMS": str(items), "CONVMIXER_CARVEOUT": str(carveout)}
-            jobs.append(_operator_job([op, big, 9, bf16, "contiguous"], "cuda", settings=settings))
-    for op, layout in (
-        ("depthwise_weight_grad", "contiguous"),
-        ("depthwise_eval", "channels_last"),
-        ("depthwise_input_grad", "channels_last"),
-        ("pointwise_eval", "contiguous"),
-    ):
-        jobs.append(_operator_job([op, big, 9, bf16, layout], "cuda", settings={"CONVMIXER_CARVEOUT": "100"}))
-    for shape, items in (
-        ((64, 768, 17, 17), 16),
-        ((64, 768, 17, 17), 2),
-        ((256, 768, 7, 7), 2),
-        ((256, 768, 7, 7), 32),
-    ):
-        jobs.append(
-            _operator_job(
-                ["depthwise_eval", shape, 9, bf16, "contiguous"], "cuda", settings={"CONVMIXER_ITEMS": str(items)}
-            )
-        )
-    return jobs
 
 
 def confirm_jobs() -> list[Job]:
@@ -688,7 +659,7 @@ def prepare(folder: Path) -> int:
     running: list[subprocess.Popen[bytes]] = []
     failed = 0
     for command in commands:
-        running.append(subprocess.Popen(command))
+        running.append(subprocess.Popen(command, shell=True))
         if len(running) == jobs:
             failed |= running.pop(0).wait()
     for process in running:
@@ -696,8 +667,6 @@ def prepare(folder: Path) -> int:
     if failed:
         return 1
     if shutil.which("nvidia-smi"):
-        import sysconfig
-
         toolkit = nvcc.parent.parent
         output = ROOT / "convmixer_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         link = [
@@ -712,9 +681,10 @@ def prepare(folder: Path) -> int:
     return 0
 
 
-def _filled(item: Any, folder: Path) -> list[str]:
-    target = str(folder / f"{item.source.stem}.o")
-    return [part.replace("$out", target).replace("$in", str(item.source)) for part in item.command]
+def _filled(item: Any, folder: Path) -> str:
+    """A command of _build.py for the shell, as ninja would run it."""
+    target = shlex.quote(str(folder / f"{item.source.stem}.o"))
+    return " ".join(item.command).replace("$out", target).replace("$in", shlex.quote(str(item.source)))
 
 
 def fold(folder: Path) -> int:

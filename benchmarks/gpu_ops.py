@@ -404,7 +404,7 @@ def forced_gemms(case: OpCase, capability: tuple[int, int]) -> tuple[str, ...]:
         return (*both, "layer") if narrow and near and c <= 256 and case.kernel <= 9 else both
     if case.op == "pointwise_backward":
         # the weight gradient
-        return ("torch",) if narrow and near and h * w % 64 == 0 and capability == (9, 0) else ()
+        return ("wgmma",) if narrow and near and h * w % 64 == 0 and capability == (9, 0) else ()
     if case.op not in ("pointwise_eval", "pointwise_train"):
         return ()
     aligned = c % 8 == 0 and (not near or h * w % 64 == 0)

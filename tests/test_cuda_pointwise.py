@@ -470,12 +470,16 @@ def test_what_the_table_chooses_on_an_h100(x, passes, hopper, expected, monkeypa
 def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
     monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
     monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", setting)
-    x = _OnGpu((64, 64, 8, 8), torch.float32)
-    assert pointwise_gemm.takes_tf32(x) is expected
-    assert not pointwise_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
-    assert not pointwise_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
-    assert pointwise_gemm.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = setting
+    try:
+        x = _OnGpu((64, 64, 8, 8), torch.float32)
+        assert pointwise_gemm.takes_tf32(x) is expected
+        assert not pointwise_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
+        assert not pointwise_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
+        assert pointwise_gemm.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -54,10 +54,8 @@ _RATES = {
 def forced_gemm() -> str | None:
     """CONVMIXER_CUDA_GEMM: "fused", "wgmma", "torch" or "layer"; None (unset or "auto") leaves the choice to the table.
 
-    Only "torch" makes dw torch's where ours can run.
-
     "fused" is our kernel by mma.sync or FMA units, "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape
-    allow them (csrc/cuda/pointwise_wgmma.cuh). "layer" is "fused", and an eval layer is one kernel wherever that can run
+    allow them (csrc/cuda/pointwise_wgmma.cuh), and alone has the weight gradient computed by them too. "layer" is "fused", and an eval layer is one kernel wherever that can run
     (csrc/cuda/mixer.cuh); the others never take that one.
 
     Raises:
@@ -125,10 +123,11 @@ def choose_kernel(
 def use_wgmma_weight_grad(
     x: Tensor,  # (N, C_in, H, W) contiguous
 ) -> bool:
-    """Whether the weight gradient is ours (csrc/cuda/pointwise_weight_grad.cu) where GPU, shape and build allow it."""
-    forced = forced_gemm()
-    # emulated (for tests): only where asked
-    return x.dtype != torch.float32 and forced != "torch" and (x.is_cuda or forced == "wgmma")
+    """Whether the weight gradient is ours (csrc/cuda/pointwise_weight_grad.cu) where GPU, shape and build allow it.
+
+    Only where asked: it has not run on hardware.
+    """
+    return x.dtype != torch.float32 and forced_gemm() == "wgmma"
 
 
 #: Cycles of a multiprocessor for a tile of the one-kernel layer, beside its products at mma.sync's rate: the depthwise part

@@ -21,7 +21,7 @@ from torch import Tensor
 import convmixer_kernels as ck
 from benchmarks.shapes import DTYPES, LAYOUTS, OpCase
 from convmixer_kernels.backends.base import Norm
-from convmixer_kernels.backends.reference import convolution, never_returns
+from convmixer_kernels.backends.reference import eager_convolution, never_returns
 
 EPS, MOMENTUM = 1e-5, 0.1
 Results = tuple[Tensor, ...]
@@ -133,7 +133,7 @@ def _da(some: Set) -> Tensor:
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return convolution(x, weight, bias, groups=x.shape[1] // weight.shape[1], padding=weight.shape[2] // 2)
+    return eager_convolution(x, weight, bias, groups=x.shape[1] // weight.shape[1], padding=weight.shape[2] // 2)
 
 
 def _block(x: Tensor, *block: Tensor, training: bool = False) -> Tensor:

@@ -8,13 +8,10 @@ that appears later is never missed. Nothing about the decision is stored in the 
 from __future__ import annotations
 
 import contextlib
-import operator
-import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -23,6 +20,7 @@ from torch.utils._device import DeviceContext
 from convmixer_kernels import checks, dispatch, functional
 
 from . import reference
+from ._patches import replaced_in_torch, torch_is_itself
 from .reference import Residual
 
 # exact classes: a subclass of Tensor may give its operations another meaning
@@ -48,10 +46,10 @@ class MixerLayer(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
         if not torch.jit.is_scripting():
             # a tracer makes tensors of sizes, and records a program that runs without this package
-            if torch._C._get_tracing_state() is None:
-                blocks = recognize(self)
-                if not isinstance(blocks, str) and _takes_input(input) and _takes_tensors(input, blocks):
-                    return _run(self, input, *blocks)
+            if torch._C._get_tracing_state() is None and _changed_for_all() is None:
+                y = _run_layer(self, input)
+                if y is not None:
+                    return y
             return super().forward(input)
         for module in self:
             input = module(input)
@@ -68,7 +66,7 @@ class MixerSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not _torch_is_itself():
+            if not torch_is_itself():
                 return super().forward(input)
             return _run_children(tuple(self._modules.values()), input)
         for module in self:
@@ -120,50 +118,6 @@ def ConvMixer(
     return model
 
 
-# ---- what torch is made of --------------------------------------------------------------------------------------
-
-#: What is run when a layer's modules are called. Who replaces one of these means every call of it.
-_RUNS = [
-    (owner, name)
-    for owner, names in (
-        (nn.Module, ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")),
-        (nn.Conv2d, ("__call__", "forward", "_conv_forward")),
-        (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
-        *((module, ("__call__", "forward")) for module in (nn.GELU, nn.ReLU, nn.Identity)),
-        (nn.Sequential, ("__call__", "__iter__", "forward")),
-        (F, ("conv2d", "batch_norm", "gelu", "relu")),
-        (torch, ("batch_norm", "relu", "relu_")),
-        (Tensor, ("__add__",)),
-    )
-    for name in names
-]
-_OWNERS, _NAMES = zip(*_RUNS, strict=True)
-
-
-def _is_torchs(function: object) -> bool:
-    """Whether it is compiled, or written in one of torch's own files: then nobody had replaced it before this import."""
-    if isinstance(function, types.FunctionType):
-        return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
-    return isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
-
-
-# object() is nobody's: a function that was foreign at import never counts as torch's own
-_ORIGINALS = [f if _is_torchs(f) else object() for f in map(getattr, _OWNERS, _NAMES)]
-
-
-@torch.compiler.assume_constant_result
-def _torch_is_itself() -> bool:
-    """Whether torch runs what it ran when it was written, in about a microsecond."""
-    return all(map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS))
-
-
-def _replaced_in_torch() -> str:
-    """The first name of those that somebody replaced."""
-    kept = map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS)
-    owner, name = next(run for run, same in zip(_RUNS, kept, strict=True) if not same)
-    return f"{owner.__name__}.{name}"
-
-
 # ---- what a layer is made of ------------------------------------------------------------------------------------
 
 
@@ -192,7 +146,7 @@ def _changed_for_all() -> str | None:
         or torch_module._global_backward_pre_hooks
     ):
         return "a hook is registered on all modules"
-    return None if _torch_is_itself() else f"{_replaced_in_torch()} is not torch's own"
+    return None if torch_is_itself() else f"{replaced_in_torch()} is not torch's own"
 
 
 def _recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
@@ -238,8 +192,7 @@ def _block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -
             if kind == "depthwise"
             else (shape[2] == shape[3] == conv.groups == 1)
         )
-        and _is_pair(conv.stride, 1, 1)
-        and _is_pair(conv.dilation, 1, 1)
+        and _are_ones(conv.stride, conv.dilation)
         and conv.padding_mode == "zeros"
         and _pads_same(conv.padding, shape[2], shape[3])
     ):
@@ -272,6 +225,14 @@ def _pads_same(padding: object, height: int, width: int) -> bool:
     if type(padding) is str:
         return padding == "same" or (padding == "valid" and height == width == 1)
     return height & width & 1 == 1 and _is_pair(padding, height // 2, width // 2)
+
+
+def _are_ones(stride: object, dilation: object) -> bool:
+    return (
+        stride == dilation == (1, 1)
+        and type(stride) is type(dilation) is tuple
+        and type(stride[0]) is type(stride[1]) is type(dilation[0]) is type(dilation[1]) is int
+    )
 
 
 def _is_pair(value: object, first: int, second: int) -> bool:
@@ -457,6 +418,14 @@ def _norm_call(norm: nn.BatchNorm2d) -> _NormCall:
     return _NormCall(tensors, (training or mean is None, momentum, norm.eps), counter)
 
 
+def _run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:
+    """The layer's output by its operator, or None where its modules are to run. The caller has asked _changed_for_all."""
+    blocks = _recognize(layer)
+    if isinstance(blocks, str) or not _takes_input(x) or not _takes_tensors(x, blocks):
+        return None
+    return _run(layer, x, *blocks)
+
+
 def _run(layer: nn.Sequential, x: Tensor, depthwise: Block, pointwise: Block) -> Tensor:
     norms = _norm_call(depthwise.norm), _norm_call(pointwise.norm)
     try:
@@ -529,12 +498,17 @@ def _run_operators(x: Tensor, depthwise: Block, pointwise: Block, first: _NormCa
 
 
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    evaluates = not torch.is_grad_enabled() and torch._C._get_tracing_state() is None
+    traced = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    evaluates = not torch.is_grad_enabled() and not traced
     at = 0
+    # whether a layer's call is its operator's and no more; between two such calls nobody can change that
+    plain = False
     while at < len(children):
         layers, y = [], None
-        candidate = evaluates and type(children[at]) is MixerLayer and type(x) in _PLAIN_TENSORS
-        if candidate and functional.may_evaluate_mixer_layers(x):
+        is_layer = type(children[at]) is MixerLayer and not traced
+        if is_layer and not plain:
+            plain = _changed_for_all() is None and _calls_its_operator()
+        if is_layer and plain and evaluates and type(x) in _PLAIN_TENSORS and functional.may_evaluate_mixer_layers(x):
             layers = _evaluated_together(children[at:], x)
             if len(layers) > 1:
                 # of a refusal the first layer that gets it makes what it must
@@ -544,16 +518,27 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
         if y is None:
             y = x
             for module in children[at : at + taken]:
-                y = module(y)
+                z = _run_layer(module, y) if is_layer and plain and not _is_altered(module) else None
+                if z is None:
+                    z, plain = module(y), False
+                y = z
         x = y
         at += taken
     return x
 
 
+def _calls_its_operator() -> bool:
+    """Whether calling a MixerLayer without hooks is MixerLayer.forward as it stands above."""
+    return MixerLayer.forward is _LAYER_FORWARD and MixerLayer.__call__ is nn.Module.__call__
+
+
+_LAYER_FORWARD = MixerLayer.forward
+
+
 def _evaluated_together(children: tuple[nn.Module, ...], x: object) -> list[functional.MixerArguments]:
     """What the first children are called with, as far as they are layers that their operator would evaluate."""
     layers: list[functional.MixerArguments] = []
-    if _changed_for_all() is not None or not _takes_input(x):
+    if not _takes_input(x):
         return layers
     for layer in children:
         if type(layer) is not MixerLayer or _is_altered(layer):

@@ -28,7 +28,7 @@ from .autograd import (
     mixer_forward,
 )
 from .backends.base import MixerEval, Norm, Update
-from .backends.reference import activate, convolution, update_running_statistics
+from .backends.reference import activate, eager_convolution, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -311,7 +311,7 @@ def depthwise_conv2d(
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
     if x.numel() == 0 or _transformed():
-        return convolution(x, *_of_dtype(block, x.dtype)[:2], groups=x.shape[1])
+        return eager_convolution(x, *_of_dtype(block, x.dtype)[:2], groups=x.shape[1])
     x, block = _dense(x, block)
     if _direct(x, *block):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
@@ -376,7 +376,7 @@ def _transformed() -> bool:
 def _torch_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
     """The equivalent of the docstrings."""
     weight, bias, _, _ = _of_dtype(block, x.dtype)
-    a = convolution(x, weight, bias, groups=x.shape[1] if kind == "depthwise" else 1)
+    a = eager_convolution(x, weight, bias, groups=x.shape[1] if kind == "depthwise" else 1)
     norm = (*running, block.norm_weight, block.norm_bias)
     y = F.batch_norm(activate(a, options.activation), *norm, options.batch_statistics, options.momentum, options.eps)
     return y + x if options.residual else y

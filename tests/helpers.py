@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmixer_kernels.backends.reference import convolution
+from convmixer_kernels.backends.reference import eager_convolution
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 ACTIVATIONS = {
@@ -114,14 +114,14 @@ def eager(case: Case, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
     act = ACTIVATIONS[case.activation]
 
     def depthwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
-        h = norm(act(convolution(x, block[0], block[1], groups=x.shape[1])), block)
+        h = norm(act(eager_convolution(x, block[0], block[1], groups=x.shape[1])), block)
         return h + x if case.residual else h
 
     def pointwise(x: Tensor, block: list[Tensor | None]) -> Tensor:
         return norm(act(F.conv2d(x, block[0], block[1])), block)
 
     if case.op == "depthwise_conv2d":
-        return convolution(x, tensors[0], tensors[1], groups=x.shape[1])
+        return eager_convolution(x, tensors[0], tensors[1], groups=x.shape[1])
     if case.op == "depthwise_block":
         return depthwise(x, tensors)
     if case.op == "pointwise_block":

@@ -109,7 +109,9 @@ def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
     )
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+def eager_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same"
+) -> Tensor:
     """F.conv2d(x, weight, bias, padding=padding, groups=groups), autocast included, which always returns."""
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype

@@ -41,8 +41,8 @@ def describe(device: torch.device, backend: str | None) -> dict[str, object]:
 
 
 def _without_paths(backend: dict[str, object]) -> dict[str, object]:
-    """An import error names files of this machine: only what lies inside the package is of interest."""
-    inside = re.compile(r"/[^\s()]*/(?=convmixer_kernels/)")
+    """An import error names files of this machine: only what lies inside the package or its sources is of interest."""
+    inside = re.compile(r"/[^\s()]*/(?=convmixer_kernels/|csrc\b)")
     return {key: inside.sub("", value) if isinstance(value, str) else value for key, value in backend.items()}
 
 

@@ -13,9 +13,9 @@ objects, and the same option on the GPU's machine compiles and links only the bi
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -28,159 +28,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-Job = dict[str, Any]
+from benchmarks.gpu_run import ROOT, Job, Run, describe_row, end, run_jobs
 
-#: Seconds that a worker may take before its first job: it imports torch and makes a context.
-_START_LIMIT = 60
-
-
-class Run:
-    """What has been found out so far, on disk after every row, and how much time is left."""
-
-    def __init__(self, path: Path, seconds: float = float("inf")) -> None:
-        self.path, self.deadline = path, time.monotonic() + seconds
-        self.document: dict[str, Any] = {"results": []}
-        self._read = 0
-        self.reload()
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def note(self, key: str, value: object) -> None:
-        self._write({"note": key, "value": value})
-
-    def append(self, key: str, value: object) -> None:
-        """To the list `key`."""
-        self._write({"append": key, "value": value})
-
-    def row(self, row: dict[str, object]) -> None:
-        self.append("results", row)
-        print(describe_row(row), flush=True)
-
-    def _write(self, line: dict[str, object]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # behind a line that a kill cut off begins a new one
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
-        with open(self.path, "a") as file:
-            file.write("\n" * torn + json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.reload()
-
-    def reload(self) -> None:
-        """Take over what other processes have written; a line that was cut off by a kill is left out."""
-        if not self.path.exists():
-            return
-        with open(self.path, "rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._read += len(line)
-                try:
-                    found = json.loads(line)
-                except ValueError:
-                    continue
-                if "append" in found:
-                    self.document.setdefault(found["append"], []).append(found["value"])
-                else:
-                    self.document[found["note"]] = found["value"]
-
-
-def describe_row(row: dict[str, Any]) -> str:
-    """A row as a line of the log."""
-    if "median_us" in row:
-        shown = f"{row['median_us']:10.1f} us {row.get('percent_of_floor', 0):6.1f} % of the floor"
-        shown += f", host {row['host_us']:.0f} us" if "host_us" in row else ""
-    else:
-        shown = row.get("error") or ("wrong" if row.get("ok") is False else "right")
-    probe = " ".join(f"{key.removeprefix('CONVMIXER_')}={value}" for key, value in row.get("settings", {}).items())
-    return f"{row['case']:<44}{row['dtype']:<9}{row['layout']:<14}{row['implementation']:<19}{shown} {probe}".rstrip()
-
-
-# ---- workers: a case that hangs or crashes costs its row ------------------------------------------------------------
-
-
-def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
-    """Every job in order while `seconds` last, in workers; the rest is named as left out."""
-    until = min(time.monotonic() + seconds, run.deadline - 3)
-    first = 0
-    while first < len(jobs) and time.monotonic() < until:
-        first = _run_worker(run, jobs, first, until)
-    if first < len(jobs):
-        run.note(f"{name}_left_out", [_label(job) for job in jobs[first:]])
-        print(f"{name}: out of time, {len(jobs) - first} of {len(jobs)} left out", flush=True)
-
-
-def _label(job: Job) -> str:
-    return " ".join(str(value) for key, value in job.items() if key != "limit")
-
-
-def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:
-    """Jobs from number `first` on in one process; the number of the first that was not begun."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(run.path)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    begun, last_words = first - 1, ""
-    reason: str | None = None
-    try:
-        process.stdin.write(json.dumps(jobs[first:]))
-        process.stdin.close()
-        limit = time.monotonic() + _START_LIMIT
-        while True:
-            try:
-                line = lines.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
-            except queue.Empty:
-                if time.monotonic() >= until:
-                    return begun + 1 if begun < first else begun
-                reason = f"did not end within {jobs[max(begun, first)].get('limit', 20)} s"
-                break
-            if line is None:
-                break
-            if line.startswith("\x1e"):
-                begun, last_words = begun + 1, ""
-                limit = time.monotonic() + jobs[begun].get("limit", 20)
-            elif line.strip():
-                last_words = line.strip()
-                print(line, end="", flush=True)
-    except BrokenPipeError:
-        pass
-    finally:
-        _end(process)
-        run.reload()
-    if reason is None and process.returncode == 0:
-        return len(jobs)
-    reason = reason or f"ended its process with status {process.returncode}: {last_words[-200:]}"
-    job = jobs[max(begun, first)]
-    run.append("broken", {"job": _label(job), "error": reason})
-    print(f"BROKEN {_label(job)}: {reason}", flush=True)
-    return max(begun, first) + 1
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started; one that waits for the GPU goes as soon as the driver lets it."""
-    try:
-        os.killpg(process.pid, 9) if process.poll() is None else None
-        process.wait(timeout=10)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
+# ---- what a worker does ----------------------------------------------------------------------------------------------
 
 
 def worker(path: Path) -> int:
@@ -189,7 +39,8 @@ def worker(path: Path) -> int:
 
     from benchmarks import gpu_ops  # noqa: F401
 
-    jobs: list[Job] = json.loads(sys.stdin.read())
+    jobs: list[Job] = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     run = Run(path)
     if torch.cuda.is_available():
         # a context takes seconds, which are not the first job's
@@ -204,6 +55,11 @@ def worker(path: Path) -> int:
         for key in settings:
             del os.environ[key]
     return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _operator(run: Run, settings: dict[str, str], case: list[Any], backend: str, **options: Any) -> None:
@@ -385,7 +241,7 @@ def _command(run: Run, command: list[str], limit: float, log: Path, **environmen
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _end(process)
+            end(process)
     return status, time.monotonic() - start
 
 
@@ -469,6 +325,45 @@ _NCU_SECTIONS = (
 )
 
 
+#: Name in the results and ncu's metric.
+_NCU_METRICS = {
+    "us": "gpu__time_duration.sum",
+    "memory_percent": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram_percent": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "l1_percent": "l1tex__throughput.avg.pct_of_peak_sustained_active",
+    "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+}
+_STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+
+
+def profiled_kernels(table: Path) -> list[dict[str, object]]:
+    """Of each launch in an ncu table (--page raw --csv): the metrics above, and why its warps did not issue, worst first."""
+    lines = [line for line in table.read_text(errors="replace").splitlines() if line.startswith('"')]
+    if len(lines) < 3:
+        return []
+    headings, units, *launches = csv.reader(lines)
+    found = []
+    for cells in launches:
+        launch = dict(zip(headings, cells, strict=True))
+        unit = dict(zip(headings, units, strict=True))
+        kernel: dict[str, object] = {"kernel": launch["Kernel Name"].removeprefix("void ").split("(")[0]}
+        for name, metric in _NCU_METRICS.items():
+            if launch.get(metric):
+                value = float(launch[metric].replace(",", ""))
+                kernel[name] = round(value / 1000 if unit[metric] == "ns" else value, 1)
+        stalls = {
+            match[1]: float(cell.replace(",", ""))
+            for heading, cell in launch.items()
+            if (match := _STALL.fullmatch(heading)) and cell and not match[1].endswith("not_issued")
+        }
+        worst = sorted((name for name in stalls if name != "selected"), key=stalls.__getitem__, reverse=True)[:4]
+        found.append({**kernel, "stalls_per_issue": {name: round(stalls[name], 2) for name in worst}})
+    return found
+
+
 def profile(run: Run, limit: float) -> None:
     """Nsight Compute on one launch of each headline kernel, to DIR/ncu.csv."""
     program = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
@@ -482,7 +377,8 @@ def profile(run: Run, limit: float) -> None:
     command += ["--log-file", str(table)]
     command += [sys.executable, "-m", "benchmarks.gpu", "--profile-workload"]
     status, seconds = _command(run, command, limit, run.path.parent / "ncu.log")
-    run.note("profile", {"ok": status == 0, "finished": status is not None, "seconds": seconds})
+    kernels = profiled_kernels(table) if table.exists() else []
+    run.note("profile", {"ok": status == 0, "finished": status is not None, "seconds": seconds, "kernels": kernels})
     print(f"ncu: {'out of time' if status is None else f'status {status}'}, {seconds:.0f} s", flush=True)
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plots, report_ops
 from benchmarks.optional import MissingPackage, require
@@ -94,40 +95,67 @@ def _model(row: Mapping[str, object]) -> str:
     return f"{row['label']}, batch {row['batch']}"
 
 
-def gpu_markdown(document: Mapping[str, object]) -> str:
-    """The table of a JSON of python -m benchmarks.gpu: one row for each case that ran, wrong results named as such."""
-    cases: dict[tuple[str, str, str], dict[str, Mapping[str, object]]] = {}
+def gpu_markdown(document: Mapping[str, Any], headline: bool = False) -> str:
+    """The table of a JSON of python -m benchmarks.gpu: one row for each case that ran, wrong results named as such.
+
+    Args:
+        headline: only whole models and the kernels of the largest one.
+    """
+    cases: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for row in document["results"]:
         # not what was only checked, nor what was tried with other settings
         if "settings" not in row and ("median_us" in row or "error" in row):
             cases.setdefault((row["case"], row["dtype"], row["layout"]), {})[row["implementation"]] = row
     cases = {key: found for key, found in cases.items() if any("median_us" in row for row in found.values())}
+    if headline:
+        cases = {key: found for key, found in cases.items() if key[0].startswith("model") or "x1536x" in key[0]}
     # where there was no nvcc the Triton backend alone was measured
     first = "ours" if any("ours" in found for found in cases.values()) else "triton"
-    with_triton = first == "ours" and any("triton" in found for found in cases.values())
-    lines = [f"| case | dtype | layout | {first} | of the floor | eager, same layout | speed-up |"]
-    lines.append("| :-- | :-- | :-- | --: | --: | --: | --: |")
-    if with_triton:
-        lines = [f"{line} {cell} |" for line, cell in zip(lines, ("triton", "--:"), strict=True)]
+    headings = ["case", "dtype", "layout", first, "of the floor", "eager, same layout", "speed-up"]
+    optional = {
+        "triton": lambda found: _gpu_time(found.get("triton", {})) if first == "ours" else None,
+        "other GEMMs": lambda found: _other_gemms(found),
+        "called, not as a graph": lambda found: _called(found.get(first, {}), found),
+    }
+    shown = {name: cell for name, cell in optional.items() if any(cell(found) for found in cases.values())}
+    lines = [f"| {' | '.join([*headings, *shown])} |"]
+    lines.append(f"| :-- | :-- | :-- |{' --: |' * (len(headings) - 3 + len(shown))}")
     for (case, dtype, layout), found in cases.items():
         ours, eager = found.get(first, {}), found.get(f"eager {layout}", {}).get("median_us")
+        cells = [case, dtype, layout]
         if ours.get("median_us") is None:
-            lines.append(f"| {case} | {dtype} | {layout} | wrong: {ours.get('error', 'not run')} | - | - | - |")
-            lines[-1] += " - |" if with_triton else ""
-            continue
-        mine, floor = ours["median_us"], ours.get("percent_of_floor")
-        cells = [case, dtype, layout, f"{mine:.0f} us", f"{floor:.0f} %" if floor else "-"]
-        cells += [f"{eager:.0f} us", f"{eager / mine:.1f}x"] if eager else ["-", "-"]
-        if with_triton:
-            row = found.get("triton", {})
-            time = row.get("median_us")
-            cells.append(f"{time:.0f} us" if time is not None else "wrong" if row.get("ok") is False else "-")
-        lines.append(f"| {' | '.join(cells)} |")
+            cells += [f"wrong: {ours.get('error', 'not run')}", "-", f"{eager:.0f} us" if eager else "-", "-"]
+        else:
+            mine, floor = ours["median_us"], ours.get("percent_of_floor")
+            cells += [f"{mine:.0f} us", f"{floor:.0f} %" if floor else "-"]
+            cells += [f"{eager:.0f} us", f"{eager / mine:.1f}x"] if eager else ["-", "-"]
+        lines.append(f"| {' | '.join([*cells, *(cell(found) or '-' for cell in shown.values())])} |")
     tests = document.get("tests", {}).get("summary", "not run")
     environment = document["environment"]
     missing = [f"{backend} was not measured: {reason}." for backend, reason in document.get("absent", {}).items()]
     head = f"{environment['device']}, torch {environment['torch']}; gpu tests: {tests}."
     return "\n".join([head, *missing, "", *lines])
+
+
+def _gpu_time(row: Mapping[str, Any]) -> str | None:
+    if "median_us" in row:
+        return f"{row['median_us']:.0f} us"
+    return "wrong" if row.get("ok") is False else None
+
+
+def _other_gemms(found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What the other choices of CONVMIXER_CUDA_GEMM took."""
+    times = {name.removeprefix("ours "): _gpu_time(row) for name, row in found.items() if name.startswith("ours ")}
+    return ", ".join(f"{name} {time}" for name, time in times.items() if time) or None
+
+
+def _called(ours: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """A model that is called from Python, launches included: ours beside eager PyTorch."""
+    eager = next((row for name, row in found.items() if name.startswith("eager")), {})
+    if "called_us" not in ours or "called_us" not in eager:
+        return None
+    mine, theirs = ours["called_us"], eager["called_us"]
+    return f"{mine:.0f} us, {theirs / mine:.1f}x"
 
 
 def write_readme(readme: Path, text: str, begin_marker: str = BEGIN, end_marker: str = END) -> None:
@@ -248,7 +276,7 @@ def _publish(document: Mapping[str, object], readme: Path, picture: Path) -> lis
     """The README's table and the pictures of one document; returns the pictures."""
     kind = _kind(document)
     if kind == "gpu":
-        write_readme(readme, gpu_markdown(document), GPU_BEGIN, GPU_END)
+        write_readme(readme, gpu_markdown(document, headline=True), GPU_BEGIN, GPU_END)
         return []
     if kind == "models":
         draw(document, picture)

@@ -27,10 +27,10 @@ def build_info() -> dict[str, Any]:
         A dictionary of plain values: "version", "python", "platform", "torch", "threads", "gpus" (list of str), "backends" (name -> its
         build information, with "available" and "detail"), "operators" (device type -> operator -> {"backend": name, "not": {name: reason}},
         for a float32 tensor with a 9x9 or 1x1 kernel; None where the backend that CONVMIXER_BACKEND or use_backend asks for
-        cannot run it). `python -m convmixer_kernels` prints it.
+        cannot run it, and where CONVMIXER_CPU_ISA has no value for this CPU). `python -m convmixer_kernels` prints it.
 
     Raises:
-        ValueError, RuntimeError: an environment variable of this package has an unknown value.
+        ValueError: another environment variable of this package has an unknown value.
     """
     gpus = [
         f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
@@ -57,6 +57,10 @@ def _operator(device: str, op: str) -> dict[str, object]:
     for name in dispatch.automatic_order(device) if requested is None else (requested,):
         backend = dispatch.load(name)
         reason = next((r for p in _PRIMITIVES[op] if (r := backend.can_run(p, x, weights[p])) is not None), None)
+        if reason is None and not (built := backend.build_info())["available"]:
+            # it would be taken, and raise
+            reasons[name] = str(built["detail"])
+            break
         if reason is None:
             chosen = chosen or name
         else:
@@ -79,6 +83,6 @@ def describe() -> str:
     for device, operators in info["operators"].items():
         lines += ["", f"on a {device} tensor (float32):"]
         for op, choice in operators.items():
-            lines.append(f"  {op:<17} runs on {choice['backend'] or 'nothing: another backend was asked for by name'}")
+            lines.append(f"  {op:<17} runs on {choice['backend'] or 'nothing: the backend that it would be cannot'}")
             lines += [f"  {'':<17} not {name}: {reason}" for name, reason in choice["not"].items()]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,22 @@ BAD = [
         TypeError,
         "weight must be a dense .* got weight.layout",
     ),
+    ("bias", lambda: torch.nested.nested_tensor([torch.randn(4)] * 2), {}, TypeError, "bias must be a dense tensor"),
+    (
+        "running_var",
+        lambda: torch.nested.nested_tensor([torch.randn(4)] * 2),
+        {},
+        TypeError,
+        "running_var must be a dense tensor, got a nested one",
+    ),
+    ("x", lambda: np.ones((2, 8, 5, 5)), {}, TypeError, "x must be a torch.Tensor, got ndarray"),
+    ("weight", lambda: np.ones((8, 1, 3, 3)), {}, TypeError, "weight must be a torch.Tensor or None, got ndarray"),
+    ("running_mean", lambda: np.zeros(8), {}, TypeError, "running_mean must be a torch.Tensor or None, got ndarray"),
+    ("activation", lambda: np.array(["gelu"]), {}, ValueError, "activation must be one of"),
+    ("training", lambda: np.True_, {}, TypeError, "training must be a bool"),
+    ("residual", lambda: np.True_, {}, TypeError, "residual must be a bool"),
+    ("eps", lambda: np.array(1e-5), {}, TypeError, "eps must be a number"),
+    ("backend", lambda: np.array(["cpu", "cpu"]), {}, ValueError, "backend must be one of"),
     ("bias", lambda: torch.randn(8).to_sparse(), {}, TypeError, "bias must be a dense .* got bias.layout"),
     ("weight", lambda: torch.randn(8, 1, 3), {}, ValueError, r"weight must be \(C, 1, kH, kW\)"),
     ("weight", lambda: torch.randn(4, 1, 3, 3), {}, ValueError, r"C = x.shape\[1\] = 8, got weight.shape=torch.Size"),

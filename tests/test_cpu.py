@@ -94,6 +94,15 @@ def test_unknown_instruction_set():
     )
 
 
+def test_build_info_of_an_unknown_instruction_set():
+    """Reported, not raised; and no operator is said to run there."""
+    result = _run("sse9", "-m", "convmixer_kernels")
+    assert result.returncode == 0, result.stderr
+    assert "cpu        not available: convmixer_kernels: the value of CONVMIXER_CPU_ISA is not a known" in result.stdout
+    assert "depthwise_conv2d  runs on nothing" in result.stdout
+    assert "cpu" not in _run("sse9", "-c", "import convmixer_kernels as k; print(k.available_backends())").stdout
+
+
 # of the shapes: partial blocks of channels, tiled rows, several blocks together, one channel, one position, one image that
 # threads share; and, not in one call, more threads than images and an image beyond the cache
 MIXER_SHAPES = [

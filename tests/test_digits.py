@@ -15,7 +15,8 @@ import convmixer_kernels as ck
 from convmixer_kernels import dispatch
 from convmixer_kernels.backends import cuda
 
-SEEDS = 24
+#: Pooled; Triton's interpreter takes seconds for each.
+SEEDS = {"cpu": 24, "reference": 24, "cuda": 24, "triton": 4}
 FORMATS = ("contiguous", "channels_last")
 #: Emulated kernels are slow: there a few of the seeds' cases stand for all.
 SLOW = ("cuda", "triton")
@@ -36,7 +37,7 @@ def backend(request, monkeypatch):
 def _pooled(name: str, backend: str, case) -> None:
     """`case(dtype, ours)` gives results; the rule holds for those of all seeds together."""
     results = []
-    for seed in range(SEEDS):
+    for seed in range(SEEDS[backend]):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
         row = []
@@ -61,7 +62,8 @@ STATISTICS = [
 @pytest.mark.parametrize("kind, sizes", STATISTICS, ids=str)
 def test_running_statistics_beside_a_mean(kind, sizes, activation, mean, memory_format, backend):
     shape, size = sizes
-    if backend in SLOW and (mean != 1e4 or shape[0] * shape[1] > 32 or (backend == "triton" and activation == "gelu")):
+    slowest = backend == "triton" and (activation == "gelu" or size == 9)
+    if backend in SLOW and (mean != 1e4 or shape[0] * shape[1] > 32 or slowest):
         pytest.skip("a slow emulation: the smaller cases beside the larger mean stand for all")
     c = shape[1]
     for at, name in enumerate(("running_mean", "running_var")):
@@ -100,7 +102,7 @@ WEIGHT_GRADIENTS = [
 @pytest.mark.parametrize("shape, kernel", WEIGHT_GRADIENTS, ids=str)
 def test_depthwise_weight_gradient_of_constants(shape, kernel, memory_format, backend):
     """Planes of one value each and an expanded gradient: all products of a sum are equal, and their roundings add up."""
-    if backend in SLOW and shape != (1, 24, 33, 3):
+    if backend in SLOW and (shape != (1, 24, 33, 3) or (backend, memory_format) == ("triton", "contiguous")):
         pytest.skip("a slow emulation: the case that failed stands for all")
 
     def case(dtype: torch.dtype, chosen: str | None) -> Tensor:

@@ -44,9 +44,14 @@ def build_info() -> dict[str, object]:
     """What this backend is made of, for convmixer_kernels.build_info()."""
     if native is None:
         return {"available": False, "detail": _reason}
+    try:
+        isa = native.isa()
+    except RuntimeError as error:
+        # CONVMIXER_CPU_ISA, which every call will raise
+        return {"available": False, "detail": str(error)}
     return {
         "available": True,
-        "detail": f"{native.isa()} (this CPU runs {native.supported_isas()}), compiler {native.compiler}",
+        "detail": f"{isa} (this CPU runs {native.supported_isas()}), compiler {native.compiler}",
     }
 
 

@@ -37,8 +37,6 @@ class MixerLayer(nn.Sequential):
     of a layer, a replaced norm, a parametrization), a hook on an inner module or on all modules, an input that the
     kernels do not take (float64, unbatched, a tensor subclass), tracing, torch.export, a torch.func transform,
     forward-mode differentiation.
-
-    One thing is less than the reference's: the operator is differentiable once, and a second time raises RuntimeError.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)

@@ -92,13 +92,17 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """F.conv2d of padding "same", in x's dtype; for composite.py too, so differentiable as often as F.conv2d."""
     # on a CPU 16-bit operands are widened: oneDNN's bfloat16 depthwise convolution does not return for some large kernels
     # (torch 2.13: 31x31, channels_last), and float32 is no slower there
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     bias = None if bias is None else bias.to(dtype)
-    y = F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
-    return _in_format_of(x, y)
+    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding="same", groups=groups).to(x.dtype)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    return _in_format_of(x, convolution(x, weight, bias, groups))
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:

@@ -222,7 +222,21 @@ def block_backward(
     contiguous: bool,  # x's memory format in the forward
 ) -> Grads:
     """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
-    dy, x, a, block, statistics = _restored(kind, dy, x, a, block, statistics, needs[1], contiguous)
+    restored = _restored(kind, dy, x, a, block, statistics, needs[1], contiguous)
+    return _block_gradients(backend, kind, *restored, options, needs)
+
+
+def _block_gradients(
+    backend: ModuleType,
+    kind: str,
+    dy: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    block: Block,
+    statistics: Statistics,
+    options: Options,
+    needs: Needs,
+) -> Grads:
     norm = _norm(block, statistics, options)
     whole = getattr(backend, f"{kind}_block_backward", None)
     if whole is not None:
@@ -289,15 +303,12 @@ def mixer_backward(
     z = None
     if needs[5]:
         z = backend.normalize(a1, options.activation, _norm(block, used, options), x if options.residual else None)
-    upper_needs = (below, *needs[5:])
-    upper = block_backward(
-        backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, upper_needs, contiguous
-    )
+    restored = _restored("pointwise", dy, z, a[1], blocks[1], statistics[1], False, contiguous)
+    upper = _block_gradients(backend, "pointwise", *restored, options, (below, *needs[5:]))
     lower: Grads = (None,) * 5
     if below:
-        lower = block_backward(
-            backend, upper[0], "depthwise", x, a1, block, used, options, tuple(needs[:5]), contiguous
-        )
+        dz = in_format(upper[0], contiguous)
+        lower = _block_gradients(backend, "depthwise", dz, x, a1, block, used, options, needs[:5])
     return *lower, *upper[1:]
 
 

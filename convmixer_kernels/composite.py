@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def replaces_backward(dy: Tensor) -> bool:
     """Whether a backward of dy is itself differentiated (create_graph) or batched (is_grads_batched)."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or transformed()
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or _is_transformed()
 
 
 # ---- forward ----------------------------------------------------------------------------------------------------------

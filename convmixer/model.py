@@ -39,8 +39,6 @@ class MixerLayer(nn.Sequential):
     torch's that was replaced for all (nn.GELU.forward, F.gelu), a mode that sees or changes torch's functions or operators
     (TorchFunctionMode, TorchDispatchMode), an input that the kernels do not take (float64, unbatched, empty, a tensor
     subclass), tracing, torch.export, a torch.func transform, forward-mode differentiation.
-
-    One thing is less than the reference's: the operator is differentiable once, and a second time raises RuntimeError.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)

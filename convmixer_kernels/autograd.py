@@ -7,13 +7,16 @@ export, modes). The formulas are those of backends/base.py, with the activation 
 a = conv(x) + b, y = (act(a) - mean) * rstd * gamma + beta.
 
 Activation-sized tensors saved for the backward: depthwise_block x and a, pointwise_block x and a, mixer_layer x and
-both a: its z is rebuilt from x and the depthwise a. What no gradient needs is not saved.
+both a: its z is rebuilt from x and the depthwise a. What no gradient needs is not saved. Hooks for saved tensors may bring
+one back in another layout: each is checked and brought to the format that a primitive is told.
+
+Where a backward is differentiated or batched itself, composite.py takes its place.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks
+from . import checks, composite
 from .backends.base import MixerEval, Norm, Update
 
 Sums = tuple[Tensor, Tensor]
@@ -48,7 +51,6 @@ class Statistics(NamedTuple):
 #: Names of the tensors that a forward reads, and that a backward does.
 _BLOCK_TENSORS = ("x", *Block._fields, "running_mean", "running_var")
 _READ_BACKWARD = ("dy", "x", "a", "weight", "norm_weight", "mean", "var")
-_READ_FOR_Z = ("x", "depthwise a", "depthwise_norm_weight", "depthwise_norm_bias", "depthwise mean", "depthwise var")
 MIXER_TENSORS = ("x", *(f"{half}_{name}" for half in ("depthwise", "pointwise") for name in _BLOCK_TENSORS[1:]))
 
 
@@ -65,7 +67,11 @@ class Options(NamedTuple):
 
 def autocast_enabled(device_type: str) -> bool:
     """torch.is_autocast_enabled, False for a device that has no autocast (meta)."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return (
+        torch._C._is_any_autocast_enabled()  # the quick answer
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,18 +88,87 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def match_format(dy: Tensor, like: Tensor) -> Tensor:
-    """dy in `like`'s memory format: itself where it has it. Gradients arrive in any layout, expanded ones too."""
-    return _in_format(dy, like.is_contiguous())
-
-
-def _in_format(dy: Tensor, contiguous: bool) -> Tensor:
-    if dy._is_zerotensor():
-        dy = dy.clone()  # it has no memory
-    elif not dy.is_contiguous():
-        checks.check_reach("the backward", "dy", dy)
+def in_format(t: Tensor, contiguous: bool) -> Tensor:
+    """t contiguous, or channels_last: itself where it is. Gradients arrive in any layout, expanded ones too."""
+    if t._is_zerotensor():
+        t = t.clone()  # it has no memory
     # a negative view's memory holds the opposite values
-    return dy.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+    return t.resolve_neg().contiguous(memory_format=torch.contiguous_format if contiguous else torch.channels_last)
+
+
+def takes_contiguous(x: Tensor) -> bool:
+    """The format of an operator's result: x's own, or the one that its strides resemble."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x.is_contiguous()
+    return x.shape[1] == 1 or x.stride(1) != 1
+
+
+def dense_input(x: Tensor) -> Tensor:
+    """x contiguous or channels_last: itself where it is."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return in_format(x, takes_contiguous(x))
+
+
+def all_contiguous(*tensors: Tensor | None) -> bool:
+    """The format of what belongs together: channels_last if one can be nothing else (few channels or pixels are of both)."""
+    return all(t is None or t.is_contiguous() for t in tensors)
+
+
+def dense_parameter(t: Tensor | None) -> Tensor | None:
+    """t contiguous, and not a view of memory that holds the opposite values."""
+    return t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
+
+
+def _restored(
+    kind: str,
+    dy: Tensor | None,
+    x: Tensor | None,
+    a: Tensor,
+    block: Block,
+    statistics: Statistics,
+    weight_read: bool,
+    x_needed: bool,
+    contiguous: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Block, Statistics]:
+    """dy, x, a, the block and its statistics, checked and in the layout of the forward, whatever hooks made of them."""
+    read = (block.weight if weight_read else None, block.norm_weight, *statistics)
+    checks.check_memory(f"{kind}_block's backward", _READ_BACKWARD, dy, x, a, *read)
+    as_saved = _is_as_saved(kind, dy, x, a, (block.weight, block.norm_weight, *statistics), x_needed)
+    if not as_saved:
+        checks.check_block_backward(f"{kind}_block_backward", "", kind, dy, x, a, block, statistics, x_needed)
+        block, statistics = Block(*map(dense_parameter, block)), Statistics(*map(dense_parameter, statistics))
+    dy = None if dy is None else in_format(dy, contiguous)
+    if not (as_saved and contiguous and all_contiguous(a, x)):
+        x, a = None if x is None else in_format(x, contiguous), in_format(a, contiguous)
+    return dy, x, a, block, statistics
+
+
+def _is_as_saved(
+    kind: str, dy: Tensor | None, x: Tensor | None, a: Tensor, parameters: Sequence[Tensor | None], x_needed: bool
+) -> bool:
+    """A quick look, which nearly always ends in True: right shapes, dtypes and devices, nothing strided or negative."""
+    shape, dtype, device = a.shape, a.dtype, a.device
+    channels, filters = shape[1], parameters[0].shape
+    if kind == "depthwise":
+        right, x_shape = len(filters) == 4 and filters[1] == 1, shape
+    else:
+        right, x_shape = filters[2:] == (1, 1), (shape[0], filters[1], *shape[2:])
+    if not right or (x is None and x_needed) or a.is_neg():
+        return False
+    for t, expected in ((dy, shape), (x, x_shape)):
+        if t is not None and (t.shape != expected or t.dtype != dtype or t.device != device or t.is_neg()):
+            return False
+    for t in parameters:
+        if t is not None and (
+            t.shape[0] != channels
+            or (t.dtype != dtype and (t.dtype != torch.float32 or dtype == torch.float64))
+            or t.device != device
+            or not t.is_contiguous()
+            or t.is_neg()
+        ):
+            return False
+    return True
 
 
 def _strided_like(dw: Tensor, weight: Tensor) -> Tensor:
@@ -183,11 +258,24 @@ def block_backward(
     statistics: Statistics,
     options: Options,
     needs: Needs,  # x, weight, bias, norm_weight, norm_bias
+    contiguous: bool,  # x's memory format in the forward
 ) -> Grads:
     """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
-    read = (block.weight if needs[0] else None, block.norm_weight, *statistics)
-    checks.check_memory(f"{kind}_block's backward", _READ_BACKWARD, dy, x, a, *read)
-    dy = match_format(dy, a)
+    restored = _restored(kind, dy, x, a, block, statistics, needs[0], needs[1], contiguous)
+    return _block_gradients(backend, kind, *restored, options, needs)
+
+
+def _block_gradients(
+    backend: ModuleType,
+    kind: str,
+    dy: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    block: Block,
+    statistics: Statistics,
+    options: Options,
+    needs: Needs,
+) -> Grads:
     norm = _norm(block, statistics, options)
     whole = getattr(backend, f"{kind}_block_backward", None)
     if whole is not None:
@@ -257,21 +345,24 @@ def mixer_backward(
     statistics: tuple[Statistics, Statistics],
     options: Options,
     needs: Needs,  # x, the depthwise block's four tensors, the pointwise block's four
+    contiguous: bool,  # x's memory format in the forward
 ) -> Grads:
     """The gradients in the order of `needs`; None where it is False."""
+    x_needed = needs[1] or (needs[5] and options.residual)
+    _, x, a1, block, used = _restored(
+        "depthwise", None, x, a[0], blocks[0], statistics[0], needs[0], x_needed, contiguous
+    )
     below = any(needs[:5])
     z = None
     if needs[5]:
-        read = (a[0], blocks[0].norm_weight, blocks[0].norm_bias, *statistics[0])
-        checks.check_memory("mixer_layer's backward", _READ_FOR_Z, x, *read)
-        norm = _norm(blocks[0], statistics[0], options)
-        z = backend.normalize(a[0], options.activation, norm, x if options.residual else None)
-    upper = block_backward(backend, dy, "pointwise", z, a[1], blocks[1], statistics[1], options, (below, *needs[5:]))
+        checks.check_memory("mixer_layer's backward", ("depthwise_norm_bias",), block.norm_bias)
+        z = backend.normalize(a1, options.activation, _norm(block, used, options), x if options.residual else None)
+    restored = _restored("pointwise", dy, z, a[1], blocks[1], statistics[1], below, False, contiguous)
+    upper = _block_gradients(backend, "pointwise", *restored, options, (below, *needs[5:]))
     lower: Grads = (None,) * 5
     if below:
-        lower = block_backward(
-            backend, upper[0], "depthwise", x, a[0], blocks[0], statistics[0], options, tuple(needs[:5])
-        )
+        dz = in_format(upper[0], contiguous)
+        lower = _block_gradients(backend, "depthwise", dz, x, a1, block, used, options, needs[:5])
     return *lower, *upper[1:]
 
 
@@ -290,14 +381,17 @@ def convolution_backward(
     backend: ModuleType,
     dy: Tensor,  # (N, C, H, W)
     x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
-    contiguous: bool,  # x's memory format
+    contiguous: bool,  # x's memory format in the forward
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     needs: Needs,  # x, weight, bias
 ) -> Grads:
     """The gradients of x, weight and bias; None where `needs` is False."""
     checks.check_memory("depthwise_conv2d's backward", ("dy", "x", "weight"), dy, x, weight if needs[0] else None)
-    dy = _in_format(dy, contiguous)
+    if not _is_as_saved("depthwise", x, None, dy, (weight,), False) or (x is None and needs[1]):
+        checks.check_convolution_backward("depthwise_conv2d_backward", dy, x, weight, bias, needs[1])
+        weight = dense_parameter(weight)
+    dy, x = in_format(dy, contiguous), None if x is None else in_format(x, contiguous)
     dx = dw = db = None
     if needs[0]:
         dx = backend.depthwise_input_grad(dy, None, weight, "identity", None, None, False)
@@ -310,29 +404,39 @@ def convolution_backward(
 # ---- autograd Functions -----------------------------------------------------------------------------------------------
 
 
-def _once_differentiable(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """torch's decorator of that name lets a second derivative pass as 0 where dy is a constant; this one always raises."""
+class _Unsaved(NamedTuple):
+    """A bias, of which a backward asks presence and dtype only: it may change in between, as in eager. A backward that is
+    itself differentiated asks its place in the graph too, and its value if that is still the forward's."""
 
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, dy: Tensor) -> Grads:
-        with torch.no_grad():
-            grads = backward(ctx, dy)
-        if not torch.is_grad_enabled():
-            return grads
-        # create_graph=True
-        error = torch._C._functions.DelayedError(
-            b"convmixer_kernels: the operators are differentiable once; for second derivatives run the equivalent in torch's "
-            b"operations (convmixer.reference)",
-            len(grads),
-        )
-        return error(*(None if g is None else g.detach().requires_grad_() for g in grads))
+    tensor: Tensor
+    node: Any  # tensor.grad_fn in the forward
+    version: int
 
-    return wrapped
+    def in_graph(self) -> Tensor:
+        if self.tensor.grad_fn is not self.node:
+            raise RuntimeError(
+                "convmixer_kernels: a backward with create_graph needs the bias's place in the graph, but between forward and "
+                "backward an inplace operation gave it another; change the bias out of place, or after the backward"
+            )
+        return self.tensor
 
 
-def _unsaved(bias: Tensor | None) -> Tensor | None:
-    """A bias for its presence and dtype, which is all that a backward asks of it: it may change in between, as in eager."""
-    return None if bias is None else bias.detach()
+def _unsaved(bias: Tensor | None) -> _Unsaved | None:
+    if bias is None:
+        return None
+    return _Unsaved(bias, bias.grad_fn, 0 if bias.is_inference() else bias._version)
+
+
+def _tensor(bias: _Unsaved | None) -> Tensor | None:
+    return None if bias is None else bias.tensor
+
+
+def _in_graph(bias: _Unsaved | None) -> Tensor | None:
+    return None if bias is None else bias.in_graph()
+
+
+def _changed(bias: _Unsaved | None) -> bool:
+    return bias is not None and not bias.tensor.is_inference() and bias.tensor._version != bias.version
 
 
 class BlockFunction(Function):
@@ -342,18 +446,26 @@ class BlockFunction(Function):
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, running, kind, options, backend):
         block = Block(weight, bias, norm_weight, norm_bias)
         y, a, statistics = block_forward(backend, x, kind, block, running, options)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, weight, norm_weight, *statistics)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, a, weight, norm_weight, *statistics)
+        ctx.stand_in = composite.stand_in(x) if needs[0] and not needs[1] else None
         ctx.biases = _unsaved(bias), _unsaved(norm_bias)
-        ctx.kind, ctx.options, ctx.backend = kind, options, backend
+        ctx.kind, ctx.options, ctx.contiguous, ctx.backend = kind, options, x.is_contiguous(), backend
         return y
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dy):
         x, a, weight, norm_weight, *statistics = ctx.saved_tensors
-        block, statistics = Block(weight, ctx.biases[0], norm_weight, ctx.biases[1]), Statistics(*statistics)
-        needs = ctx.needs_input_grad[:5]
-        grads = block_backward(ctx.backend, dy, ctx.kind, x, a, block, statistics, ctx.options, needs)
+        bias, norm_bias = ctx.biases
+        rest = Statistics(*statistics), ctx.options, ctx.needs_input_grad[:5]
+        if composite.replaces_backward(dy):
+            if x is not None and not _changed(bias):
+                a = None
+            block = Block(weight, _in_graph(bias), norm_weight, _in_graph(norm_bias))
+            grads = composite.block_backward(dy, ctx.kind, ctx.stand_in if x is None else x, a, block, *rest)
+        else:
+            block = Block(weight, _tensor(bias), norm_weight, _tensor(norm_bias))
+            grads = block_backward(ctx.backend, dy, ctx.kind, x, a, block, *rest, ctx.contiguous)
         return (
             *grads,
             None,  # running
@@ -371,21 +483,29 @@ class MixerFunction(Function):
         blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
         y, a, statistics = mixer_forward(backend, x, blocks, running, options)
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs[1] or needs[5] else None, *a, w1, g1, w2, g2, *statistics[0], *statistics[1])
+        saved_x = x if needs[1] or needs[5] else None
+        ctx.save_for_backward(saved_x, *a, w1, g1, w2, g2, *statistics[0], *statistics[1])
+        ctx.stand_in = composite.stand_in(x) if needs[0] and saved_x is None else None
+        ctx.biases = tuple(map(_unsaved, (b1, h1, b2, h2)))
         # z is rebuilt with h1's values of now
-        ctx.biases = _unsaved(b1), None if h1 is None else h1.detach().clone(), _unsaved(b2), _unsaved(h2)
-        ctx.options, ctx.backend = options, backend
+        ctx.h1 = None if h1 is None else h1.detach().clone()
+        ctx.options, ctx.contiguous, ctx.backend = options, x.is_contiguous(), backend
         return y
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dy):
-        x, a1, a2, w1, g1, w2, g2, *rest = ctx.saved_tensors
+        x, a1, a2, w1, g1, w2, g2, *statistics = ctx.saved_tensors
         b1, h1, b2, h2 = ctx.biases
-        blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
-        statistics = Statistics(*rest[:2]), Statistics(*rest[2:])
-        needs = ctx.needs_input_grad[:9]
-        grads = mixer_backward(ctx.backend, dy, x, (a1, a2), blocks, statistics, ctx.options, needs)
+        rest = (Statistics(*statistics[:2]), Statistics(*statistics[2:])), ctx.options, ctx.needs_input_grad[:9]
+        if composite.replaces_backward(dy):
+            if x is not None and not (_changed(b1) or _changed(b2)):
+                a1 = a2 = None
+            h1 = None if h1 is None else composite.with_value(h1.in_graph(), ctx.h1)
+            blocks = Block(w1, _in_graph(b1), g1, h1), Block(w2, _in_graph(b2), g2, _in_graph(h2))
+            grads = composite.mixer_backward(dy, ctx.stand_in if x is None else x, (a1, a2), blocks, *rest)
+        else:
+            blocks = Block(w1, _tensor(b1), g1, ctx.h1), Block(w2, _tensor(b2), g2, _tensor(h2))
+            grads = mixer_backward(ctx.backend, dy, x, (a1, a2), blocks, *rest, ctx.contiguous)
         return (
             *grads,
             None,  # running
@@ -405,11 +525,13 @@ class ConvolutionFunction(Function):
         return convolution_forward(backend, x, weight, bias)
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, ctx.bias, needs)
+        if composite.replaces_backward(dy):
+            grads = composite.convolution_backward(dy, x, weight, _in_graph(ctx.bias), needs)
+        else:
+            grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, _tensor(ctx.bias), needs)
         return (
             *grads,
             None,  # backend

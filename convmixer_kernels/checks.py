@@ -53,22 +53,22 @@ def check_before_copy(op: str, name: str, t: Tensor) -> None:
         check_reach(op, name, t)
 
 
-def check_input(op: str, x: Tensor) -> None:
+def check_input(op: str, x: Tensor, name: str = "x") -> None:
     """x must be a dense floating (N, C, H, W) tensor with C, H, W > 0."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATING:
-        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got x.dtype={x.dtype}")
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {name}.dtype={x.dtype}")
     if x.layout != torch.strided:
-        raise TypeError(f"{op}: x must be a dense (strided) tensor, got x.layout={x.layout}")
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {name}.layout={x.layout}")
     if x.is_nested:
-        raise TypeError(f"{op}: x must be a dense tensor, got a nested one")
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a nested one")
     if x.dim() != 4:
-        raise ValueError(f"{op}: x must be (N, C, H, W), got x.shape={x.shape}")
+        raise ValueError(f"{op}: {name} must be (N, C, H, W), got {name}.shape={x.shape}")
     if 0 in x.shape[1:]:
-        raise ValueError(f"{op}: C, H and W of x must be positive, got x.shape={x.shape}")
+        raise ValueError(f"{op}: C, H and W of {name} must be positive, got {name}.shape={x.shape}")
     if not x.is_contiguous():
-        check_before_copy(op, "x", x)
+        check_before_copy(op, name, x)
 
 
 def check_parameter(op: str, name: str, t: Tensor | None, x: Tensor) -> None:
@@ -102,13 +102,16 @@ def _check_weight_is_tensor(op: str, name: str, weight: Tensor, x: Tensor) -> No
     check_parameter(op, name, weight, x)
 
 
-def check_depthwise_convolution(op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_depthwise_convolution(
+    op: str, prefix: str, x: Tensor, weight: Tensor, bias: Tensor | None, x_name: str = "x"
+) -> None:
     """weight must be (C, 1, kH, kW), bias (C,) or None."""
     name = f"{prefix}weight"
     _check_weight_is_tensor(op, name, weight, x)
     if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1 or 0 in weight.shape:
         raise ValueError(
-            f"{op}: {name} must be (C, 1, kH, kW) with C = x.shape[1] = {x.shape[1]}, got {name}.shape={weight.shape}"
+            f"{op}: {name} must be (C, 1, kH, kW) with C = {x_name}.shape[1] = {x.shape[1]}, "
+            f"got {name}.shape={weight.shape}"
         )
     _check_vector(op, f"{prefix}bias", bias, x, x.shape[1], "C")
 
@@ -157,6 +160,106 @@ def check_norm(
         )
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}")
+
+
+def check_layer(
+    op: str,
+    x: Tensor,
+    blocks: Sequence[Sequence[Tensor | None]],
+    running: Sequence[Sequence[Tensor | None]],
+    training: bool,
+) -> None:
+    """Both blocks of a mixer layer: the depthwise one on x's channels, the pointwise one from x's channels."""
+    depthwise, pointwise = blocks
+    check_depthwise_convolution(op, "depthwise_", x, *depthwise[:2])
+    check_norm(op, "depthwise_", x, x.shape[1], *depthwise[2:], *running[0], training)
+    check_pointwise_convolution(op, "pointwise_", x, *pointwise[:2])
+    check_norm(op, "pointwise_", x, pointwise[0].shape[0], *pointwise[2:], *running[1], training)
+
+
+def _check_like(op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor, like_name: str) -> None:
+    """An activation-sized tensor must have `shape`, and the other's dtype and device."""
+    if t.shape != shape:
+        raise ValueError(f"{op}: {name} must be {tuple(shape)} beside this {like_name}, got {name}.shape={t.shape}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got {name}.layout={t.layout}")
+    if t.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} as {like_name}, got {name}.dtype={t.dtype}")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like_name}'s device {like.device}, got {name}.device={t.device}")
+
+
+def check_block_backward(
+    op: str,
+    prefix: str,
+    kind: str,
+    dy: Tensor | None,
+    x: Tensor | None,
+    a: Tensor,
+    block: Sequence[Tensor | None],
+    statistics: Sequence[Tensor],
+    x_needed: bool,
+    a_name: str = "a",
+    x_name: str = "x",
+) -> None:
+    """dy must be like a, x (N, C_in, H, W) and there where it is needed; the parameters and statistics as in the forward.
+
+    They come from an operator's caller, or were saved and may have been through hooks.
+    """
+    check_input(op, a, a_name)
+    weight, bias, norm_weight, norm_bias = block
+    channels, shape = a.shape[1], a.shape
+    if kind == "depthwise":
+        check_depthwise_convolution(op, prefix, a, weight, bias, a_name)
+    else:
+        name = f"{prefix}weight"
+        _check_weight_is_tensor(op, name, weight, a)
+        if weight.dim() != 4 or weight.shape[0] != channels or weight.shape[2:] != (1, 1) or 0 in weight.shape:
+            raise ValueError(
+                f"{op}: {name} must be (C_out, C_in, 1, 1) with C_out = {a_name}.shape[1] = {channels}, "
+                f"got {name}.shape={weight.shape}"
+            )
+        _check_vector(op, f"{prefix}bias", bias, a, channels, "C_out")
+        shape = (shape[0], weight.shape[1], shape[2], shape[3])
+    _check_vector(op, f"{prefix}norm_weight", norm_weight, a, channels, "C")
+    _check_vector(op, f"{prefix}norm_bias", norm_bias, a, channels, "C")
+    for name, t in zip(("mean", "var"), statistics, strict=True):
+        _check_vector(op, f"{prefix}{name}", t, a, channels, "C")
+    if dy is not None:
+        _check_like(op, "dy", dy, a.shape, a, a_name)
+    if x is not None:
+        _check_like(op, x_name, x, shape, a, a_name)
+    elif x_needed:
+        raise ValueError(f"{op}: x must be a tensor where the weight's gradient is needed, got None")
+
+
+def check_layer_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor | None,
+    a: tuple[Tensor, Tensor],
+    blocks: Sequence[Sequence[Tensor | None]],
+    statistics: Sequence[Sequence[Tensor]],
+    x_needed: bool,
+) -> None:
+    """As check_block_backward, for both blocks: the pointwise one's x has the shape of the depthwise one's a."""
+    names = ("a_depthwise", "a_pointwise")
+    check_block_backward(op, "depthwise_", "depthwise", None, x, a[0], blocks[0], statistics[0], x_needed, names[0])
+    check_block_backward(
+        op, "pointwise_", "pointwise", dy, a[0], a[1], blocks[1], statistics[1], False, names[1], names[0]
+    )
+
+
+def check_convolution_backward(
+    op: str, dy: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, x_needed: bool
+) -> None:
+    """As check_block_backward, for depthwise_conv2d."""
+    check_input(op, dy, "dy")
+    check_depthwise_convolution(op, "", dy, weight, bias, "dy")
+    if x is not None:
+        _check_like(op, "x", x, dy.shape, dy, "dy")
+    elif x_needed:
+        raise ValueError(f"{op}: x must be a tensor where the weight's gradient is needed, got None")
 
 
 def check_bool(op: str, name: str, value: bool) -> None:

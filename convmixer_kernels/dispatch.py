@@ -131,10 +131,8 @@ def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor
 
 
 def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
-    """For the registered operators: the backend `name`, or the choice that was left to them."""
-    if name != AUTOMATIC:
-        return load(name)
-    return choose(op, None, primitive, x, weights)
+    """For the registered operators: the backend `name`, or the choice that was left to them. Raises as :func:`choose`."""
+    return choose(op, None if name == AUTOMATIC else name, primitive, x, weights)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import checks, dispatch
+from . import checks, composite, dispatch
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
@@ -25,10 +24,11 @@ from .autograd import (
     autocast_enabled,
     block_forward,
     convolution_forward,
+    dense_input,
     mixer_forward,
 )
 from .backends.base import MixerEval, Norm, Update
-from .backends.reference import activate, eager_convolution, update_running_statistics
+from .backends.reference import update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -56,9 +56,10 @@ def depthwise_block(
         h = gelu(F.conv2d(x, weight, bias, padding="same", groups=C))
         y = F.batch_norm(h, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps) + x
 
-    Differentiable once, in x, weight, bias, norm_weight and norm_bias; a second time raises RuntimeError. Deterministic.
-    Under torch.func's transforms and forward-mode differentiation torch's own operations run, as in the equivalent. An
-    empty batch (N = 0) gives an empty result. Source: "Patches Are All You Need?" (Trockman and Kolter, 2022), equation 2.
+    Differentiable in x, weight, bias, norm_weight and norm_bias as often as the equivalent. Under create_graph and
+    is_grads_batched the backward runs torch's own operations, under torch.func's transforms and forward-mode
+    differentiation the forward does. Deterministic. An empty batch (N = 0) gives an empty result.
+    Source: "Patches Are All You Need?" (Trockman and Kolter, 2022), equation 2.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16, or float64 (reference backend only); contiguous and channels_last
@@ -190,7 +191,7 @@ def mixer_layer(
     )
     x_given, (x, *blocks) = x, _autocast(x, *given)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
-    _check_layer(op, x, blocks, running, training)
+    checks.check_layer(op, x, blocks, running, training)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
         # autocast meets a wide x only outside a model: the blocks know what eager does with its residual
@@ -204,7 +205,7 @@ def mixer_layer(
                 if moved is not t:
                     t.copy_(moved)
         return y
-    if x.numel() == 0 or _transformed():
+    if x.numel() == 0 or composite.transformed():
         options = Options(training, momentum, eps, activation, True, False)
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
         return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
@@ -213,7 +214,7 @@ def mixer_layer(
     tensors = (x, *blocks[0], *blocks[1])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = Options(training, momentum, eps, activation, True, save)
-    if _direct(x, *tensors, *running[0], *running[1]):
+    if _direct(*tensors, *running[0], *running[1]):
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
         return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
@@ -262,7 +263,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
     """
     op = "mixer_layer"
     checks.check_input(op, x)
-    if torch.compiler.is_compiling() or _transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or composite.transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
         return None
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         return None  # the first layer makes the one copy that this takes
@@ -270,7 +271,7 @@ def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor
     for layer in layers:
         blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
         _, eps = checks.check_options(op, layer.activation, False, 0.0, layer.eps)
-        _check_layer(op, x, blocks, running, False)
+        checks.check_layer(op, x, blocks, running, False)
         chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
         if (
             blocks[1].weight.shape[0] != x.shape[1]
@@ -298,7 +299,7 @@ def depthwise_conv2d(
 ) -> Tensor:  # (N, C, H, W)
     """Depthwise convolution of stride 1 and padding "same".
 
-    Equivalent to ``F.conv2d(x, weight, bias, padding="same", groups=C)``. Differentiable once, in all three.
+    Equivalent to ``F.conv2d(x, weight, bias, padding="same", groups=C)``. Differentiable in all three, as often as the equivalent.
 
     Args, Raises: as :func:`depthwise_block`.
 
@@ -310,8 +311,8 @@ def depthwise_conv2d(
     x, block = _autocast(x, Block(weight, bias, None, None))
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
-    if x.numel() == 0 or _transformed():
-        return eager_convolution(x, *_of_dtype(block, x.dtype)[:2], groups=x.shape[1])
+    if x.numel() == 0 or composite.transformed():
+        return composite.convolution_forward(x, *block[:2], x.shape[1])
     x, block = _dense(x, block)
     if _direct(x, *block):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
@@ -328,8 +329,8 @@ def _run_block(
 ) -> Tensor:
     if x.numel() == 0:
         return _empty_block(kind, x, block, running, options)
-    if _transformed():
-        return _torch_block(kind, x, block, running, options)
+    if composite.transformed():
+        return composite.block_forward(kind, x, block, running, options)
     x, block = _dense(x, block)
     if not options.batch_statistics:
         running = Statistics(*map(_contiguous, running))
@@ -348,14 +349,6 @@ def _run_block(
     return y
 
 
-def _check_layer(op: str, x: Tensor, blocks: Sequence[Block], running: Sequence[Statistics], training: bool) -> None:
-    depthwise, pointwise = blocks
-    checks.check_depthwise_convolution(op, "depthwise_", x, depthwise.weight, depthwise.bias)
-    checks.check_norm(op, "depthwise_", x, x.shape[1], *depthwise[2:], *running[0], training)
-    checks.check_pointwise_convolution(op, "pointwise_", x, pointwise.weight, pointwise.bias)
-    checks.check_norm(op, "pointwise_", x, pointwise.weight.shape[0], *pointwise[2:], *running[1], training)
-
-
 def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
     """No kernel has anything to do; torch's own operations give the shape and the (zero) gradients."""
     weight, bias, norm_weight, norm_bias = _of_dtype(block, x.dtype)
@@ -364,22 +357,6 @@ def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, option
     for t in (norm_weight, norm_bias):
         h = h if t is None else h + t.view(1, -1, 1, 1)
     return h + x if options.residual else h
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, which see through torch's operations only."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _torch_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:
-    """The equivalent of the docstrings."""
-    weight, bias, _, _ = _of_dtype(block, x.dtype)
-    a = eager_convolution(x, weight, bias, groups=x.shape[1] if kind == "depthwise" else 1)
-    norm = (*running, block.norm_weight, block.norm_bias)
-    y = F.batch_norm(activate(a, options.activation), *norm, options.batch_statistics, options.momentum, options.eps)
-    return y + x if options.residual else y
 
 
 def _of_dtype(block: Block, dtype: torch.dtype) -> Block:
@@ -410,10 +387,7 @@ def _dense(x: Tensor, *blocks: Block) -> tuple:
     """x contiguous or channels_last, whichever it is already or its strides resemble, and the parameters contiguous."""
     if not torch.compiler.is_compiling() and x._is_zerotensor():
         x = x.clone()  # it has no memory
-    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        resembles = x.shape[1] > 1 and x.stride(1) == 1
-        x = x.contiguous(memory_format=torch.channels_last if resembles else torch.contiguous_format)
-    return x, *(Block(*map(_contiguous, b)) for b in blocks)
+    return dense_input(x), *(Block(*map(_contiguous, b)) for b in blocks)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

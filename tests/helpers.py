@@ -162,8 +162,11 @@ def run(
     return results
 
 
-def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cpu", pool: int = 128) -> None:
-    """Ours against float64 by the twice-eager rule: output, every gradient, running statistics, memory format.
+def check_case(
+    case: Case, backend: str | None, seed: int = 0, device: str = "cpu", pool: int = 128, context=None
+) -> None:
+    """Ours (within `context()`, if given) against float64 by the twice-eager rule: output, every gradient, running
+    statistics, memory format.
 
     The rule compares two rounding errors, and over a handful of numbers that ratio is luck. A case with few channels therefore
     runs with several seeds, until its per-channel vectors have `pool` numbers together (24 seeds at most), and the rule
@@ -172,14 +175,16 @@ def check_case(case: Case, backend: str | None, seed: int = 0, device: str = "cp
     seeds = min(24, -(-pool // min(case.shape[1], case.channels_out or case.shape[1])))
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for i in range(seeds):
-        for name, triple in _run_case(case, backend, seed + i, device).items():
+        for name, triple in _run_case(case, backend, seed + i, device, context).items():
             pooled.setdefault(name, []).append(triple)
     for name, triples in pooled.items():
         results, baseline, exact = (torch.cat([t.flatten() for t in part]) for part in zip(*triples, strict=True))
         assert_twice_eager(f"{case}: {name}", results, baseline, exact, case.dtype)
 
 
-def _run_case(case: Case, backend: str | None, seed: int, device: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _run_case(
+    case: Case, backend: str | None, seed: int, device: str, context
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     x, tensors, dy = make_inputs(case, seed)
     exact = run(
         lambda x, t: eager(case, x, t), x.double(), [None if t is None else t.double() for t in tensors], dy.double()
@@ -188,7 +193,8 @@ def _run_case(case: Case, backend: str | None, seed: int, device: str) -> dict[s
     tensors = [None if t is None else t.to(device) for t in tensors]
     mixed = case.dtype if case.parameter_dtype not in (None, case.dtype) else None
     baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy, mixed)
-    results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy)
+    with contextlib.nullcontext() if context is None else context():
+        results = run(lambda x, t: ours(case, x, t, backend), x, tensors, dy)
     assert results.keys() == exact.keys()
     if case.memory_format in ("contiguous", "channels_last") and case.shape[1] > 1:
         expected = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format

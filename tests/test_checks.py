@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convmixer_kernels as ck
 
@@ -135,3 +136,195 @@ def test_empty_batch(training):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
     assert torch.equal(block["running_mean"], torch.zeros(8))
     assert ck.mixer_layer(x, *_block().values(), *_block(8, 4).values(), training=training).shape == (0, 4, 5, 5)
+
+
+# ---- registered operators -----------------------------------------------------------------------------------------------
+# Anyone can call torch.ops.convmixer.*: the same checks there, on real tensors and on fake ones, before any kernel.
+
+_OPTIONS = {"batch_statistics": True, "eps": 1e-5, "activation": "gelu", "residual": True}
+_STATISTICS = ("running_mean", "running_var")
+
+
+def _arguments(op: str, training: bool = True) -> dict:
+    """Good arguments of the registered operator `op` by name, in order: N, C, H, W = 2, 8, 5, 6, and 4 output channels."""
+    torch.manual_seed(0)
+    name, backward = op.removesuffix("_backward"), op.endswith("_backward")
+    x, wide, narrow = torch.randn(2, 8, 5, 6), torch.randn(2, 8, 5, 6), torch.randn(2, 4, 5, 6)
+    if name == "depthwise_conv2d":
+        weight = {"weight": torch.randn(8, 1, 3, 3), "bias": torch.randn(8)}
+        if backward:
+            return {"dy": wide, "x": x, "contiguous": True, **weight, "needs": [True] * 3, "backend": "cpu"}
+        return {"x": x, **weight, "backend": "cpu"}
+    blocks = {"depthwise_block": [("", _block())], "pointwise_block": [("", _block(8, 4))]}.get(
+        name, [("depthwise_", _block()), ("pointwise_", _block(8, 4))]
+    )
+    parameters = {p + n: t for p, block in blocks for n, t in block.items() if n not in _STATISTICS}
+    used = {p + n: t for p, block in blocks for n, t in block.items() if n in _STATISTICS}
+    options = _OPTIONS | {"batch_statistics": training, "residual": name != "pointwise_block"}
+    if not backward:
+        used = dict.fromkeys(used) if training else used
+        return {"x": x, **parameters, **used, **options, "save": True, "backend": "cpu"}
+    used = {n.replace("running_", ""): t for n, t in used.items()}
+    a = {
+        "depthwise_block": {"a": wide},
+        "pointwise_block": {"a": narrow},
+        "mixer_layer": {"a_depthwise": wide, "a_pointwise": narrow},
+    }[name]
+    dy = torch.randn_like(wide if name == "depthwise_block" else narrow)
+    needs = [True] * (1 + len(parameters))
+    return {"dy": dy, "x": x, **a, **parameters, **used, **options, "needs": needs, "backend": "cpu"}
+
+
+FORWARDS = ("depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d")
+REGISTERED = (*FORWARDS, *(f"{op}_backward" for op in FORWARDS))
+
+
+def _call(op: str, arguments: dict):
+    return getattr(torch.ops.convmixer, op)(*arguments.values())
+
+
+def _to_meta(t: torch.Tensor) -> torch.Tensor:
+    return t.to("meta")
+
+
+def _wrong_arguments():
+    """(operator, argument, what makes it wrong, error, message): every tensor's shape, dtype and device, every option."""
+    for op in REGISTERED:
+        backward = op.endswith("_backward")
+        for name, value in _arguments(op, training=False).items():
+            if isinstance(value, torch.Tensor):
+                # a of a backward says what the others must be
+                said = r"must be|must be \(" if not (backward and name[0] == "a") else "must be"
+                yield op, name, lambda t: t[..., None], ValueError, said
+                yield op, name, _to_meta, ValueError, "device|must be on"
+                if value.dim() == 4 and name not in ("x", "a_depthwise", "dy", "a"):
+                    yield op, name, lambda t: t[:-1], ValueError, "must be"
+                    yield op, name, lambda t: torch.cat([t, t], 1), ValueError, "must be"
+                elif value.dim() == 1:
+                    yield op, name, lambda t: t[:-1], ValueError, f"{name} must be"
+                if (backward and value.dim() == 4) or name == "x":
+                    yield op, name, lambda t: t[:, :-1], ValueError, "must be"
+                # (a 16-bit x beside float32 parameters is right)
+                yield op, name, (lambda t: t.double()) if name == "x" else (lambda t: t.half()), TypeError, "must be"
+                yield op, name, torch.Tensor.to_sparse, TypeError, "dense"
+            elif name == "activation":
+                yield op, name, lambda _: "swish", ValueError, "activation must be one of"
+            elif name == "eps":
+                yield op, name, lambda _: float("nan"), ValueError, "eps must be finite"
+                yield op, name, lambda _: -1.0, ValueError, "eps must not be negative"
+            elif name == "needs":
+                yield op, name, lambda needs: needs[1:], ValueError, "needs must hold"
+            elif name == "backend":
+                yield op, name, lambda _: "tpu", ValueError, "one of reference, cpu, cuda, triton, got 'tpu'"
+        if backward:
+            yield op, "x", lambda _: None, ValueError, "x must be a tensor where the weight's gradient is needed"
+
+
+WRONG = list(_wrong_arguments())
+# a fake tensor of another device or layout is refused by torch, and a backend is chosen when the operator runs
+WRONG_FAKES = [w for w in WRONG if w[2] not in (_to_meta, torch.Tensor.to_sparse) and w[1] != "backend"]
+
+
+@pytest.mark.parametrize("op,name,change,error,message", WRONG, ids=lambda v: v if isinstance(v, str) else "")
+def test_registered_operators_check(op, name, change, error, message):
+    arguments = _arguments(op, training=False)
+    arguments[name] = change(arguments[name])
+    before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+    with pytest.raises(error, match=f"{op}.*({message})"):
+        _call(op, arguments)
+    for n, t in before.items():
+        assert torch.equal(t.to_dense(), arguments[n].to_dense()), n
+
+
+@pytest.mark.parametrize("op,name,change,error,message", WRONG_FAKES, ids=lambda v: v if isinstance(v, str) else "")
+def test_fake_kernels_check(op, name, change, error, message):
+    """What a compiler sees is refused when it compiles."""
+    arguments = _arguments(op, training=False)
+    arguments[name] = change(arguments[name])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+        with pytest.raises(error, match=f"{op}.*({message})"):
+            _call(op, fakes)
+
+
+@pytest.mark.parametrize("op", FORWARDS[:3])
+def test_registered_operators_check_statistics(op):
+    arguments, eval_arguments = _arguments(op), _arguments(op, training=False)
+    name = next(n for n in arguments if n.endswith("running_mean"))
+    with pytest.raises(ValueError, match=f"{name}.*must be tensors where training=False"):
+        _call(op, eval_arguments | {n: None for n in arguments if "running" in n})
+    with pytest.raises(ValueError, match="must both be tensors or both be None"):
+        _call(op, eval_arguments | {name: None})
+    with pytest.raises(ValueError, match="running statistics must be None where batch_statistics is True"):
+        _call(op, arguments | {n: t for n, t in eval_arguments.items() if "running" in n})
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        _call(op, arguments | {"x": torch.randn(1, 8, 1, 1)})
+    with pytest.raises(ValueError, match="eps must be positive in training"):
+        _call(op, arguments | {"eps": 0.0})
+    double = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    with pytest.raises(NotImplementedError, match="backend 'cpu' cannot run this: it takes float32"):
+        _call(op, double)
+
+
+def _strided(t: torch.Tensor) -> torch.Tensor:
+    larger = torch.full((*t.shape, 2), 7.0, dtype=t.dtype)
+    larger[..., 0] = t
+    return larger[..., 0]
+
+
+def _expanded(t: torch.Tensor) -> torch.Tensor:
+    return t[:1].expand(t.shape)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("op", REGISTERED)
+def test_registered_operators_take_strided_tensors(op, training):
+    """As the public functions: read where they are, results as of dense ones, in the layout that the fake kernel says."""
+    arguments = _arguments(op, training)
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+    changes = {n: {n: _strided(t)} for n, t in tensors.items()} | {"all": {n: _strided(t) for n, t in tensors.items()}}
+    changes |= {f"{n} expanded": {n: _expanded(t)} for n, t in tensors.items() if t.dim() == 4 and len(t) == 2}
+    for name, changed in changes.items():
+        strided = arguments | changed
+        dense = {n: t.contiguous() if isinstance(t, torch.Tensor) else t for n, t in strided.items()}
+        results, expected = _call(op, strided), _call(op, dense)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in strided.items()}
+            said = _call(op, fakes)
+        results, expected, said = ((t,) if isinstance(t, torch.Tensor) else t for t in (results, expected, said))
+        for actual, right, fake in zip(results, expected, said, strict=True):
+            torch.testing.assert_close(actual, right, msg=name)
+            assert (actual.shape, actual.dtype) == (fake.shape, fake.dtype), name
+            assert actual.stride() == fake.stride(), name
+
+
+@pytest.mark.parametrize("op", REGISTERED)
+def test_registered_operators_take_an_empty_batch(op):
+    arguments = _arguments(op)
+    sizes = {n: t.shape for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+    results = _call(
+        op, {n: t[:0] if isinstance(t, torch.Tensor) and sizes[n][0] == 2 else t for n, t in arguments.items()}
+    )
+    expected = _call(op, arguments)
+    results, expected = ((t,) if isinstance(t, torch.Tensor) else t for t in (results, expected))
+    for actual, full in zip(results, expected, strict=True):
+        assert actual.shape == ((0, *full.shape[1:]) if full.dim() == 4 and len(full) == 2 else full.shape)
+        assert not actual.any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("op", REGISTERED)
+def test_opcheck_of_layouts(op, training):
+    """Backward ones too; test_dispatch.py has the checks that need gradients."""
+    for change in (
+        lambda t: t,
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        _strided,
+    ):
+        arguments = _arguments(op, training)
+        for name, t in arguments.items():
+            if isinstance(t, torch.Tensor) and t.dim() == 4:
+                arguments[name] = change(t)
+        torch.library.opcheck(
+            getattr(torch.ops.convmixer, op), tuple(arguments.values()), test_utils=("test_schema", "test_faketensor")
+        )

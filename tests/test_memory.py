@@ -192,3 +192,20 @@ def test_layers_in_one_call(left):
         layer = functional.MixerArguments(*blocks, 1e-5, "gelu")
         with torch.no_grad(), pytest.raises(RuntimeError, match=f"mixer_layer: {lost(name)}"):
             functional.evaluate_mixer_layers(x, [layer, layer])
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_backward_of_a_backward(op):
+    """torch's operations, which then compute it, would read what is not there."""
+    x, tensors, dy = make_inputs(case_of(op, training=False))
+    for t in (x, tensors[0]):
+        t.requires_grad_()
+    y = ours(case_of(op, training=False), x, tensors, None)
+    for t in (x, tensors[0]):
+        size, values = t.untyped_storage().nbytes(), t.detach().clone()
+        take_memory(t, 0)
+        with pytest.raises(RuntimeError, match="a saved tensor has lost its memory"):
+            torch.autograd.grad(y, x, dy, create_graph=True)
+        t.untyped_storage().resize_(size)
+        t.data.copy_(values)
+    assert torch.autograd.grad(y, x, dy, create_graph=True)[0].requires_grad

@@ -155,7 +155,7 @@ def test_gradcheck_float64(op, training, activation):
         return ours(case, x, filled, "reference")
 
     inputs = [x.requires_grad_(), *(tensors[i].clone().requires_grad_() for i in leaves)]
-    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Case, assert_twice_eager, eager, make_inputs, ours
+from helpers import Case, assert_twice_eager, check_case, eager, make_inputs, ours, run
 from torch.autograd import forward_ad
 
 import convmixer_kernels as ck
@@ -149,15 +150,107 @@ def test_function_transforms(op, transform):
     )
 
 
+# ---- saved tensors -----------------------------------------------------------------------------------------------------
+
+
+def _strided(t):
+    buffer = torch.full((*t.shape, 2), 7.0, dtype=t.dtype)
+    buffer[..., 0] = t
+    return buffer[..., 0]
+
+
+def _moved(t):
+    """As from another device or a file: bytes, laid out anew."""
+    return torch.frombuffer(bytearray(t.contiguous().numpy().tobytes()), dtype=t.dtype).view(t.shape)
+
+
+HOOKS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "strided": _strided,
+    "negative": lambda t: torch._neg_view(-t),
+    "expanded": lambda t: t.unsqueeze(0).expand(2, *t.shape)[1],
+    "moved": _moved,
+}
+
+
+def _hooks(unpack):
+    # a copy, so that a kernel that reads the original shows
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.preserve_format), unpack)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_second_derivative_raises(op):
-    """Also where dy is a constant, which torch's once_differentiable lets pass as a derivative of 0."""
-    _, x, tensors, _ = _inputs(op)
-    x.requires_grad_()
-    y = getattr(ck, op)(x, *tensors)
-    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        (y.mean() + dx.square().sum()).backward()
+def test_saved_tensors_that_come_back_in_another_layout(op, memory_format, hook, backend):
+    """All of them, and every second one, so that what belongs together differs."""
+    for training in (True, False):
+        case = Case(op, (2, 32, 7, 5), (1, 1) if op == "pointwise_block" else (3, 4), 40, memory_format=memory_format)
+        case = replace(case, training=training)
+        for rest in range(3):
+            count = itertools.count()
+
+            def unpack(t, n=count, rest=rest):
+                return HOOKS[hook](t) if rest == 2 or next(n) % 2 == rest else t
+
+            check_case(case, backend, context=lambda unpack=unpack: _hooks(unpack))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_saved_tensors_in_another_layout_on_a_gpu(op, backend, monkeypatch):
+    """The same kernels, emulated and interpreted. One hook: save_on_cpu's, whose copies are contiguous."""
+    if backend == "cuda":
+        from convmixer_kernels.backends import cuda
+
+        monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
+        cuda._native.cache_clear()
+    else:
+        pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter is not in use where there is a GPU")
+    case = Case(op, (2, 32, 5, 6), (1, 1) if op == "pointwise_block" else (3, 4), memory_format="channels_last")
+    count = itertools.count()
+    try:
+        check_case(case, backend, pool=32, context=lambda: _hooks(lambda t: t.contiguous() if next(count) % 2 else t))
+    finally:
+        if backend == "cuda":
+            cuda._native.cache_clear()
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_saved_tensors_that_come_back_as_something_else(op):
+    """A dtype, shape or device that no kernel was told of: an error by name before any kernel, as from torch's own."""
+    _, x, tensors, dy = _inputs(op)
+    size = x.numel()
+    broken = {
+        "must be torch.float32|must be on|dtype": lambda t: t.half() if t.numel() == size else t,
+        r"must be \(|shape": lambda t: t[:, :, :-1] if t.numel() == size else t,
+        "device": lambda t: t.to("meta") if t.numel() == size else t,
+        "weight must be": lambda t: t[:-1] if t.dim() == 4 and t.numel() != size else t,
+    }
+    for message, unpack in broken.items():
+        leaves = [x.clone().requires_grad_(), *(t.clone().requires_grad_(i % 6 < 4) for i, t in enumerate(tensors))]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = getattr(ck, op)(*leaves)
+        with pytest.raises((ValueError, TypeError), match=f"backward: .*({message})"):
+            y.backward(dy)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_compressing_hooks(op):
+    """Packed as another dtype and back: the gradients of what comes back, not of other memory."""
+    case, x, tensors, dy = _inputs(op)
+
+    def compressed(call, dtype):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.dtype, t.bfloat16()), lambda p: p[1].to(p[0])):
+            return run(call, x.to(dtype), [t.to(dtype) for t in tensors], dy.to(dtype))
+
+    exact = run(lambda x, t: eager(case, x, t), x.double(), [t.double() for t in tensors], dy.double())
+    baseline = compressed(lambda x, t: eager(case, x, t), torch.float32)
+    for name, t in compressed(lambda x, t: ours(case, x, t, None), torch.float32).items():
+        assert_twice_eager(name, t, baseline[name], exact[name], torch.bfloat16)
 
 
 @pytest.mark.parametrize("op", OPERATORS)

@@ -118,22 +118,19 @@ def eager_convolution(
     if not never_returns(x, weight, dtype):
         return F.conv2d(x, weight, bias, padding=padding, groups=groups)
     with torch.autocast("cpu", enabled=False):
-        return _in_float32(x.to(dtype), weight, bias, groups, padding)
+        return convolution(x.to(dtype), weight, bias, groups, padding)
 
 
-def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
-    bias = None if bias is None else bias.float()
-    return F.conv2d(x.float(), weight.to(x.dtype).float(), bias, padding=padding, groups=groups).to(x.dtype)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+    """F.conv2d in x's dtype; for composite.py too, so differentiable as often as F.conv2d."""
+    # on a CPU 16-bit operands are widened whatever the kernel's size: float32 is no slower there
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=padding, groups=groups).to(x.dtype)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    if x.device.type == "cpu" and x.dtype != torch.float64:
-        # whatever the kernel's size, 16-bit operands are widened: float32 is no slower there
-        y = _in_float32(x, weight, bias, groups)
-    else:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = F.conv2d(x, weight.to(x.dtype), bias, padding="same", groups=groups)
-    return _in_format_of(x, y)
+    return _in_format_of(x, convolution(x, weight, bias, groups))
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:

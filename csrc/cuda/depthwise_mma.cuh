@@ -18,6 +18,16 @@ namespace mma {
 
 constexpr int kStages = 3;
 
+// ptxas keeps the contiguous kernel's largest form without spills from sm_90 on where rare work is called and an item's
+// position is kept, before sm_90 where the one is inline, the other found again, and a block has 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kFromSm90 = false;
+#define CONVMIXER_RARELY __forceinline__
+#else
+constexpr bool kFromSm90 = true;
+#define CONVMIXER_RARELY __noinline__
+#endif
+
 // How a launch cuts its tensor; made by make_plan (depthwise_mma_launch.cuh), read by every thread.
 struct Plan {
   int n, c, h, w, kh, kw, top, left;   // top, left: padding of this pass (exchanged in the input gradient)
@@ -155,7 +165,7 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
 // look through the outputs of channel c, items first, first + step, ... below end, for NaN again and settle each one by
 // the definition; called only where a thread saw an output that is not finite.
 template <class T, bool GRAD, bool CL>
-__device__ __noinline__ void settle_nan(const Args& p, int c, int first, int end, int step, int lane, int lanes) {
+__device__ CONVMIXER_RARELY void settle_nan(const Args& p, int c, int first, int end, int step, int lane, int lanes) {
   const Plan& q = p.plan;
   const Affine k = load_affine<T, GRAD>(p, c);
   const int width = q.column_tiles > 1 ? 8 * q.tiles : q.w;

@@ -18,8 +18,8 @@ constexpr int kContiguousWarps = 4;
 constexpr int kSpanStages = kStages - 1;
 
 // Blocks of a multiprocessor that registers are held down for.
-__host__ __device__ constexpr int contiguous_blocks(bool grad, int kernel_rows) {
-  return !grad && kernel_rows == 9 ? 5 : 4;
+__host__ __device__ constexpr int contiguous_blocks(bool grad, int kernel_rows, bool from_sm_90) {
+  return !grad && kernel_rows == 9 && from_sm_90 ? 5 : 4;
 }
 
 __host__ __device__ constexpr int round_up_to(int a, int b) { return (a + b - 1) / b * b; }
@@ -185,7 +185,7 @@ __device__ __forceinline__ void store_piece(T* to, uint4 v, int from, int end, i
 }
 
 template <class T, bool GRAD, int S, int KH, int NT, bool SINGLE>
-__global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD, KH))
+__global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD, KH, kFromSm90))
     contiguous_kernel(const __grid_constant__ Args p) {
   using Strip = OutputStrip<NT, SINGLE>;
   DYN_SHARED(unsigned char, shared);
@@ -282,8 +282,10 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
     }
     if (!GRAD && p.partials != nullptr) *moments_of_thread() = {0.f, 0.f, 0.f};
     for (; current < min(plan.items, stop); ++current) {
-      const Item item = locate(plan, current);
-      const uint32_t limit = place_limit(plan.n - item.image);
+      const Item kept = locate(plan, current);
+      const uint32_t kept_limit = place_limit(plan.n - kept.image);
+      const auto here = [&] { return kFromSm90 ? kept : locate(plan, current); };
+      const auto last = [&] { return kFromSm90 ? kept_limit : place_limit(plan.n - here().image); };
       unsigned char* const x_tile = shared + plan.tiles_at + stage * plan.tile_step;
       unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
       cp_async_wait<kStages - 2>();
@@ -291,11 +293,11 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
         // every thread's pieces are there, and every warp is done with the tiles
         __syncthreads();
         const unsigned char* const raw = shared + stage * plan.raw_bytes;
-        place_spans<T, S, SINGLE>(plan, item, c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr, x_tile,
-                                  tile, affine, p.activation);
+        place_spans<T, S, SINGLE>(plan, here(), c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr,
+                                  x_tile, tile, affine, p.activation);
       } else if (transforms) {
         const Affine k = affine;
-        for_each_piece<S, SINGLE>(plan, pieces, item, c, [&](int offset, int64_t, int count) {
+        for_each_piece<S, SINGLE>(plan, pieces, here(), c, [&](int offset, int64_t, int count) {
           uint4 da = make_uint4(0, 0, 0, 0);
           if (count > 0) {
             da = grad_through_block<T>(load16(x_tile + offset), load16(tile + offset), k, p.activation);
@@ -334,6 +336,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
             (j == 0 ? strip_pair0 : strip_pair)[4 * j + 2 * i * Strip::pitch] = words[j][i];
           }
         if (!GRAD && p.partials != nullptr) {
+          const Item item = here();
           const bool all = SINGLE && plan.w == 8 * NT && 16 * strip + 16 <= count &&
                            item.image + plan.images <= plan.n && item.row + plan.rows <= plan.h;
           uint32_t valid = 0;
@@ -354,6 +357,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
         }
         __syncwarp();
         if (SINGLE && listed) {
+          const uint32_t limit = last();
           unsigned char* const y_first = static_cast<unsigned char*>(p.y) + first_plane(c, current);
 #pragma unroll
           for (int k = 0; k < (16 * NT + 31) / 32; ++k) {
@@ -370,6 +374,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
           continue;
         }
         if (spans) {
+          const Item item = here();
           // the strip's columns but the halves that are its neighbours'
           constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
           const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
@@ -389,6 +394,8 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
           __syncwarp();
           continue;
         }
+        const Item item = here();
+        const uint32_t limit = last();
 #pragma unroll
         for (int q = lane; q < round_up_to(16 * Strip::pieces, 32); q += 32) {
           const int r = q / Strip::pieces, piece = q % Strip::pieces, v = 16 * strip + r;

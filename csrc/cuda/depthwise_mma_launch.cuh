@@ -107,8 +107,10 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
     q.shared_bytes =
         q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes + moments;
     // all blocks that run at once, and no more
-    const int64_t by_memory = shared_of_multiprocessor() / (q.shared_bytes + kStaticShared);
-    const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(contiguous_blocks(grad, v.kh), by_memory));
+    const int64_t memory = shared_of_multiprocessor(), by_memory = memory / (q.shared_bytes + kStaticShared);
+    // with so much memory it is sm_90 or sm_100; with less than sm_80's, memory holds 4 blocks or fewer
+    const int by_registers = contiguous_blocks(grad, v.kh, memory >= 200 * 1024);
+    const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(by_registers, by_memory));
     q.run = ceil_div(items * s.c, enough_blocks(multiprocessor_count() * resident));
     q.splits = static_cast<int>(std::min(items, (items + q.run - 2) / q.run + 1));
   }

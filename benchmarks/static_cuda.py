@@ -526,8 +526,8 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
     lines += [
         "## Cycles of an H100 multiprocessor for a 32x32 plane (sm_90a)",
         "",
-        "Each column alone; the largest is the predicted bound. What was measured are the kernels of the H100 run of 2026-11-28; contiguous",
-        "forward and input gradient have changed since.",
+        "Each column alone; the largest is the predicted bound. The H100 run of 2026-11-28 measured; contiguous forward and input gradient",
+        "have changed since.",
         "",
         "| kernel | dtype | layout | " + " | ".join(units) + " | bound | measured | bound / measured |",
         "| :-- | :-- | :-- | " + "--: | " * len(units) + ":-- | --: | --: |",

@@ -194,8 +194,8 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
         "# The products: the pointwise block",
         "",
         "From the same SASS, by benchmarks/static_gemm.py, which says how: a step is one way of a warp through the main loop, for so many",
-        "values of K; the epilogue is eval's, with GELU. Measured on an H100 at 64x1536x32x32, eval: mma 128 x 128 828 us contiguous and 870",
-        "channels_last, wgmma 494 and 502, where the tensor core's bounds are 652 and 326; torch's GEMM and a pass 602 and 594.",
+        "values of K; the epilogue is eval's, with GELU. Measured on an H100 at 64x1536x32x32, eval: mma 128 x 128 828 us contiguous",
+        "and 870 channels_last, wgmma 494 and 502, where the tensor core's bounds are 652 and 326; torch's GEMM and a pass 602 and 594.",
         "What keeps wgmma from its bound is L2, at 75 % in that run: 128 x 128 tiles read 64 bytes a cycle and multiprocessor from it.",
         "",
         "| kernel | dtype | layout | code | registers | spills | shared KB | blocks | a step: instructions (products), K "

@@ -376,7 +376,7 @@ def _measured() -> tuple[dict[tuple[str, str, str], float], float]:
 
 #: Why a measurement is more than 25 % above the largest bound, by ncu in the same run: (op, layout, dtype).
 _STARTS = (
-    "blocks began anew every 8 items, 2.5 us each, a third of the time; warps issued in 61 % of the cycles, and waited for results of the "
+    "blocks began anew every 8 items, 2.5 us each, a fifth of the time; warps issued in 61 % of the cycles, and waited for results of the "
     "last instruction most. The kernel of now takes even runs of items."
 )
 WHY = {

@@ -54,6 +54,9 @@ def pytest_runtest_protocol(item):
 def _global_state():
     threads, default = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
+    if torch.cuda.is_available():
+        # eager's own rounding of float32 products to tf32 would hide ours
+        torch.backends.cudnn.allow_tf32 = False
     yield
     torch.set_num_threads(threads)
     assert torch.get_default_dtype() == default, "a test left another default dtype behind"

@@ -482,6 +482,16 @@ def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
         torch.backends.cudnn.conv.fp32_precision = before
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+def test_tf32_on_a_gpu_is_as_eagers(training, memory_format):
+    """torch's default, which other tests switch off."""
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert pointwise_gemm.takes_tf32(torch.empty(1, device="cuda"))
+        check_case(_case((5, 264, 16, 16), 136, memory_format=memory_format, training=training), "cuda", device="cuda")
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
     """On the CPU without tf32: the three products, in x's memory format."""

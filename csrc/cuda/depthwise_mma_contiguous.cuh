@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The contiguous (N, C, H, W) kernel of depthwise_mma.cuh. An item is some images of a channel, or a band of rows and
 // columns of one. As many blocks of 4 warps as run at once cut the items of all channels, channel by channel, into even
-// runs: a block that starts anew every 8 items costs a third of the time (H100). Three stages of the input tile: two in
+// runs: a block that starts anew every 8 items costs a fifth of the time (H100). Three stages of the input tile: two in
 // flight while one is computed, into the next channel too; one barrier an item. The input gradient turns dy and a into
 // da in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
 // 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh),

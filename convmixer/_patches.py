@@ -39,10 +39,13 @@ def _is_torchs(function: object) -> bool:
 _ORIGINALS = [f if _is_torchs(f) else object() for f in map(getattr, _OWNERS, _NAMES)]
 
 
-@torch.compiler.assume_constant_result
 def torch_is_itself() -> bool:
     """Whether torch runs what it ran when it was written, in about a microsecond."""
     return all(map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS))
+
+
+# what torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes a second
+torch_is_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def replaced_in_torch() -> str:

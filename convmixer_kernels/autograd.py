@@ -120,6 +120,12 @@ def dense_parameter(t: Tensor | None) -> Tensor | None:
     return t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
 
 
+def _check_strided(op: str, dy: Tensor | None) -> None:
+    """What check_memory leaves out: gaps between the elements of an incoming gradient."""
+    if dy is not None and not (dy.is_contiguous() or dy.is_contiguous(memory_format=torch.channels_last)):
+        checks.check_reach(op, "dy", dy)
+
+
 def _restored(
     kind: str,
     dy: Tensor | None,
@@ -134,6 +140,7 @@ def _restored(
     """dy, x, a, the block and its statistics, checked and in the layout of the forward, whatever hooks made of them."""
     read = (block.weight if weight_read else None, block.norm_weight, *statistics)
     checks.check_memory(f"{kind}_block's backward", _READ_BACKWARD, dy, x, a, *read)
+    _check_strided(f"{kind}_block's backward", dy)
     as_saved = _is_as_saved(kind, dy, x, a, (block.weight, block.norm_weight, *statistics), x_needed)
     if not as_saved:
         checks.check_block_backward(f"{kind}_block_backward", "", kind, dy, x, a, block, statistics, x_needed)
@@ -388,6 +395,7 @@ def convolution_backward(
 ) -> Grads:
     """The gradients of x, weight and bias; None where `needs` is False."""
     checks.check_memory("depthwise_conv2d's backward", ("dy", "x", "weight"), dy, x, weight if needs[0] else None)
+    _check_strided("depthwise_conv2d's backward", dy)
     if not _is_as_saved("depthwise", x, None, dy, (weight,), False) or (x is None and needs[1]):
         checks.check_convolution_backward("depthwise_conv2d_backward", dy, x, weight, bias, needs[1])
         weight = dense_parameter(weight)

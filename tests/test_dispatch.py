@@ -69,7 +69,7 @@ def test_available_backends_and_info():
     [
         ("CONVMIXER_BACKEND", "reference", "mixer_layer       runs on reference", ""),
         ("CONVMIXER_BACKEND", "fast", "", "CONVMIXER_BACKEND must be one of reference, cpu, cuda, triton, got 'fast'"),
-        ("CONVMIXER_CPU_ISA", "sse9", "", "CONVMIXER_CPU_ISA is not a known instruction set"),
+        ("CONVMIXER_CPU_ISA", "sse9", "the value of CONVMIXER_CPU_ISA is not a known instruction set", ""),
     ],
     ids=lambda v: v[:16],
 )

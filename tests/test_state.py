@@ -106,7 +106,7 @@ def test_a_primitive_fails(op, wanted, backend, unmoved, monkeypatch):
 
 @pytest.mark.parametrize("op", BLOCKS)
 def test_an_allocation_fails(op, backend, unmoved, monkeypatch):
-    """Each allocation of a forward in turn; with Triton every seventh, for its interpreter allocates too and takes its time."""
+    """Each allocation of a forward in turn; with Triton every sixth, for its interpreter allocates too and takes its time."""
     x, tensors = inputs_of(op)
     check = unmoved(state_of(tensors))
     left = 0
@@ -125,7 +125,7 @@ def test_an_allocation_fails(op, backend, unmoved, monkeypatch):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     failures = 0
     while True:
-        left = failures * (7 if backend.name == "triton" else 1) + 1
+        left = failures * (6 if backend.name == "triton" else 1) + 1
         try:
             train(op, x, tensors, backend=backend.name)
         except Injected:

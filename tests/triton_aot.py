@@ -76,12 +76,12 @@ def _catch(generation: str, every: bool, call: Callable[[], object]) -> list[Lau
     def run(kernel, *arguments, grid, warmup, **keywords):
         caught.append(Launch(kernel, arguments, keywords))
 
-    def choose(kernel, key, device, launch):
+    def choose(kernel, key, device, launch, last=None):
         result = None
         for index, candidate in enumerate(config.candidates(kernel, generation)):
             if every or index == 0:
                 first = len(caught)
-                given = launch(candidate)
+                given = (launch if last is None else last)(candidate)
                 result = given if index == 0 else result
                 for item in caught[first:]:
                     item.list_name, item.index = kernel, index

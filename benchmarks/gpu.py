@@ -152,7 +152,7 @@ def check_jobs(backends: Sequence[str]) -> list[Job]:
         (["depthwise_weight_grad", (8, 64, 32, 32), 9, "float32", near], [None]),
         (["pointwise_eval", (8, 256, 32, 32), 9, bf16, near], ["fused", "torch"]),
         (["pointwise_train", (8, 256, 32, 32), 9, bf16, last], ["fused", "torch"]),
-        (["mixer_eval", (8, 256, 32, 32), 9, bf16, near], ["fused"]),
+        (["mixer_eval", (8, 256, 32, 32), 9, bf16, near], ["fused", "layer"]),
         (["pointwise_eval", (2, 128, 8, 8), 9, bf16, near], ["wgmma"]),
         (["pointwise_train", (8, 192, 32, 32), 9, bf16, last], ["wgmma"]),
         (["pointwise_eval", (64, 1536, 32, 32), 9, bf16, near], ["wgmma"]),

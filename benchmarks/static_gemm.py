@@ -7,7 +7,7 @@ of an H100's multiprocessor for 1024 outputs (a 32x32 plane of one output channe
     issue    4 warp instructions a cycle
     L1       shared memory's 128 bytes a cycle; for HGMMA, which reads it itself, 6 KB each
     tensor   2 cycles for HMMA.16816, 64 for HGMMA.64x128x16;  FMA: 128 lanes
-The bound is the largest.
+The bound is the largest. The layer in one kernel has three parts that follow each other: its bound is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ CASES = (
         )
     ),
 )  # fmt: skip
+#: 256 pixels x 128 output channels by 16 warps, 32 values of K a step; shared memory at C = 256.
+MIXER = Case("mixer layer", r"12mixer_kernelI13__nv_bfloat16Lb1E", "contiguous", "bfloat16", 512, 166400, 1, 16,
+             32768, 32, "HMMA")  # fmt: skip
+_Z_VALUES = 8  # of a thread, for one channel of the tile
 
 
 def _is_not_eval(counts: Counter[str]) -> bool:
@@ -107,6 +111,28 @@ def measure(kernel: sass.Kernel, case: Case) -> tuple[Counter[str], Counter[str]
         cheapest = min(stores, key=lambda counts: counts["all"] / counts["STG.128"])
         epilogue.update({key: count / (8 * cheapest["STG.128"]) for key, count in cheapest.items()})
     return step, epilogue
+
+
+def measure_mixer(kernel: sass.Kernel) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """One value of z, one warp's step, one output's epilogue."""
+    plain = ("HMMA", "LDSM", "LDS", "SHFL", "MUFU.EX2", "LDGSTS", "STG.128")
+
+    def through(loop: sass.Loop, avoid: str, inner: sass.Loop | None = None) -> Counter[str]:
+        # a warp that is not together goes through copies of what needs it to be, which end in this
+        detours = (avoid, "ENDCOLLECTIVE")
+        return kernel.once_through(
+            loop, lambda c: tuple(c[key] for key in plain), lambda c: any(c[key] for key in detours), inner
+        )
+
+    channels = next(loop for loop in kernel.all_loops() if _has(kernel, loop, "LDGSTS.64"))
+    products = main_loop(kernel, "LDGSTS.128")
+    passes = next(loop for loop in kernel.all_loops() if products.blocks < loop.blocks)
+    each = MIXER.outputs / (32 * MIXER.warps)
+    return (
+        Counter({key: count / _Z_VALUES for key, count in through(channels, "MUFU.RCP").items()}),
+        through(products, "MUFU.EX2"),
+        Counter({key: count / each for key, count in through(passes, "MUFU.RCP", products).items()}),
+    )
 
 
 def _units(counts: Counter[str], per_output: float) -> dict[str, float]:
@@ -180,18 +206,38 @@ def rows(kernels: list[sass.Kernel], resources: list[sass.Resources]) -> list[di
                 "cycles": _bounds(case, step, epilogue),
             }
         )
+    kernel = find(MIXER)
+    z, step, epilogue = measure_mixer(kernel)
+    parts = {
+        "z": _units(z, 1),
+        "products": _units(step, 256 / MIXER.depth * 32 * MIXER.warps / MIXER.outputs),
+        "epilogue": _units(epilogue, 1),
+    }
+    found.append(
+        _row(MIXER, kernel, known[kernel.architecture, kernel.function])
+        | {
+            "step": {key: step[key] for key in ("all", "HMMA")},
+            "depth": MIXER.depth,
+            "z": round(z["all"], 1),
+            "epilogue": round(epilogue["all"], 1),
+            "parts": {
+                name: {key: round(value) for key, value in units.items() if key != "FMA"}
+                for name, units in parts.items()
+            },
+        }
+    )
     return found
 
 
 def is_of_a_case(function: str) -> bool:
     """Whether a kernel with this mangled name is one of these."""
-    return any(re.search(case.kernel, function) for case in CASES)
+    return any(re.search(case.kernel, function) for case in (*CASES, MIXER))
 
 
 def markdown(all_rows: list[dict[str, object]]) -> str:
     """The sections that follow static_cuda's."""
     lines = [
-        "# The products: the pointwise block",
+        "# The products: pointwise block and layer in one kernel",
         "",
         "From the same SASS, by benchmarks/static_gemm.py, which says how: a step is one way of a warp through the main loop, for so many",
         "values of K; the epilogue is eval's, with GELU. Measured on an H100 at 64x1536x32x32, eval: mma 128 x 128 828 us contiguous",
@@ -204,9 +250,10 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
     ]
     for r in all_rows:
         (_, total), (product, count) = r["step"].items()
+        also = f"; z {r['z']:g} a value" if "z" in r else ""
         lines.append(
             f"| {r['name']} | {r['dtype']} | {r['layout']} | {r['architecture']} | {r['registers']} | {r['spilled_bytes']} "
-            f"| {r['shared'] / 1024:.0f} | {r['blocks']} | {total} ({count} {product}), {r['depth']} | {r['epilogue']:g} |"
+            f"| {r['shared'] / 1024:.0f} | {r['blocks']} | {total} ({count} {product}), {r['depth']}{also} | {r['epilogue']:g} |"
         )
     units = ("HBM", "issue", "L1", "tensor", "FMA")
     lines += [
@@ -223,4 +270,12 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
             lines.append(
                 f"| {r['name']} | {r['dtype']} | {r['layout']} | {c} | {figures} | {max(cycles, key=cycles.get)} |"
             )
+    for r in (r for r in hopper if "parts" in r):
+        total = sum(max(units.values()) for units in r["parts"].values())
+        bounds = ((name, max(units, key=units.get)) for name, units in r["parts"].items())
+        text = ", ".join(f"{name} {r['parts'][name][unit]} ({unit})" for name, unit in bounds)
+        lines += [
+            "",
+            f"The mixer layer, C = 256, for 1024 values of z and of y, one part after the other: {text}; together {total} cycles.",
+        ]
     return "\n".join([*lines, ""])

@@ -519,7 +519,7 @@ def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
 def test_the_choice_can_be_forced(monkeypatch):
     pointwise_gemm.forced_gemm.cache_clear()
     try:
-        choices = (("fused", "mma"), ("wgmma", "wgmma"), ("torch", "torch"), ("auto", "torch"))
+        choices = (("fused", "mma"), ("layer", "mma"), ("wgmma", "wgmma"), ("torch", "torch"), ("auto", "torch"))
         for value, expected in choices:
             monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
             pointwise_gemm.forced_gemm.cache_clear()
@@ -527,7 +527,7 @@ def test_the_choice_can_be_forced(monkeypatch):
             assert pointwise_gemm.choose_kernel(torch.empty(1, 8, 8, 8), 2, lambda: True) == expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
         pointwise_gemm.forced_gemm.cache_clear()
-        message = "CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got 'cutlass'"
+        message = "CONVMIXER_CUDA_GEMM must be auto, fused, wgmma, torch or layer, got 'cutlass'"
         with pytest.raises(ValueError, match=message):
             pointwise_gemm.forced_gemm()
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas made of the pointwise block's GEMM kernels: the main loops that their headers describe.
+"""What ptxas made of the pointwise block's GEMM kernels and of the layer in one kernel: the main loops that their headers describe.
 
 Needs no GPU.
 """
@@ -41,14 +41,14 @@ def module():
 
 @pytest.fixture(scope="module")
 def resources(module):
-    return [r for r in sass.resources(module) if "9pointwise" in r.function]
+    return [r for r in sass.resources(module) if "9pointwise" in r.function or "mixer_kernel" in r.function]
 
 
 @pytest.fixture(scope="module", params=("sm_80", "sm_90a"))
 def kernels(request, module, resources):
     if request.param not in {r.architecture for r in resources}:
         pytest.skip(f"the CUDA module holds no code for {request.param}")
-    return list(sass.kernels(module, request.param, lambda name: "9pointwise" in name))
+    return list(sass.kernels(module, request.param, lambda name: "9pointwise" in name or "mixer_kernel" in name))
 
 
 def _loop_of(kernel, instruction: str):
@@ -113,6 +113,8 @@ def test_wgmma_is_not_serialized(kernels):
 def test_occupancy(resources, kernels):
     """Two blocks a multiprocessor, three and four of the smaller tiles, one of wgmma."""
     for kernel in kernels:
+        if "mixer_kernel" in kernel.function:
+            continue
         (mine,) = (r for r in resources if (r.architecture, r.function) == (kernel.architecture, kernel.function))
         # the longest of the names that fit
         name = max((n for n in THREADS_AND_SHARED if n in kernel.function), key=len)
@@ -126,6 +128,32 @@ def test_occupancy(resources, kernels):
         )
         assert blocks >= wanted, kernel.function
         assert mine.stack == mine.local == 0
+
+
+def test_a_layer_in_one_kernel(resources, kernels):
+    """Tensor cores in both loops, copies beside them, no memory of its own; its shared memory fits once, on sm_80 too."""
+    found = [kernel for kernel in kernels if "mixer_kernel" in kernel.function]
+    assert len(found) == 4
+    for kernel in found:
+        (mine,) = (r for r in resources if (r.architecture, r.function) == (kernel.architecture, kernel.function))
+        assert mine.stack == mine.local == 0
+        assert mine.registers <= 128, "512 threads share 65536"
+        assert sass.blocks_per_multiprocessor(mine.registers, 512, static_gemm.MIXER.shared, kernel.architecture) == 1
+        if not re.search(static_gemm.MIXER.kernel.replace("13__nv_bfloat16", r"\w+"), kernel.function):
+            # weights that are not aligned: value by value
+            assert kernel.counts["LDGSTS.128"] == 0
+            continue
+        z, step, epilogue = static_gemm.measure_mixer(kernel)
+        assert {key: round(8 * z[key]) for key in ("HMMA", "LDSM.x4", "LDGSTS.64")} == {
+            "HMMA": 20,
+            "LDSM.x4": 10,
+            "LDGSTS.64": 5,
+        }
+        assert (step["HMMA"], step["LDSM.x4"], step["LDGSTS.128"]) == (32, 12, 1)
+        assert z["all"] <= 42
+        assert step["all"] <= 110
+        assert epilogue["all"] <= 20
+        assert kernel.counts["STG.128"] >= 8
 
 
 def test_the_committed_table(module, resources, kernels):

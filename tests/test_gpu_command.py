@@ -164,10 +164,11 @@ def test_the_first_backend_is_measured_everywhere(monkeypatch):
             (case, backend, True) for case in cases
         ]
         assert {gemm for job in jobs for gemm in job["gemms"]} == (
-            {None, "fused", "torch", "wgmma"} if backend == "cuda" else {None}
+            {None, "fused", "torch", "wgmma", "layer"} if backend == "cuda" else {None}
         )
     # a kernel that failed its checks does not take other rows with it
     assert all("wgmma" not in job["gemms"] for job in gpu.operator_jobs("cuda", wgmma=False))
+    # a layer in one kernel is cuda's alone
     assert {job["case"][0] for job in gpu.triton_jobs()} == set(gpu_ops._PASSES) - {"mixer_eval"}
     assert {job["backend"] for job in gpu.triton_jobs()} == {"triton"}
 
@@ -369,7 +370,7 @@ def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tm
         ("pointwise_eval", (64, 1537, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("fused", "torch")),
         ("pointwise_eval", (64, 1536, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch")),
         ("pointwise_eval", (64, 1536, 32, 32), torch.float32, "contiguous", (9, 0), ("fused", "torch")),
-        ("mixer_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch")),
+        ("mixer_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (8, 0), ("fused", "torch", "layer")),
         ("mixer_eval", (64, 264, 32, 32), torch.bfloat16, "contiguous", (9, 0), ("fused", "torch", "wgmma")),
         ("depthwise_eval", (64, 256, 32, 32), torch.bfloat16, "contiguous", (9, 0), ()),
         # the weight gradient

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _native as _native_modules
 from . import pointwise_gemm as gemm
-from .base import ACTIVATIONS, Norm, Update
+from .base import ACTIVATIONS, MixerEval, Norm, Update
 from .pointwise_gemm import convolution as _pointwise
 
 name = "cuda"
@@ -425,6 +425,54 @@ def pointwise_eval(
                 *_shape(y), y.data_ptr(), *_param(bias), _ACTIVATION_CODES[activation], *_norm(norm), 0, stream
             )
     return y
+
+
+def mixer_may_fit(x: Tensor) -> bool:
+    """Whether mixer_eval is worth asking for layers of x's width."""
+    native = _native()
+    if native.module is None or x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous():
+        return False
+    return gemm.use_one_kernel(x, x.shape[1], native.module.mixer_tiles(*_shape(x)))
+
+
+def mixer_eval(
+    x: Tensor,  # (N, C, H, W)
+    layers: Sequence[MixerEval],
+    residual: bool,
+) -> Tensor | None:  # (N, C_out of the last layer, H, W)
+    """Each layer in one launch; None where one of them does not fit or two launches are faster."""
+    native, shape = _native().module, _shape(x)
+    with _On(x) as stream:
+        for layer in layers:
+            kernel, c_out = tuple(layer.depthwise[0].shape[2:]), layer.pointwise[0].shape[0]
+            if len(layers) > 1 and c_out != x.shape[1]:
+                return None  # what follows is decided for x
+            if not _size("mixer_fits", x.get_device(), *shape, c_out, *kernel):
+                return None
+            if not gemm.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
+                return None
+        for layer in layers:
+            (lower, lower_bias, lower_norm), (upper, upper_bias, upper_norm) = layer.depthwise, layer.pointwise
+            y = x.new_empty((x.shape[0], upper.shape[0], *x.shape[2:]))
+            upper = upper.to(x.dtype)
+            native.mixer_forward(
+                *_shape(x),
+                upper.shape[0],
+                *lower.shape[2:],
+                x.data_ptr(),
+                _param(lower),
+                _param(lower_bias),
+                _norm(lower_norm),
+                upper.data_ptr(),
+                _param(upper_bias),
+                _norm(upper_norm),
+                _ACTIVATION_CODES[layer.activation],
+                residual,
+                y.data_ptr(),
+                stream,
+            )
+            x = y
+    return x
 
 
 def pointwise_train(

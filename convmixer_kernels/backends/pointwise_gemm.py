@@ -52,17 +52,18 @@ _RATES = {
 
 @functools.cache
 def forced_gemm() -> str | None:
-    """CONVMIXER_CUDA_GEMM: "fused", "wgmma" or "torch"; None (unset or "auto") leaves the choice to the table.
+    """CONVMIXER_CUDA_GEMM: "fused", "wgmma", "torch" or "layer"; None (unset or "auto") leaves the choice to the table.
 
     "fused" is our kernel by mma.sync or FMA units, "wgmma" is "fused" with sm_90a's own instructions where the GPU and the shape
-    allow them (csrc/cuda/pointwise_wgmma.cuh), and alone has the weight gradient computed by them too.
+    allow them (csrc/cuda/pointwise_wgmma.cuh), and alone has the weight gradient computed by them too. "layer" is "fused", and an eval
+    layer is one kernel wherever that can run (csrc/cuda/mixer.cuh); the others never take that one.
 
     Raises:
         ValueError: another value.
     """
     value = os.environ.get("CONVMIXER_CUDA_GEMM", "auto")
-    if value not in ("auto", "fused", "wgmma", "torch"):
-        raise ValueError(f"CONVMIXER_CUDA_GEMM must be auto, fused, wgmma or torch, got {value!r}")
+    if value not in ("auto", "fused", "wgmma", "torch", "layer"):
+        raise ValueError(f"CONVMIXER_CUDA_GEMM must be auto, fused, wgmma, torch or layer, got {value!r}")
     return None if value == "auto" else value
 
 
@@ -127,6 +128,59 @@ def use_wgmma_weight_grad(
     Only where asked: it has not run on hardware.
     """
     return x.dtype != torch.float32 and forced_gemm() == "wgmma"
+
+
+#: Cycles of a multiprocessor for a tile of the one-kernel layer, beside its products at mma.sync's rate: the depthwise part
+#: for an input channel (shared memory), the epilogue for an output channel (issue); docs/one-kernel-layer.md counts them.
+_TILE_PIXELS = 256
+_DEPTHWISE_CYCLES, _EPILOGUE_CYCLES = 81, 37
+#: The share of those that it is hoped to reach (the depthwise kernel, measured, reaches 66 % of its bound).
+_SHARE_OF_CYCLES = 0.85
+#: Shares of the copy bandwidth: the depthwise kernel's as measured, the pointwise kernel's as hoped for.
+_DEPTHWISE_SHARE, _POINTWISE_SHARE = 0.66, 0.8
+#: Of the two launches' time that one kernel must save before it is taken.
+_LEAST_GAIN = 0.15
+_CLOCKS = {(8, 0): 1.41e9, (8, 6): 1.7e9, (8, 9): 2.5e9, (9, 0): 1.7e9, (10, 0): 1.85e9, (12, 0): 2.4e9}
+
+
+def one_kernel_gain(
+    capability: tuple[int, int], multiprocessors: int, c_in: int, c_out: int, pixels: int, tiles: int
+) -> float:
+    """The share of two launches' time that the layer in one kernel is expected to save (negative: to lose).
+
+    Two launches are bound by memory: x and z, then z and y. One kernel takes whole waves of tiles.
+    """
+    known = max(key for key in _RATES if key <= capability)
+    rates, clock = _RATES[known][0], _CLOCKS[known]
+    # 32 output channels a warp
+    products = 2 * c_in * (-(-c_out // 32) * 32) * _TILE_PIXELS * multiprocessors / rates.mma
+    cycles = (_DEPTHWISE_CYCLES * c_in + _EPILOGUE_CYCLES * c_out) / _SHARE_OF_CYCLES
+    one = -(-tiles // multiprocessors) * (products + cycles / clock)
+    values = 2 * c_in / _DEPTHWISE_SHARE + (c_in + c_out) / _POINTWISE_SHARE
+    return 1 - one / (2 * values * pixels / rates.memory)
+
+
+def use_one_kernel(
+    x: Tensor,  # (N, C_in, H, W)
+    c_out: int,
+    tiles: int,  # of all images
+) -> bool:
+    """Whether an eval layer that fits in one kernel runs there."""
+    forced = forced_gemm()
+    if forced is not None or not x.is_cuda:
+        return forced == "layer"
+    if x.shape[1] % 8 != 0 or x.shape[3] % 4 != 0:
+        # values come one by one where no 16-byte pieces of the weight or 8-byte pieces of x are aligned
+        return False
+    device = x.get_device()
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    gain = one_kernel_gain(_capability(device), _multiprocessors(device), x.shape[1], c_out, pixels, tiles)
+    return gain >= _LEAST_GAIN
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # ---- torch's GEMMs ------------------------------------------------------------------------------------------------

@@ -187,6 +187,28 @@ struct PointwiseWeightGrad {
 int64_t pointwise_weight_grad_workspace(const Shape& shape, int64_t c_out);
 int pointwise_weight_grad(const PointwiseWeightGrad& p, void* stream);
 
+// ---- mixer.cu -----------------------------------------------------------------------------------------------------
+// depthwise_forward and pointwise_forward in one launch, in eval, for narrow networks; false where it cannot run, by
+// the device too. The tiles of pixels are its blocks.
+struct MixerForward {
+  Shape shape;  // x's
+  int64_t c_out;
+  int kh, kw;
+  const void* x;
+  Param depthwise_weight;  // (C, 1, kH, kW)
+  Param depthwise_bias;    // (C)
+  Norm depthwise_norm;
+  const void* weight;  // (C_out, C, 1, 1), of x's dtype
+  Param bias;          // (C_out)
+  Norm norm;
+  int activation;
+  bool residual;
+  void* y;  // (N, C_out, H, W)
+};
+bool mixer_fits(const Shape& shape, int64_t c_out, int kh, int kw);
+int64_t mixer_tiles(const Shape& shape);
+int mixer_forward(const MixerForward& p, void* stream);
+
 // ---- pointwise.cu -------------------------------------------------------------------------------------------------
 // In place over a torch GEMM's result, one pass.
 // partials == null (eval): y = norm(act(a + bias)); partials != null (train): a = a + bias, partials as in

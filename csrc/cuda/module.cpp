@@ -139,6 +139,41 @@ void pointwise_forward(SHAPE, int64_t c_out, Address x, Address weight, Address 
   check("pointwise_forward", cm::pointwise_forward(p, pointer(stream)));
 }
 
+// A block: weight, bias, norm, in the order of the primitive's arguments.
+using Vector = std::tuple<Address, int>;
+using NormOf = std::tuple<bool, Address, int, Address, int, Address, int, Address, int, float>;
+
+cm::Norm norm_of(const NormOf& n) {
+  const auto& [present, mean, mean_dtype, var, var_dtype, weight, weight_dtype, bias, bias_dtype, eps] = n;
+  return {{pointer(mean), mean_dtype},
+          {pointer(var), var_dtype},
+          {pointer(weight), weight_dtype},
+          {pointer(bias), bias_dtype},
+          eps,
+          present};
+}
+cm::Param param_of(const Vector& v) { return {pointer(std::get<0>(v)), std::get<1>(v)}; }
+
+void mixer_forward(SHAPE, int64_t c_out, int kh, int kw, Address x, Vector depthwise_weight, Vector depthwise_bias,
+                   NormOf depthwise_norm, Address weight, Vector bias, NormOf norm, int activation, bool residual,
+                   Address y, Address stream) {
+  const cm::MixerForward p{SHAPE_VALUE,
+                           c_out,
+                           kh,
+                           kw,
+                           pointer(x),
+                           param_of(depthwise_weight),
+                           param_of(depthwise_bias),
+                           norm_of(depthwise_norm),
+                           pointer(weight),
+                           param_of(bias),
+                           norm_of(norm),
+                           activation,
+                           residual,
+                           pointer(y)};
+  check("mixer_forward", cm::mixer_forward(p, pointer(stream)));
+}
+
 void pointwise_epilogue(SHAPE, Address a, Address bias, int bias_dtype, int activation, NORM, Address partials,
                         Address stream) {
   const cm::PointwiseEpilogue p{SHAPE_VALUE, pointer(a), {pointer(bias), bias_dtype},
@@ -185,6 +220,9 @@ PYBIND11_MODULE(CONVMIXER_MODULE, m) {
   m.def("normalize", &normalize);
   m.def("norm_backward", &norm_backward);
   m.def("pointwise_forward", &pointwise_forward);
+  m.def("mixer_forward", &mixer_forward);
+  m.def("mixer_fits", [](SHAPE, int64_t c_out, int kh, int kw) { return cm::mixer_fits(SHAPE_VALUE, c_out, kh, kw); });
+  m.def("mixer_tiles", [](SHAPE) { return cm::mixer_tiles(SHAPE_VALUE); });
   m.def("pointwise_epilogue", &pointwise_epilogue);
   m.def("pointwise_grad_prologue", &pointwise_grad_prologue);
   m.def("pointwise_weight_grad", &pointwise_weight_grad);

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from convmixer_kernels.backends import cuda, reference
 from convmixer_kernels.backends import pointwise_gemm as gemm
-from convmixer_kernels.backends.base import Norm, Update
+from convmixer_kernels.backends.base import MixerEval, Norm, Update
 from convmixer_kernels.testing import relative_error
 
 ORDERS = ("0", "1", "7")
@@ -183,6 +183,27 @@ def pointwise_weight_grad() -> None:
             raise Wrong(f"pointwise_weight_grad {shape}: error {error:.2e}")
 
 
+def mixer() -> None:
+    """More steps than stages, rows of a second pass, more channels than warps; tiles that end in the image and beside it."""
+    gemm.forced_gemm = lambda: "layer"
+    for shape, kernel, c_out in (((1, 40, 17, 8), (9, 8), 136), ((2, 18, 5, 19), (4, 9), 20)):
+        (x,), norm, (bias, _), (weight, product, *vectors) = _tensors(
+            shape, torch.bfloat16, False, 1, (shape[1], 1, *kernel), (c_out, shape[1], 1, 1), *[(c_out,)] * 5
+        )
+        lower = weight / 9, bias, norm
+        upper = product / 6, vectors[4], Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
+
+        def two(x, lower, upper):
+            z = reference.depthwise_eval(x, *lower[:2], "gelu", lower[2], True)
+            return reference.pointwise_eval(z, *upper[:2], "gelu", upper[2])
+
+        mine = cuda.mixer_eval(x, (MixerEval("gelu", lower, upper),), True)
+        exact = two(*map(_double, (x, lower, upper)))
+        error, allowed = relative_error(mine, exact), relative_error(two(x, lower, upper), exact)
+        if not error <= 4 * allowed + ROOM[torch.bfloat16]:
+            raise Wrong(f"mixer_eval {shape}: error {error:.2e}, reference {allowed:.2e}")
+
+
 def pointwise_grad() -> None:
     for shape, dtype, last in (
         ((2, 5, 5, 7), torch.bfloat16, False),
@@ -267,6 +288,7 @@ CHECKS = {
     "statistics": statistics,
     "pointwise_epilogue": pointwise_epilogue,
     "pointwise_grad": pointwise_grad,
+    "mixer": mixer,
     "pointwise_weight_grad": pointwise_weight_grad,
     "pointwise_wgmma": lambda: _pointwise_wgmma(False),
     "pointwise_wgmma_channels_last": lambda: _pointwise_wgmma(True),

@@ -497,6 +497,63 @@ MUTATIONS = [
         "gemm, fma: columns of a thread", "pointwise_fma.cuh", "pointwise_gemm",
         "pointwise_forward_float32_channels_last", "return j / 4 * 64 + 4 * tx + j % 4;", "return j / 4 * 64 + tx + j % 4;",
     ),
+    # a layer in one kernel
+    Mutation(
+        "mixer: patches not awaited", "mixer.cuh", "mixer", "mixer",
+        "cp_async_wait<0>();\n    __syncwarp();", "__syncwarp();",
+    ),
+    Mutation(
+        "mixer: a patch read before the other lanes' copies", "mixer.cuh", "mixer", "mixer",
+        "cp_async_wait<0>();\n    __syncwarp();", "cp_async_wait<0>();",
+    ),
+    Mutation(
+        "mixer: fragments of the next row", "mixer.cuh", "mixer", "mixer",
+        "(r % 2 * (kPatchRows / 2) + r / 2)", "(r % 2 * (kPatchRows / 2) + (r + 1) / 2)",
+    ),
+    Mutation(
+        "mixer: the right tile's columns", "mixer.cuh", "mixer", "mixer",
+        "block = lane / 16 + lane / 8 % 2;", "block = lane / 16;",
+    ),
+    Mutation(
+        "mixer: the next channel's address", "mixer.cuh", "mixer", "mixer",
+        "plane += next;", "",
+    ),
+    Mutation(
+        "mixer: even kernels beside the middle", "mixer.cuh", "mixer", "mixer",
+        "column + 7 + kHalo - q.left", "column + 7 + kHalo - q.kw / 2",
+    ),
+    Mutation(
+        "mixer: the residual of another row", "mixer.cuh", "mixer", "mixer",
+        "inputs.a[s + kHalo], identity", "inputs.a[s + kHalo + 1], identity",
+    ),
+    Mutation(
+        "mixer: a row's end not noticed", "mixer.cuh", "mixer", "mixer",
+        "const int left = w - source % w;", "const int left = 4;",
+    ),
+    Mutation(
+        "mixer: z's channels beyond C not zero", "mixer.cuh", "mixer", "mixer",
+        "store16(z + i, make_uint4(0, 0, 0, 0));", ";",
+    ),
+    Mutation(
+        "mixer: the swizzle of one side", "mixer.cuh", "mixer", "mixer",
+        "((b_piece + j / 2) ^ lane % 8) * 16", "((b_piece + j / 2) ^ lane % 4) * 16",
+    ),
+    Mutation(
+        "mixer: the weight's stages not awaited", "mixer.cuh", "mixer", "mixer",
+        "cp_async_wait<kStages - 2>();", "",
+    ),
+    Mutation(
+        "mixer: a stage overwritten while it is read", "mixer.cuh", "mixer", "mixer",
+        "copy(stage == 0 ? kStages - 1 : stage - 1);", "copy(stage);",
+    ),
+    Mutation(
+        "mixer: z read before the other warps' part", "mixer.cuh", "mixer", "mixer",
+        "const bool settles = __syncthreads_or(!was_finite<T>(trace));", "const bool settles = !was_finite<T>(trace);",
+    ),
+    Mutation(
+        "mixer: results of another lane", "mixer.cuh", "mixer", "mixer",
+        "transpose_quad(words[1]);", "",
+    ),
 ]  # fmt: skip
 
 
@@ -518,6 +575,9 @@ def _stand_ins() -> str:
         "int pointwise_forward(const PointwiseForward&, void*)",
         "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*, bool)",
         "bool pointwise_runs_hopper(const Shape&, int64_t, const void*, const void*)",
+        "bool mixer_fits(const Shape&, int64_t, int, int)",
+        "int64_t mixer_tiles(const Shape&)",
+        "int mixer_forward(const MixerForward&, void*)",
         "int64_t norm_backward_workspace(const Shape&)",
         "int64_t pointwise_epilogue_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",

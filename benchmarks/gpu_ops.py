@@ -3,7 +3,7 @@
 
 Bytes: every activation-sized tensor read or written once. eval x + y; train (with statistics) x + a; input grad
 dy + a + dx; weight grad x + dy + a; normalize a + x + y; norm backward dy + a; pointwise eval x + y; pointwise backward
-2 (dy + a) + x + dx; mixer eval (both blocks) x + y. "ours" lets backends/pointwise_gemm.py choose the kernels of a pointwise forward and
+2 (dy + a) + x + dx; mixer eval (both blocks) x + y. "ours" lets backends/cuda_choice.py choose the kernels of a pointwise forward and
 of an eval layer; "ours fused", "ours torch", "ours wgmma" and "ours layer" force CONVMIXER_CUDA_GEMM's choices, so that one run
 decides between them. FLOPs: 2 a multiply-add, nominal, padding taps included. floor = max(bytes / copy bandwidth,
 FLOPs / matrix product of the dtype); for depthwise in float32 the matrix product without tf32 stands for the FMA peak;
@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convmixer_kernels.backends import cuda, pointwise_gemm, reference, triton
-from convmixer_kernels.backends.base import MixerEval, Norm
+from convmixer_kernels.backends import cuda, cuda_choice, reference, triton
+from convmixer_kernels.primitives import MixerEval, Norm
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 if TYPE_CHECKING:
@@ -414,14 +414,14 @@ def forced_gemms(case: OpCase, capability: tuple[int, int]) -> tuple[str, ...]:
 @contextlib.contextmanager
 def forcing(gemm: str | None) -> Iterator[None]:
     """Calls of the backend inside `with` run as with CONVMIXER_CUDA_GEMM=gemm; None: as they are."""
-    before = pointwise_gemm.forced_gemm
+    before = cuda_choice.forced_gemm
     if gemm is not None:
-        pointwise_gemm.forced_gemm = lambda: gemm
+        cuda_choice.forced_gemm = lambda: gemm
         cuda._size.cache_clear()
     try:
         yield
     finally:
-        pointwise_gemm.forced_gemm = before
+        cuda_choice.forced_gemm = before
         cuda._size.cache_clear()
 
 

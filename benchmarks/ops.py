@@ -20,8 +20,8 @@ from torch import Tensor
 
 import convmixer_kernels as ck
 from benchmarks.shapes import DTYPES, LAYOUTS, OpCase
-from convmixer_kernels.backends.base import Norm
-from convmixer_kernels.backends.reference import eager_convolution, never_returns
+from convmixer_kernels.primitives import Norm
+from convmixer_kernels.testing import eager_convolution, never_returns
 
 EPS, MOMENTUM = 1e-5, 0.1
 Results = tuple[Tensor, ...]

@@ -188,7 +188,7 @@ def gencode_flags(archs: Iterable[str]) -> list[str]:
 def _binding_flags() -> list[str]:
     import pybind11
 
-    # the module says what it was built from, and _native.py refuses one of other sources
+    # the module says what it was built from, and _load.py refuses one of other sources
     digest = shlex.quote(f'-DCONVMIXER_DIGEST="{source_digest()}"')
     return [*BINDING_FLAGS, digest, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 

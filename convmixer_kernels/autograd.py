@@ -3,7 +3,7 @@
 
 An operator is a pair of plain functions, `*_forward` and `*_backward`, that know no autograd. Two callers wrap them: the
 torch.autograd.Functions at the end (eager mode: the least overhead) and the registered operators of ops.py (compile,
-export, modes). The formulas are those of backends/base.py, with the activation before the batch norm:
+export, modes). The formulas are those of primitives.py, with the activation before the batch norm:
 a = conv(x) + b, y = (act(a) - mean) * rstd * gamma + beta.
 
 Activation-sized tensors saved for the backward: depthwise_block x and a, pointwise_block x and a, mixer_layer x and
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, composite
-from .backends.base import MixerEval, Norm, Update
+from .primitives import MixerEval, Norm, Update
 
 Sums = tuple[Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]

@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .backends.base import ACTIVATIONS
+from .primitives import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import checks
-from .backends.reference import activate, convolution
+from .primitives import activate, convolution
 
 if TYPE_CHECKING:
     from .autograd import Block, Grads, Needs, Options, Statistics

@@ -21,7 +21,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import _native
+from . import _load
 
 logger = logging.getLogger("convmixer_kernels")
 
@@ -97,7 +97,7 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
         module = load(name)
         reason = _reason(module, primitive, x, weights)
         if reason is None:
-            if name == "reference" or (_native.refused and name != x.device.type):
+            if name == "reference" or (_load.refused and name != x.device.type):
                 _warn_if_nothing_faster(x.device.type)
             return module
         logger.debug("%s: backend %r not used: %s", op, name, reason)
@@ -117,8 +117,8 @@ def _warn_if_nothing_faster(device_type: str) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
-    elif f"_{device_type}" in _native.refused:
-        warnings.warn(f"convmixer_kernels: {_native.refused[f'_{device_type}']}", RuntimeWarning, stacklevel=5)
+    elif f"_{device_type}" in _load.refused:
+        warnings.warn(f"convmixer_kernels: {_load.refused[f'_{device_type}']}", RuntimeWarning, stacklevel=5)
 
 
 def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> str | None:

@@ -27,8 +27,7 @@ from .autograd import (
     dense_input,
     mixer_forward,
 )
-from .backends.base import MixerEval, Norm, Update
-from .backends.reference import update_running_statistics
+from .primitives import MixerEval, Norm, Update, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

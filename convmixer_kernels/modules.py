@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .backends.base import ACTIVATIONS
+from .primitives import ACTIVATIONS
 
 
 class DepthwiseConv2d(nn.Conv2d):

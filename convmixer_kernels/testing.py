@@ -8,7 +8,10 @@ same inputs, plus one rounding step of that dtype. Tests and benchmarks both imp
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .primitives import convolution
 
 #: Half the distance from 1 to the next number: the relative error of rounding to nearest.
 UNIT_ROUNDOFF = {
@@ -48,3 +51,31 @@ def within_twice_eager(error: float, eager_error: float, dtype: torch.dtype) -> 
     if not eager_error < float("inf"):
         return False
     return error <= 2.0 * eager_error + UNIT_ROUNDOFF[dtype]
+
+
+#: A kernel side from which torch's own 16-bit depthwise convolution may never return on a CPU: oneDNN on processors with AVX-512 FP16
+#: (torch 2.13; float16 in both layouts, bfloat16 in channels_last), forward only as far as is known.
+_ENDLESS_FROM = 15
+
+
+def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether torch may not return from this depthwise convolution or its backward in `dtype` (x's unless given), on x's device.
+
+    The one place that knows: who calls torch's convolution asks here, and computes in float32 where the answer is True.
+    """
+    small = x.dtype if dtype is None else dtype
+    return (
+        small in (torch.float16, torch.bfloat16) and max(weight.shape[2:]) >= _ENDLESS_FROM and x.device.type == "cpu"
+    )
+
+
+def eager_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same"
+) -> Tensor:
+    """F.conv2d(x, weight, bias, padding=padding, groups=groups), autocast included, which always returns."""
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if not never_returns(x, weight, dtype):
+        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    with torch.autocast("cpu", enabled=False):
+        return convolution(x.to(dtype), weight, bias, groups, padding)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Activations, their derivatives and the merge of statistics: scalar code for host and device, one file for all
-// backends. ACT is the activation's code in convmixer_kernels/backends/base.py: 0 identity, 1 relu, 2 gelu (erf), 3
+// backends. ACT is the activation's code in types.h: 0 identity, 1 relu, 2 gelu (erf), 3
 // gelu_tanh. activation / activation_grad are exact to float32 rounding; fast_* are for results that are rounded to 16
 // bits. Include it as "../math.h": a folder that holds a math.h must not be on the include path.
 #pragma once

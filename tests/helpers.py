@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
+from types import ModuleType
 
+import pytest
 import torch
 import torch.nn.functional as F
+from emulation.build import build
 from torch import Tensor
 
-from convmixer_kernels.backends.reference import eager_convolution
-from convmixer_kernels.testing import relative_error, within_twice_eager
+from convmixer_kernels import _load, dispatch
+from convmixer_kernels.backends import cuda, cuda_choice
+from convmixer_kernels.testing import eager_convolution, relative_error, within_twice_eager
 
 ACTIVATIONS = {
     "identity": lambda a: a,
@@ -31,6 +36,34 @@ def assert_twice_eager(name: str, ours: Tensor, eager: Tensor, exact: Tensor, dt
     assert within_twice_eager(error, eager_error, dtype), (
         f"{name}: error {error:.3e}, eager's {eager_error:.3e} ({dtype})"
     )
+
+
+@functools.cache
+def emulated_module() -> ModuleType:
+    """The CUDA kernels compiled for the CPU, built on first use."""
+    return _load.from_file("_cuda_emulated", build())
+
+
+def use_cuda(monkeypatch: pytest.MonkeyPatch, emulated: bool = True, gemm: str | None = None) -> str:
+    """Backend "cuda" for one test, emulated or on a GPU, with CONVMIXER_CUDA_GEMM=`gemm`; returns the device of its tensors."""
+    if emulated:
+        native = cuda._Native(emulated_module(), None, True)
+        monkeypatch.setattr(cuda, "_native", lambda: native)
+    elif (reason := cuda._native().reason) is not None:
+        pytest.fail(reason)
+    monkeypatch.setattr(cuda, "_size", functools.lru_cache(maxsize=1024)(cuda._size.__wrapped__))
+    if gemm is not None:
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: gemm)
+    return "cpu" if emulated else "cuda"
+
+
+def skip_unless_it_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips a test of a backend that cannot run on CPU tensors here; "cuda" is emulated."""
+    if backend == "cuda":
+        use_cuda(monkeypatch)
+    reason = dispatch.load(backend).can_run("depthwise", torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def in_format(t: Tensor, memory_format: str) -> Tensor:

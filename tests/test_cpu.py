@@ -15,7 +15,7 @@ from helpers import Case, check_case, make_inputs, ours
 
 from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
-from convmixer_kernels.backends.base import ACTIVATIONS, MixerEval, Norm
+from convmixer_kernels.primitives import ACTIVATIONS, MixerEval, Norm
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
 

@@ -7,15 +7,18 @@ takes up to a second: each size, kernel, layout and dtype appears with each prim
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, Case, check_case
+from emulation.build import build
+from helpers import ACTIVATIONS, Case, check_case, use_cuda
 from torch import Tensor
 
+from convmixer_kernels import _load
 from convmixer_kernels.backends import cuda, reference
-from convmixer_kernels.backends.base import Norm, Update
+from convmixer_kernels.primitives import Norm, Update, update_running_statistics
 from convmixer_kernels.testing import relative_error, within_twice_eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,14 +28,7 @@ FORMATS = ("contiguous", "channels_last")
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"."""
-    emulated = request.param == "emulated"
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
-    cuda._native.cache_clear()
-    reason = cuda._native().reason
-    if reason is not None:
-        pytest.fail(reason)
-    yield "cpu" if emulated else "cuda"
-    cuda._native.cache_clear()
+    return use_cuda(monkeypatch, request.param == "emulated")
 
 
 # ---- blocks -----------------------------------------------------------------------------------------------------
@@ -123,15 +119,9 @@ def test_operator(case, device):
 )
 def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
     """As on GPUs with 100 or 164 KB a multiprocessor: 8 channels a block instead of 16."""
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
     monkeypatch.setenv("EMU_SHARED_KB", "100")
-    for cache in (cuda._native, cuda._size):
-        cache.cache_clear()
-    try:
-        check_case(case, "cuda", pool=1)
-    finally:
-        for cache in (cuda._native, cuda._size):
-            cache.cache_clear()
+    use_cuda(monkeypatch)
+    check_case(case, "cuda", pool=1)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +146,9 @@ def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
 @pytest.mark.parametrize("blocks", [1, 3, 5])
 def test_blocks_that_walk_through_several_items(case, blocks, monkeypatch):
     """As large tensors make them do: stages change, copies run ahead, a block's run ends within a channel."""
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
     monkeypatch.setenv("EMU_BLOCKS", str(blocks))
-    for cache in (cuda._native, cuda._size):
-        cache.cache_clear()
-    try:
-        check_case(case, "cuda", pool=1)
-    finally:
-        for cache in (cuda._native, cuda._size):
-            cache.cache_clear()
+    use_cuda(monkeypatch)
+    check_case(case, "cuda", pool=1)
 
 
 # ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
@@ -283,7 +267,7 @@ def test_statistics(shape, dtype, memory_format, device):
     cuda.normalize(a, "gelu", Norm(mean, var, None, None, 1e-5), None, (Update(*running, mean, var, count, 0.1),))
     h = torch.nn.functional.gelu(a.double())
     exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
-    reference.update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
+    update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
     for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
         assert relative_error(ours, exact) < tolerance
@@ -485,22 +469,31 @@ def test_can_run_names_what_it_cannot(device):
 
 
 def test_a_missing_module_says_how_to_build_it(monkeypatch):
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "0")
-    monkeypatch.setattr(cuda._native_modules, "load", lambda name: (None, f"the native module {name} is not built"))
+    monkeypatch.delenv("CONVMIXER_CUDA_EMULATION", raising=False)
+    monkeypatch.setattr(_load, "native_module", lambda name: (None, f"the native module {name} is not built"))
+    monkeypatch.setattr(cuda, "_native", functools.cache(cuda._native.__wrapped__))
+    reason = cuda.can_run("depthwise", torch.empty(1, 2, 4, 4), torch.empty(2, 1, 3, 3))
+    assert "not built" in reason
+    assert "CONVMIXER_BUILD_CUDA=1 pip install" in reason
+    assert cuda.build_info() == {"available": False, "detail": reason}
+
+
+def test_emulation_by_the_environment_variable(monkeypatch, tmp_path):
+    """For processes that a test starts: the variable names the module, and a missing one is the reason why nothing can run."""
+    monkeypatch.setattr(cuda, "_native", functools.cache(cuda._native.__wrapped__))
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", str(build()))
+    x, weight = torch.empty(1, 2, 4, 4), torch.empty(2, 1, 3, 3)
+    with pytest.warns(UserWarning, match="emulated on the CPU, for tests only"):
+        assert cuda.can_run("depthwise", x, weight) is None
     cuda._native.cache_clear()
-    try:
-        reason = cuda.can_run("depthwise", torch.empty(1, 2, 4, 4), torch.empty(2, 1, 3, 3))
-        assert "not built" in reason
-        assert "CONVMIXER_BUILD_CUDA=1 pip install" in reason
-        assert cuda.build_info() == {"available": False, "detail": reason}
-    finally:
-        cuda._native.cache_clear()
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", str(tmp_path / "none.so"))
+    with pytest.warns(UserWarning, match="for tests only"):
+        assert "none.so" in cuda.can_run("depthwise", x, weight)
 
 
 @pytest.mark.gpu
 def test_graph_capture_and_streams():
     """No allocation but the caching allocator's, no synchronisation, the current stream: a capture replays the bits."""
-    cuda._native.cache_clear()
     (dy, a, x), norm = _inputs((4, 16, 16, 16), torch.bfloat16, "contiguous", "cuda", count=3)
     weight, bias = torch.randn(16, 1, 9, 9, device="cuda"), torch.randn(16, device="cuda")
     matrix = torch.randn(16, 16, 1, 1, device="cuda")
@@ -530,7 +523,6 @@ def test_graph_capture_and_streams():
 @pytest.mark.gpu
 def test_launch_counts():
     """Training forward of a depthwise block: 3 kernels; backward: at most 5 (reduce, finish, dx, dw, finish)."""
-    cuda._native.cache_clear()
     import convmixer_kernels as ck
 
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Case, assert_twice_eager, eager, make_inputs
+from helpers import Case, assert_twice_eager, eager, make_inputs, use_cuda
 from torch import Tensor, nn
 
 import convmixer_kernels as ck
 from convmixer import ConvMixer
-from convmixer_kernels.backends import cuda, pointwise_gemm
-from convmixer_kernels.backends.base import MixerEval, Norm
+from convmixer_kernels.backends import cuda, cuda_choice
+from convmixer_kernels.primitives import MixerEval, Norm
 from convmixer_kernels.testing import relative_error
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -23,17 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"; the layer is one kernel."""
-    emulated = request.param == "emulated"
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "layer")
-    cuda._native.cache_clear()
-    cuda._size.cache_clear()
-    reason = cuda._native().reason
-    if reason is not None:
-        pytest.fail(reason)
-    yield "cpu" if emulated else "cuda"
-    cuda._native.cache_clear()
-    cuda._size.cache_clear()
+    return use_cuda(monkeypatch, request.param == "emulated", gemm="layer")
 
 
 def _case(shape, kernel, out=None, dtype=torch.bfloat16, **options) -> Case:
@@ -113,11 +103,11 @@ def test_operator(case, device, monkeypatch):
         assert y.is_contiguous()
         results.append((y, baseline, exact))
         if device == "cpu" and seed == 0:
-            monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
+            monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "fused")
             with torch.no_grad():
                 assert torch.equal(ck.mixer_layer(x, *tensors, **options), y)
             assert returned.pop() is None
-            monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "layer")
+            monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "layer")
     joined = [torch.cat([t.flatten() for t in part]) for part in zip(*results, strict=True)]
     assert_twice_eager(str(case), *joined, case.dtype)
 
@@ -141,14 +131,14 @@ def _arguments(shape, kernel, c_out, dtype, device, seed=0) -> tuple:
 
 
 def _two_launches(x, lower, upper, activation, residual) -> Tensor:
-    forced, pointwise_gemm.forced_gemm = pointwise_gemm.forced_gemm, lambda: "fused"
+    forced, cuda_choice.forced_gemm = cuda_choice.forced_gemm, lambda: "fused"
     try:
         weight, bias, norm = lower
         z = cuda.depthwise_eval(x, weight, bias, activation, norm, residual)
         weight, bias, norm = upper
         return cuda.pointwise_eval(z, weight, bias, activation, norm)
     finally:
-        pointwise_gemm.forced_gemm = forced
+        cuda_choice.forced_gemm = forced
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -229,13 +219,11 @@ def test_what_is_out_of_reach_is_declined(shape, kernel, c_out, dtype, memory_fo
 @pytest.mark.parametrize("kb, channels", [(227, 256), (163, 256), (99, 128)])
 def test_shared_memory_limits_the_channels(kb, channels, monkeypatch):
     """sm_80 and sm_90 hold z of 256 channels, sm_86, 89 and 120 of 128."""
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
     monkeypatch.setenv("EMU_BLOCK_SHARED_KB", str(kb))
-    cuda._native.cache_clear()
+    use_cuda(monkeypatch)
     fits = cuda._native().module.mixer_fits
     for c in (1, 32, 64, 96, 128, 160, 192, 224, 256):
         assert fits(1, c, 16, 16, 2, False, 256, 9, 9) is (c <= channels)
-    cuda._native.cache_clear()
 
 
 # ---- what runs -------------------------------------------------------------------------------------------------------
@@ -243,9 +231,7 @@ def test_shared_memory_limits_the_channels(kb, channels, monkeypatch):
 
 def test_layers_of_a_model_are_a_launch_each(monkeypatch):
     """Consecutive layers, decided and launched in one call; none of them where one is not for this kernel."""
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "layer")
-    cuda._native.cache_clear()
+    use_cuda(monkeypatch, gemm="layer")
     torch.manual_seed(0)
     module, model = cuda._native().module, ConvMixer(8, 3, 5, 2, 4).eval().to(torch.bfloat16)
     returned, x = _one_kernel(monkeypatch), torch.randn(2, 3, 16, 16).to(torch.bfloat16)
@@ -263,25 +249,22 @@ def test_layers_of_a_model_are_a_launch_each(monkeypatch):
 
 
 def test_an_eval_layer_is_one_launch(monkeypatch):
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-    cuda._native.cache_clear()
+    use_cuda(monkeypatch)
     module = cuda._native().module
     x, tensors, _ = make_inputs(_case((2, 8, 8, 8), (9, 9)))
     counts = {}
     for forced in ("layer", "fused"):
-        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda forced=forced: forced)
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda forced=forced: forced)
         before = module.launches()
         with torch.no_grad():
             ck.mixer_layer(x, *tensors, backend="cuda")
         counts[forced] = module.launches() - before
     assert counts == {"layer": 1, "fused": 2}
-    cuda._native.cache_clear()
 
 
 @pytest.mark.gpu
 def test_it_is_captured_in_a_graph(monkeypatch):
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "layer")
-    cuda._native.cache_clear()
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "layer")
     layer = _arguments((2, 256, 32, 32), (9, 9), 256, torch.bfloat16, "cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -324,13 +307,13 @@ class _OnGpu:
     ],
 )
 def test_what_the_rule_chooses_on_an_h100(shape, expected, monkeypatch):
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
-    monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(pointwise_gemm, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: None)
+    monkeypatch.setattr(cuda_choice, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_choice, "_multiprocessors", lambda device: 132)
     tiles = shape[0] * -(-shape[2] // 16) * -(-shape[3] // 16)
-    assert pointwise_gemm.use_one_kernel(_OnGpu(*shape), shape[1], tiles) is expected
+    assert cuda_choice.use_one_kernel(_OnGpu(*shape), shape[1], tiles) is expected
     # emulated, and with another GEMM forced: two launches
-    assert not pointwise_gemm.use_one_kernel(torch.empty(1, 8, 8, 8), 8, 1000)
+    assert not cuda_choice.use_one_kernel(torch.empty(1, 8, 8, 8), 8, 1000)
     for forced in ("fused", "wgmma", "torch"):
-        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda forced=forced: forced)
-        assert not pointwise_gemm.use_one_kernel(_OnGpu(*shape), shape[1], tiles)
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda forced=forced: forced)
+        assert not cuda_choice.use_one_kernel(_OnGpu(*shape), shape[1], tiles)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Case, check_case
+from helpers import Case, check_case, use_cuda
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_kernels as ck
-from convmixer_kernels.backends import cuda, pointwise_gemm, reference
-from convmixer_kernels.backends.base import Norm, Update
+from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, reference
+from convmixer_kernels.primitives import Norm, Update, update_running_statistics
 from convmixer_kernels.testing import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,15 +25,7 @@ FORMATS = ("contiguous", "channels_last")
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"; the GEMM is ours."""
-    emulated = request.param == "emulated"
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
-    cuda._native.cache_clear()
-    reason = cuda._native().reason
-    if reason is not None:
-        pytest.fail(reason)
-    yield "cpu" if emulated else "cuda"
-    cuda._native.cache_clear()
+    return use_cuda(monkeypatch, request.param == "emulated", gemm="fused")
 
 
 def _case(shape, channels_out, **options) -> Case:
@@ -126,7 +118,7 @@ def wgmma(device, monkeypatch):
     """As `device`, with sm_90a's instructions."""
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "wgmma")
     return device
 
 
@@ -158,13 +150,13 @@ def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
     x, weight, bias, norm = _inputs((5, 136, 8, 16), 200, torch.bfloat16, memory_format, wgmma)
     ours = []
     for kind in ("wgmma", "fused"):
-        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda kind=kind: kind)
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda kind=kind: kind)
         train = cuda.pointwise_train(x, weight, bias, "gelu")
         ours.append([cuda.pointwise_eval(x, weight, bias, "gelu", norm), *train])
     for first, second in zip(*ours, strict=True):
         assert relative_error(first, second.double()) < 2**-8
     if wgmma == "cpu":
-        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "wgmma")
         for order in ("1", "7"):
             monkeypatch.setenv("EMU_ORDER", order)
             train = cuda.pointwise_train(x, weight, bias, "gelu")
@@ -204,7 +196,7 @@ def test_statistics(shape, c_out, dtype, memory_format, device):
     count = a.numel() // c_out
     cuda.normalize(a, "gelu", Norm(mean, var, None, None, 1e-5), None, (Update(*running, mean, var, count, 0.1),))
     exact_var, exact_mean = torch.var_mean(torch.nn.functional.gelu(a.double()), dim=(0, 2, 3), correction=0)
-    reference.update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
+    update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
     for ours, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
         assert relative_error(ours, exact) < tolerance
@@ -290,9 +282,7 @@ def _block(kind: str, memory_format: str = "contiguous"):
 @pytest.fixture
 def launches(monkeypatch):
     """A function that counts the native launches of a call, under emulation."""
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
-    cuda._native.cache_clear()
+    use_cuda(monkeypatch, gemm="fused")
     module = cuda._native().module
 
     def count(call) -> tuple[int, Tensor | None]:
@@ -300,8 +290,7 @@ def launches(monkeypatch):
         result = call()
         return module.launches() - before, result
 
-    yield count
-    cuda._native.cache_clear()
+    return count
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -377,8 +366,7 @@ def test_no_torch_operation_touches_an_activation(dtype, memory_format, launches
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
     """Forward and backward of mixer_layer: no synchronisation, no allocation but the caching allocator's."""
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "fused")
-    cuda._native.cache_clear()
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "fused")
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     x = _formatted(torch.randn(2, 16, 16, 16, **options), memory_format).requires_grad_()
     shapes = ((16, 1, 9, 9), (16,), (16,), (16,), (16, 16, 1, 1), (16,), (16,), (16,))
@@ -406,17 +394,17 @@ def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
 
 def test_the_table_chooses():
     # our kernel saves passes over the result, torch's GEMM is the faster product: a limit on C_in
-    h100, a100 = (pointwise_gemm.most_fused_channels(c, True, 2) for c in ((9, 0), (8, 0)))
+    h100, a100 = (cuda_choice.most_fused_channels(c, True, 2) for c in ((9, 0), (8, 0)))
     assert 256 < h100 < 768 < 1536 < a100
-    assert pointwise_gemm.most_fused_channels((9, 0), True, 1) == pytest.approx(h100 / 2)
+    assert cuda_choice.most_fused_channels((9, 0), True, 1) == pytest.approx(h100 / 2)
     # as measured: faster than torch's GEMM and a pass up to the widest of the published models
-    assert pointwise_gemm.most_fused_channels((9, 0), True, 1, wgmma=True) > 1536
-    assert pointwise_gemm.most_fused_channels((12, 1), True, 2) == pointwise_gemm.most_fused_channels((12, 0), True, 2)
-    for capability, rates in pointwise_gemm._RATES.items():
+    assert cuda_choice.most_fused_channels((9, 0), True, 1, wgmma=True) > 1536
+    assert cuda_choice.most_fused_channels((12, 1), True, 2) == cuda_choice.most_fused_channels((12, 0), True, 2)
+    for capability, rates in cuda_choice._RATES.items():
         for narrow, rate in zip((True, False), rates, strict=True):
             assert rate.mma < rate.torch
             # at the limit both are equal: one product more slowly, or one and two passes
-            c, size = pointwise_gemm.most_fused_channels(capability, narrow, 2), 2 if narrow else 4
+            c, size = cuda_choice.most_fused_channels(capability, narrow, 2), 2 if narrow else 4
             assert 2 * c / rate.mma == pytest.approx(2 * c / rate.torch + 2 * size / rate.memory)
 
 
@@ -457,10 +445,10 @@ class _OnGpu:
     ],
 )
 def test_what_the_table_chooses_on_an_h100(x, passes, hopper, expected, monkeypatch):
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
-    monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: None)
+    monkeypatch.setattr(cuda_choice, "_capability", lambda device: (9, 0))
     with torch.backends.cudnn.flags(allow_tf32=False):
-        assert pointwise_gemm.choose_kernel(x, passes, lambda: hopper) == expected
+        assert cuda_choice.choose_kernel(x, passes, lambda: hopper) == expected
 
 
 @pytest.mark.parametrize(
@@ -468,16 +456,16 @@ def test_what_the_table_chooses_on_an_h100(x, passes, hopper, expected, monkeypa
     [("tf32", True), ("ieee", False), ("none", False)],
 )
 def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: None)
-    monkeypatch.setattr(pointwise_gemm, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: None)
+    monkeypatch.setattr(cuda_choice, "_capability", lambda device: (9, 0))
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = setting
     try:
         x = _OnGpu((64, 64, 8, 8), torch.float32)
-        assert pointwise_gemm.takes_tf32(x) is expected
-        assert not pointwise_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
-        assert not pointwise_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
-        assert pointwise_gemm.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
+        assert cuda_gemm.takes_tf32(x) is expected
+        assert not cuda_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
+        assert not cuda_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
+        assert cuda_choice.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
 
@@ -488,7 +476,7 @@ def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
 def test_tf32_on_a_gpu_is_as_eagers(training, memory_format):
     """torch's default, which other tests switch off."""
     with torch.backends.cudnn.flags(allow_tf32=True):
-        assert pointwise_gemm.takes_tf32(torch.empty(1, device="cuda"))
+        assert cuda_gemm.takes_tf32(torch.empty(1, device="cuda"))
         check_case(_case((5, 264, 16, 16), 136, memory_format=memory_format, training=training), "cuda", device="cuda")
 
 
@@ -497,18 +485,18 @@ def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
     """On the CPU without tf32: the three products, in x's memory format."""
     x, weight, *_ = _inputs((3, 20, 5, 7), 12, torch.float32, memory_format, "cpu")
     da = _formatted(torch.randn(3, 12, 5, 7), memory_format)
-    rows = pointwise_gemm.is_rows(da, x)
+    rows = cuda_gemm.is_rows(da, x)
     expected = [
-        pointwise_gemm.convolution(x, weight, None),
-        pointwise_gemm.input_grad(da, weight, rows),
-        pointwise_gemm.weight_grad(da, x, rows),
+        cuda_gemm.convolution(x, weight, None),
+        cuda_gemm.input_grad(da, weight, rows),
+        cuda_gemm.weight_grad(da, x, rows),
     ]
-    monkeypatch.setattr(pointwise_gemm, "takes_tf32", lambda t: True)
-    assert not pointwise_gemm.adds_bias(x)
+    monkeypatch.setattr(cuda_gemm, "takes_tf32", lambda t: True)
+    assert not cuda_gemm.adds_bias(x)
     found = [
-        pointwise_gemm.convolution(x, weight, None),
-        pointwise_gemm.input_grad(da, weight, rows),
-        pointwise_gemm.weight_grad(da, x, rows),
+        cuda_gemm.convolution(x, weight, None),
+        cuda_gemm.input_grad(da, weight, rows),
+        cuda_gemm.weight_grad(da, x, rows),
     ]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape
@@ -517,18 +505,18 @@ def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
 
 
 def test_the_choice_can_be_forced(monkeypatch):
-    pointwise_gemm.forced_gemm.cache_clear()
+    cuda_choice.forced_gemm.cache_clear()
     try:
         choices = (("fused", "mma"), ("layer", "mma"), ("wgmma", "wgmma"), ("torch", "torch"), ("auto", "torch"))
         for value, expected in choices:
             monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
-            pointwise_gemm.forced_gemm.cache_clear()
+            cuda_choice.forced_gemm.cache_clear()
             # a CPU tensor, as in the emulation: torch's unless asked
-            assert pointwise_gemm.choose_kernel(torch.empty(1, 8, 8, 8), 2, lambda: True) == expected
+            assert cuda_choice.choose_kernel(torch.empty(1, 8, 8, 8), 2, lambda: True) == expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
-        pointwise_gemm.forced_gemm.cache_clear()
+        cuda_choice.forced_gemm.cache_clear()
         message = "CONVMIXER_CUDA_GEMM must be auto, fused, wgmma, torch or layer, got 'cutlass'"
         with pytest.raises(ValueError, match=message):
-            pointwise_gemm.forced_gemm()
+            cuda_choice.forced_gemm()
     finally:
-        pointwise_gemm.forced_gemm.cache_clear()
+        cuda_choice.forced_gemm.cache_clear()

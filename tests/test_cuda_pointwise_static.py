@@ -11,7 +11,9 @@ import re
 
 import pytest
 
-from benchmarks import sass, static_cuda, static_gemm
+from benchmarks.static import gemm as static_gemm
+from benchmarks.static import kernels as static_kernels
+from benchmarks.static import sass
 from convmixer_kernels import _build
 
 #: mma_kernel<T, MT, NT, LAST, ALIGNED> with 128 x 128 tiles
@@ -28,7 +30,7 @@ THREADS_AND_SHARED = {
 @pytest.fixture(scope="module")
 def module():
     """The built _cuda module."""
-    found = static_cuda.find_module()
+    found = static_kernels.find_module()
     if found is None:
         pytest.skip("the CUDA module is not built: no nvcc")
     if (reason := sass.missing_tool()) is not None:
@@ -158,14 +160,14 @@ def test_a_layer_in_one_kernel(resources, kernels):
 
 def test_the_committed_table(module, resources, kernels):
     """docs/cuda-kernels.md is of these kernels."""
-    committed = json.loads((static_cuda.RESULTS / "cuda-static-gemm.json").read_text())
+    committed = json.loads((static_kernels.RESULTS / "cuda-static-gemm.json").read_text())
     rows = static_gemm.rows([k for k in kernels if static_gemm.is_of_a_case(k.function)], resources)
     assert len(rows) >= 6
     for row in rows:
         keys = ("name", "layout", "dtype", "architecture")
         (old,) = (r for r in committed if all(r[key] == row[key] for key in keys))
         label = [row[key] for key in keys]
-        stale = f"{label}: run python -m benchmarks.static_cuda"
+        stale = f"{label}: run python -m benchmarks.static"
         assert row["blocks"] >= row["blocks_claimed"], label
         assert row["spilled_bytes"] == 0, label
         # another nvcc moves an instruction here and there

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Case, check_case
+from helpers import Case, check_case, use_cuda
 from torch import Tensor
 
-from convmixer_kernels.backends import cuda, pointwise_gemm
+from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm
 from convmixer_kernels.testing import relative_error
 
 
@@ -18,16 +18,7 @@ def device(request, monkeypatch):
     emulated = request.param == "emulated"
     if not emulated and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1" if emulated else "0")
-    monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda: "wgmma")
-    cuda._native.cache_clear()
-    cuda._size.cache_clear()
-    reason = cuda._native().reason
-    if reason is not None:
-        pytest.fail(reason)
-    yield "cpu" if emulated else "cuda"
-    cuda._native.cache_clear()
-    cuda._size.cache_clear()
+    return use_cuda(monkeypatch, emulated, gemm="wgmma")
 
 
 #: Processors of the emulation, shape of x, C_out, parts of K in all. Tiles are 128 x 128 channels, a stage of K 64 pixels.
@@ -94,7 +85,7 @@ def test_many_pixels(channels, device):
     exact = sum(a.flatten(1).double() @ b.flatten(1).double().t() for a, b in zip(da, x, strict=True))
     ours = _weight_grad(da, x, torch.float32)
     error = relative_error(ours.flatten(1), exact)
-    theirs = relative_error(pointwise_gemm.weight_grad(da, x, False), exact)
+    theirs = relative_error(cuda_gemm.weight_grad(da, x, False), exact)
     # a sum of 4096 products of 16 values, which the tensor core may truncate each time; torch's begin anew with each image
     assert error <= 2 * theirs + 2**-11
     assert torch.equal(_weight_grad(da, x, torch.float32), ours)
@@ -139,7 +130,7 @@ def test_addresses_off_16_bytes_are_torchs(device):
 def test_it_is_ours_only_where_asked(monkeypatch):
     """It has not run on hardware."""
     for forced in (None, "fused", "torch", "wgmma"):
-        monkeypatch.setattr(pointwise_gemm, "forced_gemm", lambda forced=forced: forced)
+        monkeypatch.setattr(cuda_choice, "forced_gemm", lambda forced=forced: forced)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             x = torch.empty(2, 8, 8, 8, dtype=dtype)
-            assert pointwise_gemm.use_wgmma_weight_grad(x) is (forced == "wgmma" and dtype != torch.float32)
+            assert cuda_choice.use_wgmma_weight_grad(x) is (forced == "wgmma" and dtype != torch.float32)

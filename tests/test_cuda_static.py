@@ -13,7 +13,8 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import sass, static_cuda
+from benchmarks.static import kernels as static_kernels
+from benchmarks.static import sass
 from convmixer_kernels import _build
 
 #: Kernels of 16-bit depthwise convolution.
@@ -23,7 +24,7 @@ TENSOR_CORE_KERNELS = r"contiguous_kernel|channels_last_kernel|weight_grad\d+(?:
 @pytest.fixture(scope="module")
 def module():
     """The built _cuda module."""
-    found = static_cuda.find_module()
+    found = static_kernels.find_module()
     if found is None:
         pytest.skip("the CUDA module is not built: no nvcc")
     if (reason := sass.missing_tool()) is not None:
@@ -41,7 +42,7 @@ def resources(module):
     return found
 
 
-@pytest.fixture(scope="module", params=static_cuda.ARCHITECTURES)
+@pytest.fixture(scope="module", params=static_kernels.ARCHITECTURES)
 def architecture(request, resources):
     if request.param not in {r.architecture for r in resources}:
         pytest.skip(f"the CUDA module holds no code for {request.param}")
@@ -53,7 +54,7 @@ def kernels(module, architecture) -> list[sass.Kernel]:
     """Those of 16-bit depthwise convolution and of the table, disassembled."""
 
     def wanted(name: str) -> bool:
-        return re.search(TENSOR_CORE_KERNELS, name) is not None or static_cuda.is_of_a_case(name)
+        return re.search(TENSOR_CORE_KERNELS, name) is not None or static_kernels.is_of_a_case(name)
 
     return list(sass.kernels(module, architecture, wanted))
 
@@ -68,22 +69,22 @@ def test_no_kernel_spills_or_uses_local_memory(resources, architecture):
 def test_tensor_core_kernels_hold_what_they_are_for(kernels):
     found = [kernel for kernel in kernels if re.search(TENSOR_CORE_KERNELS, kernel.function)]
     assert len(found) > 60
-    problems = {kernel.function: static_cuda.lacks(kernel.function, kernel.counts) for kernel in found}
+    problems = {kernel.function: static_kernels.lacks(kernel.function, kernel.counts) for kernel in found}
     assert {name: lacking for name, lacking in problems.items() if lacking} == {}
 
 
 def test_occupancy_and_the_committed_table(kernels, architecture, resources):
     """Registers and shared memory allow the blocks that the headers claim; docs/cuda-kernels.md is of these kernels."""
-    committed = json.loads((static_cuda.RESULTS / "cuda-static.json").read_text())
+    committed = json.loads((static_kernels.RESULTS / "cuda-static.json").read_text())
     committed = {(r["name"], r["layout"], r["dtype"]): r for r in committed if r["architecture"] == architecture}
-    for row in static_cuda.rows(kernels, resources):
+    for row in static_kernels.rows(kernels, resources):
         label = row["name"], row["layout"], row["dtype"]
         if architecture == "sm_90a":
             assert row["blocks"] >= row["blocks_claimed"], label
         assert row["spilled_bytes"] == 0, label
         old = committed[label]
         # another nvcc moves an instruction here and there
-        stale = f"{label}: run python -m benchmarks.static_cuda"
+        stale = f"{label}: run python -m benchmarks.static"
         assert row["total_per_output"] == pytest.approx(old["total_per_output"], rel=0.05), stale
         assert row["registers"] == pytest.approx(old["registers"], abs=8), stale
         assert (row["dynamic_shared"], row["blocks"]) == (old["dynamic_shared"], old["blocks"]), stale
@@ -112,7 +113,7 @@ def test_fast_gelu_takes_at_most_15_instructions(tmp_path):
         pytest.skip(reason)
     source, cubin = tmp_path / "one.cu", tmp_path / "one.cubin"
     source.write_text(_ONE_ACTIVATION.format(math=_build.CSRC / "math.h"))
-    for architecture in static_cuda.ARCHITECTURES:
+    for architecture in static_kernels.ARCHITECTURES:
         command = [str(nvcc), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", str(source), "-o", str(cubin)]
         subprocess.run(command, check=True, capture_output=True)
         found = {kernel.function: kernel.counts for kernel in sass.kernels(cubin, architecture)}
@@ -161,21 +162,24 @@ def test_occupancy_arithmetic():
 
 def test_what_a_kernel_lacks_is_named():
     whole = Counter({"HMMA": 9, "LDSM": 9, "LDGSTS.128": 1, "LDG.128": 8, "STG.128": 8, "STG": 8})
-    assert static_cuda.lacks("channels_last_kernel", whole) == []
+    assert static_kernels.lacks("channels_last_kernel", whole) == []
     for gone in ("HMMA", "LDSM"):
-        assert static_cuda.lacks("channels_last_kernel", whole - Counter({gone: 9})) == [gone]
+        assert static_kernels.lacks("channels_last_kernel", whole - Counter({gone: 9})) == [gone]
     # a 16-byte store that the compiler split into four
     split = whole + Counter({"STG": 23}) - Counter({"STG.128": 6})
-    assert static_cuda.lacks("channels_last_kernel", split) == ["8 STG.128"]
-    assert static_cuda.lacks("weight_grad11warp_kernel", Counter({"HMMA": 1, "LDSM": 1})) == ["LDGSTS.128 or LDG.128"]
+    assert static_kernels.lacks("channels_last_kernel", split) == ["8 STG.128"]
+    assert static_kernels.lacks("weight_grad11warp_kernel", Counter({"HMMA": 1, "LDSM": 1})) == [
+        "LDGSTS.128 or LDG.128"
+    ]
     assert (
-        static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li2ELi1EE", Counter({"HMMA": 1, "LDSM": 1})) == []
+        static_kernels.lacks("weight_grad12block_kernelI13__nv_bfloat16Li2ELi1EE", Counter({"HMMA": 1, "LDSM": 1}))
+        == []
     )
     octets = Counter({"HMMA": 1, "LDSM": 1, "LDG.128": 24, "STS.128": 24})
-    assert static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets) == []
-    split = static_cuda.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets - Counter({"STS.128": 7}))
+    assert static_kernels.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets) == []
+    split = static_kernels.lacks("weight_grad12block_kernelI13__nv_bfloat16Li1ELi8EE", octets - Counter({"STS.128": 7}))
     assert split == ["24 LDG.128 and STS.128"]
-    assert static_cuda.lacks("contiguous_kernel", whole + Counter({"STL": 1})) == ["no local memory"]
+    assert static_kernels.lacks("contiguous_kernel", whole + Counter({"STL": 1})) == ["no local memory"]
 
 
 _SASS = """
@@ -212,7 +216,7 @@ def test_a_path_through_a_loop():
     assert kernel.once_through(loop, lambda counts: (counts["MUFU.EX2"],))["MUFU.RCP"] == 1
     with pytest.raises(ValueError, match="to be avoided"):
         kernel.once_through(loop, lambda counts: (), lambda counts: counts["LDSM"] > 0)
-    assert static_cuda.shared_cycles(path) == 4
+    assert static_kernels.shared_cycles(path) == 4
 
 
 _DETOURS = """
@@ -243,4 +247,4 @@ def test_detours_of_divided_warps_are_no_part_of_a_loop():
     # neither the call nor what lies behind the switch's end
     assert (path["all"], path["CALL"], path["SHFL"], path["MUFU.EX2"], path["MUFU.RCP"]) == (9, 0, 0, 1, 0)
     # an access that never happens takes an issue slot alone, two matrices two cycles
-    assert static_cuda.shared_cycles(path) == 1 + 2
+    assert static_kernels.shared_cycles(path) == 1 + 2

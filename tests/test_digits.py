@@ -8,12 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, assert_twice_eager, in_format
+from helpers import ACTIVATIONS, assert_twice_eager, in_format, skip_unless_it_runs
 from torch import Tensor
 
 import convmixer_kernels as ck
-from convmixer_kernels import dispatch
-from convmixer_kernels.backends import cuda
 
 #: Pooled; Triton's interpreter takes seconds for each.
 SEEDS = {"cpu": 24, "reference": 24, "cuda": 24, "triton": 4}
@@ -24,14 +22,8 @@ SLOW = ("cuda", "triton")
 
 @pytest.fixture(params=["cpu", "reference", "cuda", "triton"])
 def backend(request, monkeypatch):
-    if request.param == "cuda":
-        monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-        cuda._native.cache_clear()
-    reason = dispatch.load(request.param).can_run("depthwise", torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    yield request.param
-    cuda._native.cache_clear()
+    skip_unless_it_runs(request.param, monkeypatch)
+    return request.param
 
 
 def _pooled(name: str, backend: str, case) -> None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convmixer
 import convmixer_kernels as ck
-from convmixer_kernels import _native, dispatch
+from convmixer_kernels import _load, dispatch
 from convmixer_kernels.backends import cpu, cuda, triton
 
 OPERATORS = ["depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d"]
@@ -297,8 +297,8 @@ def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
 
 def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
     """The Triton kernels run where a foreign _cuda lies beside them: nothing else would say so."""
-    monkeypatch.setattr(_native, "refused", {"_cuda": "there/_cuda.so is refused: it was built from other sources"})
-    monkeypatch.setattr(cuda, "build_info", lambda: {"available": False, "detail": _native.refused["_cuda"]})
+    monkeypatch.setattr(_load, "refused", {"_cuda": "there/_cuda.so is refused: it was built from other sources"})
+    monkeypatch.setattr(cuda, "build_info", lambda: {"available": False, "detail": _load.refused["_cuda"]})
     monkeypatch.setattr(triton, "build_info", lambda: {"available": True, "detail": ""})
     dispatch._warn_if_nothing_faster.cache_clear()
     try:

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulation.build import build
+from helpers import use_cuda
 
 from benchmarks import gpu, gpu_models, gpu_ops, report
-from convmixer_kernels.backends import cuda, pointwise_gemm, reference, triton
+from convmixer_kernels.backends import cuda, cuda_choice, reference, triton
 from convmixer_kernels.testing import relative_error
 
 _MEMCHECK = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: {}\n"
@@ -122,10 +124,8 @@ def test_kill_9_loses_at_most_one_row(tmp_path):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-    gpu_ops.cuda._native.cache_clear()
-    yield
-    gpu_ops.cuda._native.cache_clear()
+    monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", str(build()))
+    use_cuda(monkeypatch)
 
 
 def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
@@ -387,16 +387,16 @@ def test_which_gemms_are_timed(op, shape, dtype, layout, capability, expected):
 def test_every_forced_gemm_is_one_that_the_backend_knows(monkeypatch):
     cases = [case for case in gpu_ops.operator_cases() if gpu_ops.forced_gemms(case, (9, 0))]
     assert {case.op for case in cases} == {"pointwise_eval", "pointwise_train", "pointwise_backward", "mixer_eval"}
-    before = pointwise_gemm.forced_gemm
+    before = cuda_choice.forced_gemm
     for name in {name for case in cases for name in gpu_ops.forced_gemms(case, (9, 0))}:
         with gpu_ops.forcing(name):
-            assert pointwise_gemm.forced_gemm() == name
+            assert cuda_choice.forced_gemm() == name
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", name)
         before.cache_clear()
         assert before() == name
     before.cache_clear()
     with gpu_ops.forcing(None):
-        assert pointwise_gemm.forced_gemm is before
+        assert cuda_choice.forced_gemm is before
 
 
 def test_a_layer_is_checked_by_all_its_channels():

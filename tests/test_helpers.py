@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ops import OPERATORS, make_sets
 from benchmarks.shapes import DEPTHWISE, OpCase
-from convmixer_kernels.backends import reference
+from convmixer_kernels import testing
 from convmixer_kernels.testing import UNIT_ROUNDOFF, relative_error, within_twice_eager
 
 
@@ -147,10 +147,10 @@ def test_the_benchmarks_always_return(op):
 def test_what_is_widened_is_rounded_once():
     x, weight, bias = torch.randn(2, 3, 9, 8).bfloat16(), torch.randn(3, 1, 15, 2).bfloat16(), torch.randn(3).bfloat16()
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding="same", groups=3)
-    y = reference.eager_convolution(x, weight, bias, 3)
+    y = testing.eager_convolution(x, weight, bias, 3)
     torch.testing.assert_close(y, exact.bfloat16(), rtol=2**-8, atol=1e-6)
-    assert not reference.never_returns(x.float(), weight)
-    assert not reference.never_returns(x, weight[:, :, :14])
+    assert not testing.never_returns(x.float(), weight)
+    assert not testing.never_returns(x, weight[:, :, :14])
 
 
 # ---- and a test that hangs has a name ---------------------------------------------------------------------------------

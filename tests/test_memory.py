@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import BLOCK_TENSORS, Case, make_inputs, ours
+from helpers import BLOCK_TENSORS, Case, make_inputs, ours, skip_unless_it_runs
 from torch import Tensor
 
 import convmixer_kernels as ck
-from convmixer_kernels import autograd, dispatch, functional
-from convmixer_kernels.backends import cuda
+from convmixer_kernels import autograd, functional
 
 OPERATORS = {
     "depthwise_conv2d": BLOCK_TENSORS[:2],
@@ -24,14 +23,8 @@ LEFT = {"freed": 0, "shrunk": 8}
 
 @pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
 def backend(request, monkeypatch):
-    if request.param == "cuda":
-        monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-        cuda._native.cache_clear()
-    reason = dispatch.load(request.param).can_run("depthwise", torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    yield request.param
-    cuda._native.cache_clear()
+    skip_unless_it_runs(request.param, monkeypatch)
+    return request.param
 
 
 def take_memory(t: Tensor, left: int) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BLOCK_TENSORS, Case, make_inputs
+from helpers import BLOCK_TENSORS, Case, make_inputs, skip_unless_it_runs
 from torch import Tensor
 
 import convmixer_kernels as ck
 from convmixer_kernels import dispatch
-from convmixer_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = ("depthwise_block", "pointwise_block", "mixer_layer")
@@ -29,15 +28,8 @@ class Injected(Exception):
 
 @pytest.fixture(params=["reference", "cpu", "cuda", "triton"])
 def backend(request, monkeypatch):
-    if request.param == "cuda":
-        monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-        cuda._native.cache_clear()
-    module = dispatch.load(request.param)
-    reason = module.can_run("depthwise", torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
-    if reason is not None:
-        pytest.skip(reason)
-    yield module
-    cuda._native.cache_clear()
+    skip_unless_it_runs(request.param, monkeypatch)
+    return dispatch.load(request.param)
 
 
 def inputs_of(op: str) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Case, assert_twice_eager, check_case, eager, make_inputs, ours, run
+from helpers import Case, assert_twice_eager, check_case, eager, make_inputs, ours, run, use_cuda
 from torch.autograd import forward_ad
 
 import convmixer_kernels as ck
@@ -202,21 +202,14 @@ def test_saved_tensors_that_come_back_in_another_layout(op, memory_format, hook,
 def test_saved_tensors_in_another_layout_on_a_gpu(op, backend, monkeypatch):
     """The same kernels, emulated and interpreted. One hook: save_on_cpu's, whose copies are contiguous."""
     if backend == "cuda":
-        from convmixer_kernels.backends import cuda
-
-        monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", "1")
-        cuda._native.cache_clear()
+        use_cuda(monkeypatch)
     else:
         pytest.importorskip("triton", reason="triton is not installed")
         if torch.cuda.is_available():
             pytest.skip("the interpreter is not in use where there is a GPU")
     case = Case(op, (2, 32, 5, 6), (1, 1) if op == "pointwise_block" else (3, 4), memory_format="channels_last")
     count = itertools.count()
-    try:
-        check_case(case, backend, pool=32, context=lambda: _hooks(lambda t: t.contiguous() if next(count) % 2 else t))
-    finally:
-        if backend == "cuda":
-            cuda._native.cache_clear()
+    check_case(case, backend, pool=32, context=lambda: _hooks(lambda t: t.contiguous() if next(count) % 2 else t))
 
 
 @pytest.mark.parametrize("op", OPERATORS)

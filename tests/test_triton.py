@@ -24,7 +24,7 @@ import convmixer_kernels as ck
 from convmixer_kernels import dispatch
 from convmixer_kernels.backends import reference
 from convmixer_kernels.backends import triton as backend
-from convmixer_kernels.backends.base import Norm, Update
+from convmixer_kernels.primitives import Norm, Update, activate, update_running_statistics
 from convmixer_kernels.testing import relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -241,7 +241,7 @@ def test_statistics(kernel, dtype, memory_format, blocks, monkeypatch, request):
     backend.normalize(a, "gelu", Norm(mean, var, None, None, 1e-5), None, (Update(*running, mean, var, count, 0.1),))
     h = torch.nn.functional.gelu(a.double())
     exact_var, exact_mean = torch.var_mean(h, dim=(0, 2, 3), correction=0)
-    reference.update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
+    update_running_statistics(Update(*expected, exact_mean, exact_var, count, 0.1))
     tolerance = 1e-6 if dtype == FP32 else 2e-5  # the 16-bit gelu is good to 1e-6 absolute
     for mine, exact in zip((mean, var, *running), (exact_mean, exact_var, *expected), strict=True):
         assert relative_error(mine, exact) < tolerance
@@ -286,7 +286,7 @@ def test_activation_of_every_float16_and_bfloat16(activation):
         a = a[a.isfinite() & (a.abs() < 1e4)].reshape(1, 1, 1, -1)
         norm = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0)
         mine = backend.normalize(a, activation, norm, None).double()
-        exact = reference.activate(a.double(), activation)
+        exact = activate(a.double(), activation)
         step = torch.finfo(dtype).eps / 2 * exact.abs() + 4e-6
         assert ((mine - exact).abs() <= step).all()
 

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from convmixer_kernels.backends import triton as backend
-from convmixer_kernels.backends.base import Norm
+from convmixer_kernels.primitives import Norm
 from convmixer_kernels.triton_kernels import config, tuning
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "small": 120}

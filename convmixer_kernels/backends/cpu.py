@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The primitives in native code for CPUs (csrc/cpu): one native call each.
-
-The native module takes addresses; every tensor whose address is passed stays referenced by the calling function, and autograd.py has
-checked that it has its memory.
-"""
+"""The primitives in native code for CPUs (csrc/cpu): one native call each."""
 
 from __future__ import annotations
 
@@ -12,19 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
-from .base import ACTIVATIONS, MixerEval, Norm, Update
+from .. import _load
+from ..primitives import MixerEval, Norm, Update
+from ._native import ACTIVATION_CODES, CODES, address, norm_args, param_args, shape_args, sums_args, unsupported
 
-native, _reason = _native.load("_cpu")
+native, _reason = _load.native_module("_cpu")
 
 name = "cpu"
-
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
-_LARGEST_KERNEL = 31
-_NO_PARAM = (0, 0)
-_NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-_NO_NORM_GRAD = (False, 0, 0, 0, 0, 0, 0, 0.0)
 
 
 def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
@@ -33,10 +23,8 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"{_reason}; reinstall with a C++ compiler: pip install --force-reinstall --no-deps ."
     if x.device.type != "cpu":
         return f"it takes CPU tensors, got x.device={x.device}"
-    if x.dtype not in _CODES:
-        return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
-    if max(weight.shape[2:]) > _LARGEST_KERNEL:
-        return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    if (reason := unsupported(x, weight)) is not None:
+        return reason
     return None
 
 
@@ -56,30 +44,6 @@ def build_info() -> dict[str, object]:
 
 
 # ---- arguments of native calls ----------------------------------------------------------------------------------
-
-
-def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
-    return *x.shape, _CODES[x.dtype], not x.is_contiguous()
-
-
-def _param(t: Tensor | None) -> tuple[int, int]:
-    return _NO_PARAM if t is None else (t.data_ptr(), _CODES[t.dtype])
-
-
-def _norm(norm: Norm | None) -> tuple:
-    if norm is None:
-        return _NO_NORM
-    mean, var, weight, bias, eps = norm
-    return True, *_param(mean), *_param(var), *_param(weight), *_param(bias), eps
-
-
-def _norm_grad(norm: Norm | None, sums: tuple[Tensor, Tensor] | None) -> tuple:
-    """The norm without its bias, and the sums' addresses."""
-    pointers = (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
-    if norm is None:
-        return *_NO_NORM_GRAD, 0, 0
-    mean, var, weight, _, eps = norm
-    return True, *_param(mean), *_param(var), *_param(weight), eps, *pointers
 
 
 def _preactivation(a: Tensor | None, activation: str, norm: Norm | None) -> int:
@@ -103,13 +67,13 @@ def depthwise_eval(
     native.depthwise_forward(
         x.data_ptr(),
         y.data_ptr(),
-        *_shape(x),
+        *shape_args(x),
         weight.shape[2],
         weight.shape[3],
-        *_param(weight),
-        *_param(bias),
-        _ACTIVATION_CODES[activation],
-        *_norm(norm),
+        *param_args(weight),
+        *param_args(bias),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
         residual,
         torch.get_num_threads(),
     )
@@ -128,12 +92,12 @@ def depthwise_train(
     native.depthwise_train(
         x.data_ptr(),
         a.data_ptr(),
-        *_shape(x),
+        *shape_args(x),
         weight.shape[2],
         weight.shape[3],
-        *_param(weight),
-        *_param(bias),
-        _ACTIVATION_CODES[activation],
+        *param_args(weight),
+        *param_args(bias),
+        ACTIVATION_CODES[activation],
         mean.data_ptr(),
         var.data_ptr(),
         torch.get_num_threads(),
@@ -149,7 +113,7 @@ def _pointwise_output(x: Tensor, weight: Tensor) -> Tensor:
 
 def _pointwise_shape(y: Tensor, x: Tensor) -> tuple[int, int, int, int, int, bool, int]:
     """y's shape, and C_in. A tensor of one channel or one position is of both formats; then the other one decides."""
-    return *y.shape, _CODES[y.dtype], not (x.is_contiguous() and y.is_contiguous()), x.shape[1]
+    return *y.shape, CODES[y.dtype], not (x.is_contiguous() and y.is_contiguous()), x.shape[1]
 
 
 def pointwise_eval(
@@ -165,10 +129,10 @@ def pointwise_eval(
         x.data_ptr(),
         y.data_ptr(),
         *_pointwise_shape(y, x),
-        *_param(weight),
-        *_param(bias),
-        _ACTIVATION_CODES[activation],
-        *_norm(norm),
+        *param_args(weight),
+        *param_args(bias),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
         torch.get_num_threads(),
     )
     return y
@@ -187,9 +151,9 @@ def pointwise_train(
         x.data_ptr(),
         a.data_ptr(),
         *_pointwise_shape(a, x),
-        *_param(weight),
-        *_param(bias),
-        _ACTIVATION_CODES[activation],
+        *param_args(weight),
+        *param_args(bias),
+        ACTIVATION_CODES[activation],
         mean.data_ptr(),
         var.data_ptr(),
         torch.get_num_threads(),
@@ -199,7 +163,7 @@ def pointwise_train(
 
 def mixer_may_fit(x: Tensor) -> bool:
     """Whether mixer_eval is worth asking for layers of x's width."""
-    return native is not None and x.dtype in _CODES and native.mixer_fits(*_shape(x), torch.get_num_threads())
+    return native is not None and x.dtype in CODES and native.mixer_fits(*shape_args(x), torch.get_num_threads())
 
 
 def mixer_eval(
@@ -209,7 +173,7 @@ def mixer_eval(
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
     """All layers in one native call, image by image; None where an image's channels do not fit in a core's cache."""
     threads = torch.get_num_threads()
-    n, _, height, width, *layout = shape = _shape(x)
+    n, _, height, width, *layout = shape = shape_args(x)
     widest = max(x.shape[1], *(layer.pointwise[0].shape[0] for layer in layers))
     if not native.mixer_fits(n, widest, height, width, *layout, threads):
         return None
@@ -220,10 +184,13 @@ def mixer_eval(
         *shape,
         [
             (
-                _ACTIVATION_CODES[layer.activation],
+                ACTIVATION_CODES[layer.activation],
                 layer.pointwise[0].shape[0],
                 *layer.depthwise[0].shape[2:],
-                *((*_param(w), *_param(bias), *_norm(norm)) for w, bias, norm in (layer.depthwise, layer.pointwise)),
+                *(
+                    (*param_args(w), *param_args(bias), *norm_args(norm))
+                    for w, bias, norm in (layer.depthwise, layer.pointwise)
+                ),
             )
             for layer in layers
         ],
@@ -244,11 +211,11 @@ def normalize(
     y = torch.empty_like(a)
     native.normalize(
         a.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        address(residual),
         y.data_ptr(),
-        *_shape(a),
-        _ACTIVATION_CODES[activation],
-        *_norm(norm),
+        *shape_args(a),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
         torch.get_num_threads(),
     )
     for running_mean, running_var, mean, var, count, momentum in updates:
@@ -257,8 +224,8 @@ def normalize(
             var.data_ptr(),
             len(mean),
             count,
-            *_param(running_mean),
-            *_param(running_var),
+            *param_args(running_mean),
+            *param_args(running_var),
             momentum,
         )
     return y
@@ -275,10 +242,10 @@ def norm_backward(
     native.norm_backward(
         dy.data_ptr(),
         a.data_ptr(),
-        *_shape(a),
-        _ACTIVATION_CODES[activation],
-        *_param(norm.mean),
-        *_param(norm.var),
+        *shape_args(a),
+        ACTIVATION_CODES[activation],
+        *param_args(norm.mean),
+        *param_args(norm.var),
         norm.eps,
         sum_dy.data_ptr(),
         sum_dy_hhat.data_ptr(),
@@ -302,12 +269,13 @@ def depthwise_input_grad(
         dy.data_ptr(),
         _preactivation(a, activation, norm),
         dx.data_ptr(),
-        *_shape(dy),
+        *shape_args(dy),
         weight.shape[2],
         weight.shape[3],
-        *_param(weight),
-        _ACTIVATION_CODES[activation],
-        *_norm_grad(norm, sums),
+        *param_args(weight),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
+        *sums_args(sums),
         residual,
         torch.get_num_threads(),
     )
@@ -331,13 +299,14 @@ def depthwise_weight_grad(
         dy.data_ptr(),
         _preactivation(a, activation, norm),
         x.data_ptr(),
-        *_shape(x),
+        *shape_args(x),
         weight.shape[2],
         weight.shape[3],
-        _ACTIVATION_CODES[activation],
-        *_norm_grad(norm, sums),
-        *_param(dw),
-        *_param(db),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
+        *sums_args(sums),
+        *param_args(dw),
+        *param_args(db),
         torch.get_num_threads(),
     )
     return dw, db
@@ -367,13 +336,14 @@ def pointwise_backward(
         a.data_ptr(),
         source.data_ptr(),
         *_pointwise_shape(dy, source),
-        *_param(weight),
-        _ACTIVATION_CODES[activation],
-        *_norm_grad(norm, sums),
-        0 if da is None else da.data_ptr(),
-        0 if dx is None else dx.data_ptr(),
-        *_param(dw),
-        *_param(db),
+        *param_args(weight),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
+        *sums_args(sums),
+        address(da),
+        address(dx),
+        *param_args(dw),
+        *param_args(db),
         torch.get_num_threads(),
     )
     return dx, dw, db

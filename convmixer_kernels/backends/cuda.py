@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The primitives in CUDA C++ (csrc/cuda), on the current stream; pointwise_gemm.py says which GEMMs are torch's.
+"""The primitives in CUDA C++ (csrc/cuda), on the current stream; cuda_choice.py says which GEMMs are torch's.
 
 Nothing here synchronises, and memory comes from torch's allocator alone: every primitive fits in a CUDA graph.
-The native module takes addresses; every tensor whose address is passed stays referenced by the calling function, and autograd.py has
-checked that it has its memory.
-With CONVMIXER_CUDA_EMULATION=1 the same kernels, compiled for the CPU, take CPU tensors, for tests (see _emulation.py).
+If CONVMIXER_CUDA_EMULATION names a module that tests/emulation/build.py made, the same kernels, compiled for the CPU, take
+CPU tensors: for tests.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -18,21 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native as _native_modules
-from . import pointwise_gemm as gemm
-from .base import ACTIVATIONS, MixerEval, Norm, Update
-from .pointwise_gemm import convolution as _pointwise
+from .. import _load
+from ..primitives import MixerEval, Norm, Update
+from . import cuda_choice, cuda_gemm
+from ._native import ACTIVATION_CODES, NO_NORM, address, norm_args, param_args, shape_args, sums_args, unsupported
 
 name = "cuda"
 
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
-_LARGEST_KERNEL = 31
 #: Of N and of C: the kernels count images and channels in 32 bits, elements in 64.
 _LARGEST_SIZE = 1 << 30
 _LEAST_CAPABILITY = (8, 0)
-_NO_PARAM = (0, 0)
-_NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
 
 class _Native(NamedTuple):
@@ -44,14 +39,17 @@ class _Native(NamedTuple):
 @functools.cache
 def _native() -> _Native:
     """The native module and whether this machine can use it, found out once."""
-    if os.environ.get("CONVMIXER_CUDA_EMULATION") == "1":
-        from convmixer_kernels import _emulation
-
+    emulated = os.environ.get("CONVMIXER_CUDA_EMULATION")
+    if emulated:
+        warnings.warn(
+            "CONVMIXER_CUDA_EMULATION: backend 'cuda' runs its kernels emulated on the CPU, for tests only",
+            stacklevel=2,
+        )
         try:
-            return _Native(_emulation.load(), None, True)
-        except RuntimeError as error:
-            return _Native(None, str(error), True)
-    module, reason = _native_modules.load("_cuda")
+            return _Native(_load.from_file("_cuda_emulated", emulated), None, True)
+        except ImportError as error:
+            return _Native(None, f"CONVMIXER_CUDA_EMULATION={emulated}: {error}", True)
+    module, reason = _load.native_module("_cuda")
     if module is None:
         fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
         return _Native(None, f"{reason}; {fix}", False)
@@ -82,10 +80,8 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes CUDA tensors, got x.device={x.device}"
     elif (reason := _capability_reason(x.get_device())) is not None:
         return reason
-    if x.dtype not in _CODES:
-        return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
-    if max(weight.shape[2:]) > _LARGEST_KERNEL:
-        return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    if (reason := unsupported(x, weight)) is not None:
+        return reason
     if max(x.shape[0], x.shape[1], weight.shape[0]) > _LARGEST_SIZE:
         return f"it takes N and C up to 2^30, got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"
     return None
@@ -103,8 +99,8 @@ def build_info() -> dict[str, object]:
 # ---- arguments of native calls ----------------------------------------------------------------------------------
 
 
-class _On:
-    """`with _On(x) as stream`: x's device is the current one, and stream is the address of its current stream."""
+class _device_stream:
+    """`with _device_stream(x) as stream`: x's device is the current one, and stream is the address of its current stream."""
 
     __slots__ = ("guard", "index")
 
@@ -123,29 +119,6 @@ class _On:
     def __exit__(self, *exception: object) -> None:
         if self.guard is not None:
             self.guard.__exit__(*exception)
-
-
-def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
-    return *x.shape, _CODES[x.dtype], not x.is_contiguous()
-
-
-def _param(t: Tensor | None) -> tuple[int, int]:
-    return _NO_PARAM if t is None else (t.data_ptr(), _CODES[t.dtype])
-
-
-def _norm(norm: Norm | None) -> tuple:
-    if norm is None:
-        return _NO_NORM
-    mean, var, weight, bias, eps = norm
-    return True, *_param(mean), *_param(var), *_param(weight), *_param(bias), eps
-
-
-def _sums(sums: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
-    return (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
@@ -182,7 +155,7 @@ def _merged(
 
 def _updates(updates: Sequence[Update]) -> tuple:
     return tuple(
-        (len(u.mean), u.count, u.mean.data_ptr(), u.var.data_ptr(), *_param(u[0]), *_param(u[1]), u.momentum)
+        (len(u.mean), u.count, u.mean.data_ptr(), u.var.data_ptr(), *param_args(u[0]), *param_args(u[1]), u.momentum)
         for u in updates
     )
 
@@ -201,15 +174,15 @@ def depthwise_eval(
     """norm(act(conv(x) + bias)) (+ x), in one launch."""
     x = _aligned(x)
     y = torch.empty_like(x)
-    with _On(x) as stream:
+    with _device_stream(x) as stream:
         _native().module.depthwise_forward(
-            *_shape(x),
+            *shape_args(x),
             *weight.shape[2:],
             x.data_ptr(),
-            *_param(weight),
-            *_param(bias),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
+            *param_args(weight),
+            *param_args(bias),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
             residual,
             y.data_ptr(),
             0,
@@ -227,17 +200,17 @@ def depthwise_train(
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
     x = _aligned(x)
     native, a = _native().module, torch.empty_like(x)
-    with _On(x) as stream:
-        shape, kernel = _shape(x), tuple(weight.shape[2:])
+    with _device_stream(x) as stream:
+        shape, kernel = shape_args(x), tuple(weight.shape[2:])
         partials = _partials("depthwise_forward_partials", x, *shape, *kernel)
         native.depthwise_forward(
             *shape,
             *kernel,
             x.data_ptr(),
-            *_param(weight),
-            *_param(bias),
-            _ACTIVATION_CODES[activation],
-            *_NO_NORM,
+            *param_args(weight),
+            *param_args(bias),
+            ACTIVATION_CODES[activation],
+            *NO_NORM,
             False,
             a.data_ptr(),
             partials.data_ptr(),
@@ -259,16 +232,16 @@ def depthwise_input_grad(
     """dx = correlate(da, flipped weight) (+ dy), in one launch."""
     dy, a = _aligned(dy), _aligned(a)
     dx = torch.empty_like(dy)
-    with _On(dy) as stream:
+    with _device_stream(dy) as stream:
         _native().module.depthwise_input_grad(
-            *_shape(dy),
+            *shape_args(dy),
             *weight.shape[2:],
             dy.data_ptr(),
-            _address(a),
-            *_param(weight),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
-            *_sums(sums),
+            address(a),
+            *param_args(weight),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
+            *sums_args(sums),
             residual,
             dx.data_ptr(),
             stream,
@@ -289,20 +262,20 @@ def depthwise_weight_grad(
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None where bias is."""
     dy, a, x = _aligned(dy), _aligned(a), _aligned(x)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
-    with _On(dy) as stream:
-        shape, kernel = _shape(dy), tuple(weight.shape[2:])
+    with _device_stream(dy) as stream:
+        shape, kernel = shape_args(dy), tuple(weight.shape[2:])
         workspace = _workspace("depthwise_weight_grad_workspace", dy, *shape, *kernel)
         _native().module.depthwise_weight_grad(
             *shape,
             *kernel,
             dy.data_ptr(),
-            _address(a),
+            address(a),
             x.data_ptr(),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
-            *_sums(sums),
-            *_param(dw),
-            *_param(db),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
+            *sums_args(sums),
+            *param_args(dw),
+            *param_args(db),
             workspace.data_ptr(),
             stream,
         )
@@ -321,13 +294,13 @@ def normalize(
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(a)) (+ residual), and running statistics, in one launch."""
     y = torch.empty_like(a)
-    with _On(a) as stream:
+    with _device_stream(a) as stream:
         _native().module.normalize(
-            *_shape(a),
+            *shape_args(a),
             a.data_ptr(),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
-            _address(residual),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
+            address(residual),
             y.data_ptr(),
             _updates(updates),
             stream,
@@ -343,16 +316,16 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W, (C,) float32 each: two launches."""
     sums = tuple(dy.new_empty(dy.shape[1], dtype=torch.float32) for _ in range(2))
-    with _On(dy) as stream:
-        shape = _shape(dy)
+    with _device_stream(dy) as stream:
+        shape = shape_args(dy)
         workspace = _workspace("norm_backward_workspace", dy, *shape)
         _native().module.norm_backward(
             *shape,
             dy.data_ptr(),
             a.data_ptr(),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
-            *_sums(sums),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
+            *sums_args(sums),
             workspace.data_ptr(),
             stream,
         )
@@ -381,15 +354,15 @@ def _pointwise_forward(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     _native().module.pointwise_forward(
-        *_shape(x),
+        *shape_args(x),
         weight.shape[0],
         x.data_ptr(),
         weight.data_ptr(),
-        *_param(bias),
-        _ACTIVATION_CODES[activation],
-        *_norm(norm),
+        *param_args(bias),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
         y.data_ptr(),
-        _address(partials),
+        address(partials),
         kernel == "wgmma",
         stream,
     )
@@ -401,7 +374,7 @@ def _runs_wgmma(
     weight: Tensor,  # (C_out, C_in, 1, 1), of x's dtype
 ) -> bool:
     """Whether sm_90a's instructions compute this on x's device, which is the current one."""
-    return _native().module.pointwise_runs_hopper(*_shape(x), weight.shape[0], x.data_ptr(), weight.data_ptr())
+    return _native().module.pointwise_runs_hopper(*shape_args(x), weight.shape[0], x.data_ptr(), weight.data_ptr())
 
 
 def pointwise_eval(
@@ -414,15 +387,21 @@ def pointwise_eval(
     """norm(act(conv1x1(x) + bias)): one launch, or torch's GEMM and one pass in place over its result."""
     bare = bias is None and activation == "identity" and norm is None
     narrow = weight.to(x.dtype)
-    with _On(x) as stream:
-        kernel = gemm.choose_kernel(x, 0 if bare else 2, lambda: _runs_wgmma(x, narrow))
+    with _device_stream(x) as stream:
+        kernel = cuda_choice.choose_kernel(x, 0 if bare else 2, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             return _pointwise_forward(x, narrow, bias, activation, norm, kernel, stream)
-    y = _pointwise(x, weight, None)
+    y = cuda_gemm.convolution(x, weight, None)
     if not bare:
-        with _On(x) as stream:
+        with _device_stream(x) as stream:
             _native().module.pointwise_epilogue(
-                *_shape(y), y.data_ptr(), *_param(bias), _ACTIVATION_CODES[activation], *_norm(norm), 0, stream
+                *shape_args(y),
+                y.data_ptr(),
+                *param_args(bias),
+                ACTIVATION_CODES[activation],
+                *norm_args(norm),
+                0,
+                stream,
             )
     return y
 
@@ -432,7 +411,7 @@ def mixer_may_fit(x: Tensor) -> bool:
     native = _native()
     if native.module is None or x.dtype not in (torch.float16, torch.bfloat16) or not x.is_contiguous():
         return False
-    return gemm.use_one_kernel(x, x.shape[1], native.module.mixer_tiles(*_shape(x)))
+    return cuda_choice.use_one_kernel(x, x.shape[1], native.module.mixer_tiles(*shape_args(x)))
 
 
 def mixer_eval(
@@ -441,32 +420,32 @@ def mixer_eval(
     residual: bool,
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
     """Each layer in one launch; None where one of them does not fit or two launches are faster."""
-    native, shape = _native().module, _shape(x)
-    with _On(x) as stream:
+    native, shape = _native().module, shape_args(x)
+    with _device_stream(x) as stream:
         for layer in layers:
             kernel, c_out = tuple(layer.depthwise[0].shape[2:]), layer.pointwise[0].shape[0]
             if len(layers) > 1 and c_out != x.shape[1]:
                 return None  # what follows is decided for x
             if not _size("mixer_fits", x.get_device(), *shape, c_out, *kernel):
                 return None
-            if not gemm.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
+            if not cuda_choice.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
                 return None
         for layer in layers:
             (lower, lower_bias, lower_norm), (upper, upper_bias, upper_norm) = layer.depthwise, layer.pointwise
             y = x.new_empty((x.shape[0], upper.shape[0], *x.shape[2:]))
             upper = upper.to(x.dtype)
             native.mixer_forward(
-                *_shape(x),
+                *shape_args(x),
                 upper.shape[0],
                 *lower.shape[2:],
                 x.data_ptr(),
-                _param(lower),
-                _param(lower_bias),
-                _norm(lower_norm),
+                param_args(lower),
+                param_args(lower_bias),
+                norm_args(lower_norm),
                 upper.data_ptr(),
-                _param(upper_bias),
-                _norm(upper_norm),
-                _ACTIVATION_CODES[layer.activation],
+                param_args(upper_bias),
+                norm_args(upper_norm),
+                ACTIVATION_CODES[layer.activation],
                 residual,
                 y.data_ptr(),
                 stream,
@@ -486,28 +465,28 @@ def pointwise_train(
     Or torch's GEMM, a pass for bias and statistics (it only reads if the GEMM adds the bias), the merge.
     """
     native, count = _native().module, x.numel() // x.shape[1]
-    adds_bias = gemm.adds_bias(x)
+    adds_bias = cuda_gemm.adds_bias(x)
     narrow = weight.to(x.dtype)
-    with _On(x) as stream:
-        kernel = gemm.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
+    with _device_stream(x) as stream:
+        kernel = cuda_choice.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             # where operands are not aligned, another kernel makes other parts
             parts = native.pointwise_forward_partials(
-                *_shape(x), weight.shape[0], x.data_ptr(), narrow.data_ptr(), kernel == "wgmma"
+                *shape_args(x), weight.shape[0], x.data_ptr(), narrow.data_ptr(), kernel == "wgmma"
             )
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, stream)
-    a = _pointwise(x, weight, bias if adds_bias else None)
-    with _On(x) as stream:
-        shape = _shape(a)
+    a = cuda_gemm.convolution(x, weight, bias if adds_bias else None)
+    with _device_stream(x) as stream:
+        shape = shape_args(a)
         partials = _partials("pointwise_epilogue_partials", a, *shape)
         native.pointwise_epilogue(
             *shape,
             a.data_ptr(),
-            *_param(None if adds_bias else bias),
-            _ACTIVATION_CODES[activation],
-            *_NO_NORM,
+            *param_args(None if adds_bias else bias),
+            ACTIVATION_CODES[activation],
+            *NO_NORM,
             partials.data_ptr(),
             stream,
         )
@@ -520,17 +499,17 @@ def _pointwise_weight_grad(
     weight: Tensor,  # (C_out, C_in, 1, 1): for its shape and dtype
 ) -> Tensor | None:  # as weight
     """dw by wgmma, in two launches; None where that cannot run."""
-    if not gemm.use_wgmma_weight_grad(x) or da.dtype != x.dtype or (da.data_ptr() | x.data_ptr()) % 16 != 0:
+    if not cuda_choice.use_wgmma_weight_grad(x) or da.dtype != x.dtype or (da.data_ptr() | x.data_ptr()) % 16 != 0:
         return None
-    with _On(x) as stream:
-        arguments = (*_shape(x), da.shape[1])
+    with _device_stream(x) as stream:
+        arguments = (*shape_args(x), da.shape[1])
         size = _size("pointwise_weight_grad_workspace", x.get_device(), *arguments)
         if size == 0:
             return None
         workspace = x.new_empty(size, dtype=torch.uint8)
         dw = weight.new_empty(weight.shape)
         _native().module.pointwise_weight_grad(
-            *arguments, da.data_ptr(), x.data_ptr(), *_param(dw), workspace.data_ptr(), stream
+            *arguments, da.data_ptr(), x.data_ptr(), *param_args(dw), workspace.data_ptr(), stream
         )
     return dw
 
@@ -549,27 +528,27 @@ def pointwise_backward(
     """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two products."""
     da = torch.empty_like(dy)
     db = torch.empty_like(bias) if needs[2] and bias is not None else None
-    with _On(dy) as stream:
-        shape = _shape(dy)
+    with _device_stream(dy) as stream:
+        shape = shape_args(dy)
         workspace = _workspace("pointwise_grad_prologue_workspace", dy, *shape)
         _native().module.pointwise_grad_prologue(
             *shape,
             dy.data_ptr(),
             a.data_ptr(),
-            _ACTIVATION_CODES[activation],
-            *_norm(norm),
-            *_sums(sums),
+            ACTIVATION_CODES[activation],
+            *norm_args(norm),
+            *sums_args(sums),
             da.data_ptr(),
-            *_param(db),
+            *param_args(db),
             workspace.data_ptr(),
             stream,
         )
     # a tensor of one channel is contiguous in both formats: the others decide
-    rows = gemm.is_rows(da, x)
-    dx = gemm.input_grad(da, weight, rows) if needs[0] else None
+    rows = cuda_gemm.is_rows(da, x)
+    dx = cuda_gemm.input_grad(da, weight, rows) if needs[0] else None
     dw = None
     if needs[1]:
         dw = None if rows else _pointwise_weight_grad(da, x, weight)
         if dw is None:
-            dw = gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype)
+            dw = cuda_gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype)
     return dx, dw, db

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Norm, Update
+from ..primitives import Norm, Update, activate, convolution, update_running_statistics, wide
 
 name = "reference"
 
@@ -31,21 +31,8 @@ def build_info() -> dict[str, object]:
 # ---- elementwise pieces -----------------------------------------------------------------------------------------
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def _per_channel(t: Tensor) -> Tensor:
-    return _wide(t).view(1, -1, 1, 1)
-
-
-def activate(a: Tensor, activation: str) -> Tensor:
-    """act(a), elementwise, in a's dtype."""
-    if activation == "identity":
-        return a
-    if activation == "relu":
-        return torch.relu(a)
-    return F.gelu(a, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return wide(t).view(1, -1, 1, 1)
 
 
 def _activation_grad(a: Tensor, activation: str) -> Tensor:
@@ -61,8 +48,8 @@ def _activation_grad(a: Tensor, activation: str) -> Tensor:
 
 
 def _scale(norm: Norm) -> Tensor:
-    scale = torch.rsqrt(_wide(norm.var) + norm.eps)
-    return scale if norm.weight is None else scale * _wide(norm.weight)
+    scale = torch.rsqrt(wide(norm.var) + norm.eps)
+    return scale if norm.weight is None else scale * wide(norm.weight)
 
 
 def _apply_norm(h: Tensor, norm: Norm | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -84,49 +71,13 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
         if sums is not None:
             count = dy.numel() // dy.shape[1]
             # the activation as the forward rounded it: its mean is what the statistics hold
-            hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
+            hhat = (activate(wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
     if activation == "relu":
         # 0 where relu is, whatever dh, and dh where a is NaN: as torch's threshold_backward
         return da.masked_fill(h <= 0, 0.0)
     return da if activation == "identity" else da * _activation_grad(h, activation)
-
-
-#: A kernel side from which torch's own 16-bit depthwise convolution may never return on a CPU: oneDNN on processors with AVX-512 FP16
-#: (torch 2.13; float16 in both layouts, bfloat16 in channels_last), forward only as far as is known.
-_ENDLESS_FROM = 15
-
-
-def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether torch may not return from this depthwise convolution or its backward in `dtype` (x's unless given), on x's device.
-
-    The one place that knows: who calls torch's convolution asks here, and computes in float32 where the answer is True.
-    """
-    small = x.dtype if dtype is None else dtype
-    return (
-        small in (torch.float16, torch.bfloat16) and max(weight.shape[2:]) >= _ENDLESS_FROM and x.device.type == "cpu"
-    )
-
-
-def eager_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same"
-) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=padding, groups=groups), autocast included, which always returns."""
-    autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if not never_returns(x, weight, dtype):
-        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
-    with torch.autocast("cpu", enabled=False):
-        return convolution(x.to(dtype), weight, bias, groups, padding)
-
-
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
-    """F.conv2d in x's dtype; for composite.py too, so differentiable as often as F.conv2d."""
-    # on a CPU 16-bit operands are widened whatever the kernel's size: float32 is no slower there
-    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=padding, groups=groups).to(x.dtype)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -150,7 +101,7 @@ def depthwise_eval(
     residual: bool,
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one pass."""
-    h = activate(_wide(_convolution(x, weight, bias, x.shape[1])), activation)
+    h = activate(wide(_convolution(x, weight, bias, x.shape[1])), activation)
     return _apply_norm(h, norm, x if residual else None, x.dtype)
 
 
@@ -173,7 +124,7 @@ def pointwise_eval(
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)), in one pass."""
-    return _apply_norm(activate(_wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)
+    return _apply_norm(activate(wide(_convolution(x, weight, bias, 1)), activation), norm, None, x.dtype)
 
 
 def pointwise_train(
@@ -188,26 +139,8 @@ def pointwise_train(
 
 
 def _statistics(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(activate(_wide(a), activation), dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(activate(wide(a), activation), dim=(0, 2, 3), correction=0)
     return mean, var
-
-
-def update_running_statistics(update: Update) -> None:
-    """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
-    running_mean, running_var, mean, var, count, momentum = update
-    if running_mean is not None:
-        _move(running_mean, mean, momentum)
-    if running_var is not None:
-        _move(running_var, var * (count / max(count - 1, 1)), momentum)
-
-
-def _move(running: Tensor, new: Tensor, momentum: float) -> None:
-    if running.stride(0) != 0 or running.shape[0] == 1:
-        running.copy_((1 - momentum) * _wide(running) + momentum * new)
-        return
-    # one element for all channels, which move it one after the other, as torch's loop over channels does
-    for value in new:
-        running[0].copy_((1 - momentum) * _wide(running[0]) + momentum * value)
 
 
 def normalize(
@@ -218,7 +151,7 @@ def normalize(
     updates: Sequence[Update] = (),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(a)) (+ residual): the second pass of the training forward, and z rebuilt in mixer_layer's backward."""
-    y = _apply_norm(activate(_wide(a), activation), norm, residual, a.dtype)
+    y = _apply_norm(activate(wide(a), activation), norm, residual, a.dtype)
     for update in updates:
         update_running_statistics(update)
     return y
@@ -232,7 +165,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy * hhat over N, H, W: the gradients of beta and gamma, (C,) each, here in float64."""
     rstd = torch.rsqrt(norm.var.double() + norm.eps)
-    hhat = (activate(_wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
+    hhat = (activate(wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
     dy = dy.double()
     return dy.sum((0, 2, 3)), (dy * hhat).sum((0, 2, 3))
 
@@ -247,7 +180,7 @@ def depthwise_input_grad(
     residual: bool,
 ) -> Tensor:
     """dx = correlate(da, flipped weight) (+ dy): for even k the paddings change sides."""
-    da = _da(dy, a, activation, norm, sums).to(_wide(dy).dtype)
+    da = _da(dy, a, activation, norm, sums).to(wide(dy).dtype)
     top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
     bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
     padded = F.pad(da, (right, left, bottom, top))
@@ -294,8 +227,8 @@ def pointwise_backward(
     da = _da(dy, a, activation, norm, sums)
     dx = dw = db = None
     if needs[0]:
-        wide = _wide(dy).dtype
-        dx = _in_format_of(dy, F.conv2d(da.to(wide), weight.to(wide).transpose(0, 1)).to(dy.dtype))
+        dtype = wide(dy).dtype
+        dx = _in_format_of(dy, F.conv2d(da.to(dtype), weight.to(dtype).transpose(0, 1)).to(dy.dtype))
     if needs[1]:
         rows, columns = da.transpose(0, 1).flatten(1), x.to(da.dtype).transpose(0, 1).flatten(1)
         dw = (rows @ columns.t()).view(weight.shape).to(weight.dtype)

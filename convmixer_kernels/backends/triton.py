@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Norm, Update
+from ..primitives import Norm, Update
 
 name = "triton"
 

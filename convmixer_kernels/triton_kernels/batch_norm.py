@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.base import ACTIVATIONS, Norm, Update
+from ..primitives import ACTIVATIONS, Norm, Update
 from . import tuning
 from .common import (
     activate,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Device functions that the kernels share: activations, batch norm's pieces, rounding, where a channel's values lie.
 
-ACT is the activation's code, its index in backends/base.py's ACTIVATIONS: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh.
+ACT is the activation's code, its index in primitives.py's ACTIVATIONS: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh.
 FAST says that the result is rounded to 16 bits: then erf comes from csrc/math.h's fast_normal_tail, |error| <= 4e-6.
 """
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.base import ACTIVATIONS, Norm
+from ..primitives import ACTIVATIONS, Norm
 from . import tuning
 from .batch_norm import partial_dtype
 from .common import activate, affine, moments, narrow, positions, split_program, store_moments, tile_offsets, total

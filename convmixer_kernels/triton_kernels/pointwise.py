@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.base import ACTIVATIONS, Norm
+from ..primitives import ACTIVATIONS, Norm
 from . import config as tables
 from . import tuning
 from .common import (

@@ -7,11 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+
 namespace convmixer {
 namespace cpu {
-
-enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 struct Half {
   uint16_t bits;
@@ -20,11 +19,7 @@ struct BFloat {
   uint16_t bits;
 };
 
-// A per-channel vector or a weight; data is null where the tensor is None.
-struct Param {
-  const void* data;
-  int dtype;
-};
+// An output of a parameter's kind; data is null if it is not wanted.
 struct MutableParam {
   void* data;
   int dtype;
@@ -42,12 +37,6 @@ struct Shape {
   int64_t n, c, h, w;
   int dtype;
   bool channels_last;
-};
-
-// What norm_backward returned, float32 (C); null in eval.
-struct Sums {
-  const float* dy;
-  const float* dy_hhat;
 };
 
 // The statistics of act(a), float32 (C); null in eval.

@@ -1,26 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The pybind11 module convmixer_kernels._cpu: addresses, sizes and dtype codes in, no torch. A parameter is an address
-// (0 for None) and a dtype code. Functions release the GIL; the caller keeps the tensors alive.
-#include <pybind11/pybind11.h>
-
+// The Python binding of kernels.h, convmixer_kernels._cpu: no torch. Functions release the GIL; the caller keeps the
+// tensors alive.
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../binding.h"
 #include "kernels.h"
 
 namespace py = pybind11;
+using namespace convmixer;
 using namespace convmixer::cpu;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const Kernels& kernels() {
   static const char* error = nullptr;
@@ -36,45 +29,41 @@ void check(int failed) {
   if (failed != 0) throw std::bad_alloc();
 }
 
+// (N, C, H, W), dtype code, whether channels_last
+#define SHAPE int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last
+#define SHAPE_VALUE \
+  Shape { n, c, h, w, dtype, channels_last }
+
 // An output tensor of n * c * h * w elements.
 void* output(Address address, int64_t elements, int dtype) {
   advise_output(at(address), static_cast<size_t>(elements) * (dtype == kFloat32 ? 4 : 2));
   return at(address);
 }
 
-void depthwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                       int kh, int kw, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
-                       bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
-                       int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps, bool residual,
-                       int threads) {
-  check(kernels().depthwise_forward({{n, c, h, w, dtype, channels_last},
+void depthwise_forward(Address x, Address y, SHAPE, int kh, int kw, PARAM(weight), PARAM(bias), int activation, NORM,
+                       bool residual, int threads) {
+  check(kernels().depthwise_forward({SHAPE_VALUE,
                                      kh,
                                      kw,
                                      at(x),
-                                     {at(weight), weight_dtype},
-                                     {at(bias), bias_dtype},
+                                     PARAM_VALUE(weight),
+                                     PARAM_VALUE(bias),
                                      activation,
-                                     {{at(mean), mean_dtype},
-                                      {at(var), var_dtype},
-                                      {at(norm_weight), norm_weight_dtype},
-                                      {at(norm_bias), norm_bias_dtype},
-                                      eps,
-                                      norm},
+                                     NORM_VALUE,
                                      residual,
                                      {},
                                      output(y, n * c * h * w, dtype),
                                      threads}));
 }
 
-void depthwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                     int kh, int kw, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+void depthwise_train(Address x, Address a, SHAPE, int kh, int kw, PARAM(weight), PARAM(bias), int activation,
                      Address mean, Address var, int threads) {
-  check(kernels().depthwise_forward({{n, c, h, w, dtype, channels_last},
+  check(kernels().depthwise_forward({SHAPE_VALUE,
                                      kh,
                                      kw,
                                      at(x),
-                                     {at(weight), weight_dtype},
-                                     {at(bias), bias_dtype},
+                                     PARAM_VALUE(weight),
+                                     PARAM_VALUE(bias),
                                      activation,
                                      {},
                                      false,
@@ -83,104 +72,50 @@ void depthwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int6
                                      threads}));
 }
 
-void depthwise_input_grad(Address dy, Address a, Address dx, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
-                          bool channels_last, int kh, int kw, Address weight, int weight_dtype, int activation,
-                          bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
-                          int norm_weight_dtype, double eps, Address sum_dy, Address sum_dy_hhat, bool residual,
-                          int threads) {
-  check(kernels().depthwise_input_grad(
-      {{n, c, h, w, dtype, channels_last},
-       kh,
-       kw,
-       at(dy),
-       at(a),
-       {at(weight), weight_dtype},
-       activation,
-       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
-       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
-       residual,
-       output(dx, n * c * h * w, dtype),
-       threads}));
+void depthwise_input_grad(Address dy, Address a, Address dx, SHAPE, int kh, int kw, PARAM(weight), int activation, NORM,
+                          SUMS, bool residual, int threads) {
+  check(kernels().depthwise_input_grad({SHAPE_VALUE, kh, kw, at(dy), at(a), PARAM_VALUE(weight), activation, NORM_VALUE,
+                                        SUMS_VALUE, residual, output(dx, n * c * h * w, dtype), threads}));
 }
 
-void depthwise_weight_grad(Address dy, Address a, Address x, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
-                           bool channels_last, int kh, int kw, int activation, bool norm, Address mean, int mean_dtype,
-                           Address var, int var_dtype, Address norm_weight, int norm_weight_dtype, double eps,
-                           Address sum_dy, Address sum_dy_hhat, Address dw, int dw_dtype, Address db, int db_dtype,
-                           int threads) {
-  check(kernels().depthwise_weight_grad(
-      {{n, c, h, w, dtype, channels_last},
-       kh,
-       kw,
-       at(dy),
-       at(a),
-       at(x),
-       activation,
-       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
-       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
-       {at(dw), dw_dtype},
-       {at(db), db_dtype},
-       threads}));
+void depthwise_weight_grad(Address dy, Address a, Address x, SHAPE, int kh, int kw, int activation, NORM, SUMS,
+                           PARAM(dw), PARAM(db), int threads) {
+  check(kernels().depthwise_weight_grad({SHAPE_VALUE, kh, kw, at(dy), at(a), at(x), activation, NORM_VALUE, SUMS_VALUE,
+                                         PARAM_VALUE(dw), PARAM_VALUE(db), threads}));
 }
 
-void normalize(Address a, Address residual, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
-               bool channels_last, int activation, bool norm, Address mean, int mean_dtype, Address var, int var_dtype,
-               Address norm_weight, int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps,
-               int threads) {
-  check(kernels().normalize({{n, c, h, w, dtype, channels_last},
-                             at(a),
-                             activation,
-                             {{at(mean), mean_dtype},
-                              {at(var), var_dtype},
-                              {at(norm_weight), norm_weight_dtype},
-                              {at(norm_bias), norm_bias_dtype},
-                              eps,
-                              norm},
-                             at(residual),
-                             output(y, n * c * h * w, dtype),
-                             threads}));
+void normalize(Address a, Address residual, Address y, SHAPE, int activation, NORM, int threads) {
+  check(kernels().normalize(
+      {SHAPE_VALUE, at(a), activation, NORM_VALUE, at(residual), output(y, n * c * h * w, dtype), threads}));
 }
 
-void update_running_statistics(Address mean, Address var, int64_t c, int64_t count, Address running_mean,
-                               int running_mean_dtype, Address running_var, int running_var_dtype, double momentum) {
-  kernels().update_running_statistics({at<float>(mean),
-                                       at<float>(var),
-                                       c,
-                                       count,
-                                       {at(running_mean), running_mean_dtype},
-                                       {at(running_var), running_var_dtype},
-                                       momentum});
+void update_running_statistics(Address mean, Address var, int64_t c, int64_t count, PARAM(running_mean),
+                               PARAM(running_var), double momentum) {
+  kernels().update_running_statistics(
+      {at<float>(mean), at<float>(var), c, count, PARAM_VALUE(running_mean), PARAM_VALUE(running_var), momentum});
 }
 
-void norm_backward(Address dy, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                   int activation, Address mean, int mean_dtype, Address var, int var_dtype, double eps, Address sum_dy,
+void norm_backward(Address dy, Address a, SHAPE, int activation, PARAM(mean), PARAM(var), double eps, Address sum_dy,
                    Address sum_dy_hhat, int threads) {
-  check(kernels().norm_backward({{n, c, h, w, dtype, channels_last},
+  check(kernels().norm_backward({SHAPE_VALUE,
                                  at(dy),
                                  at(a),
                                  activation,
-                                 {{at(mean), mean_dtype}, {at(var), var_dtype}, {}, {}, eps, true},
+                                 {PARAM_VALUE(mean), PARAM_VALUE(var), {}, {}, eps, true},
                                  at<float>(sum_dy),
                                  at<float>(sum_dy_hhat),
                                  threads}));
 }
 
-void pointwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                       int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
-                       bool norm, Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
-                       int norm_weight_dtype, Address norm_bias, int norm_bias_dtype, double eps, int threads) {
-  check(kernels().pointwise_forward({{n, c, h, w, dtype, channels_last},
+void pointwise_forward(Address x, Address y, SHAPE, int64_t c_in, PARAM(weight), PARAM(bias), int activation, NORM,
+                       int threads) {
+  check(kernels().pointwise_forward({SHAPE_VALUE,
                                      c_in,
                                      at(x),
-                                     {at(weight), weight_dtype},
-                                     {at(bias), bias_dtype},
+                                     PARAM_VALUE(weight),
+                                     PARAM_VALUE(bias),
                                      activation,
-                                     {{at(mean), mean_dtype},
-                                      {at(var), var_dtype},
-                                      {at(norm_weight), norm_weight_dtype},
-                                      {at(norm_bias), norm_bias_dtype},
-                                      eps,
-                                      norm},
+                                     NORM_VALUE,
                                      {},
                                      output(y, n * c * h * w, dtype),
                                      threads}));
@@ -188,9 +123,7 @@ void pointwise_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, in
 
 bool pointwise_is_narrow(int64_t c, int64_t c_in) { return kernels().pointwise_is_narrow(c, c_in); }
 
-bool mixer_fits(int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last, int threads) {
-  return kernels().mixer_fits({n, c, h, w, dtype, channels_last}, threads);
-}
+bool mixer_fits(SHAPE, int threads) { return kernels().mixer_fits(SHAPE_VALUE, threads); }
 
 // One block's weight, bias and norm.
 struct EvalBlock {
@@ -203,8 +136,7 @@ EvalBlock eval_block(const py::tuple& t) {
 }
 
 // Each layer: activation, C_out, kH, kW, its depthwise and its pointwise block.
-void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                   const py::list& layers, bool residual, int threads) {
+void mixer_forward(Address x, Address y, SHAPE, const py::list& layers, bool residual, int threads) {
   std::vector<MixerForward> runs;
   for (const py::handle& item : layers) {
     const py::tuple layer = py::reinterpret_borrow<py::tuple>(item);
@@ -212,7 +144,7 @@ void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_
     const int64_t c_out = layer[1].cast<int64_t>();
     const EvalBlock depthwise = eval_block(layer[4].cast<py::tuple>()),
                     pointwise = eval_block(layer[5].cast<py::tuple>());
-    runs.push_back({{{n, c, h, w, dtype, channels_last},
+    runs.push_back({{SHAPE_VALUE,
                      layer[2].cast<int>(),
                      layer[3].cast<int>(),
                      at(x),
@@ -241,14 +173,13 @@ void mixer_forward(Address x, Address y, int64_t n, int64_t c, int64_t h, int64_
   check(kernels().mixer_forward(runs.data(), static_cast<int64_t>(runs.size())));
 }
 
-void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int64_t w, int dtype, bool channels_last,
-                     int64_t c_in, Address weight, int weight_dtype, Address bias, int bias_dtype, int activation,
+void pointwise_train(Address x, Address a, SHAPE, int64_t c_in, PARAM(weight), PARAM(bias), int activation,
                      Address mean, Address var, int threads) {
-  check(kernels().pointwise_forward({{n, c, h, w, dtype, channels_last},
+  check(kernels().pointwise_forward({SHAPE_VALUE,
                                      c_in,
                                      at(x),
-                                     {at(weight), weight_dtype},
-                                     {at(bias), bias_dtype},
+                                     PARAM_VALUE(weight),
+                                     PARAM_VALUE(bias),
                                      activation,
                                      {},
                                      {at<float>(mean), at<float>(var)},
@@ -256,26 +187,12 @@ void pointwise_train(Address x, Address a, int64_t n, int64_t c, int64_t h, int6
                                      threads}));
 }
 
-void pointwise_backward(Address dy, Address a, Address x, int64_t n, int64_t c, int64_t h, int64_t w, int dtype,
-                        bool channels_last, int64_t c_in, Address weight, int weight_dtype, int activation, bool norm,
-                        Address mean, int mean_dtype, Address var, int var_dtype, Address norm_weight,
-                        int norm_weight_dtype, double eps, Address sum_dy, Address sum_dy_hhat, Address da, Address dx,
-                        Address dw, int dw_dtype, Address db, int db_dtype, int threads) {
-  check(kernels().pointwise_backward(
-      {{n, c, h, w, dtype, channels_last},
-       c_in,
-       at(dy),
-       at(a),
-       at(x),
-       {at(weight), weight_dtype},
-       activation,
-       {{at(mean), mean_dtype}, {at(var), var_dtype}, {at(norm_weight), norm_weight_dtype}, {}, eps, norm},
-       {at<float>(sum_dy), at<float>(sum_dy_hhat)},
-       da == 0 ? nullptr : static_cast<float*>(output(da, n * c * h * w, kFloat32)),
-       output(dx, n * c_in * h * w, dtype),
-       {at(dw), dw_dtype},
-       {at(db), db_dtype},
-       threads}));
+void pointwise_backward(Address dy, Address a, Address x, SHAPE, int64_t c_in, PARAM(weight), int activation, NORM,
+                        SUMS, Address da, Address dx, PARAM(dw), PARAM(db), int threads) {
+  check(kernels().pointwise_backward({SHAPE_VALUE, c_in, at(dy), at(a), at(x), PARAM_VALUE(weight), activation,
+                                      NORM_VALUE, SUMS_VALUE,
+                                      da == 0 ? nullptr : static_cast<float*>(output(da, n * c * h * w, kFloat32)),
+                                      output(dx, n * c_in * h * w, dtype), PARAM_VALUE(dw), PARAM_VALUE(db), threads}));
 }
 
 void activation(Address x, Address y, int64_t count, int code, bool gradient) {

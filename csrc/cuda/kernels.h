@@ -6,16 +6,9 @@
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace convmixer {
-
-enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
-
-// A per-channel vector or a weight: float32 or the activations' dtype; data is null where the tensor is None.
-struct Param {
-  const void* data;
-  int dtype;
-};
 
 // y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias; present = false: y = act(a).
 struct Norm {
@@ -31,12 +24,6 @@ struct Shape {
   int h, w;
   int dtype;
   bool channels_last;
-};
-
-// sums of norm_backward, float32 (C); null in eval (see backends/base.py).
-struct Sums {
-  const float* dy;
-  const float* dy_hhat;
 };
 
 // ---- depthwise_forward.cu -----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ of the `cuda` backend at a few small sizes against the reference backend in floa
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import sys
@@ -17,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from convmixer_kernels.backends import cuda, reference
-from convmixer_kernels.backends import pointwise_gemm as gemm
-from convmixer_kernels.backends.base import MixerEval, Norm, Update
+from convmixer_kernels import _load
+from convmixer_kernels.backends import cuda, cuda_choice, reference
+from convmixer_kernels.primitives import MixerEval, Norm, Update, update_running_statistics
 from convmixer_kernels.testing import relative_error
 
 ORDERS = ("0", "1", "7")
@@ -83,7 +82,7 @@ def _running_statistics(a: torch.Tensor, norm: Norm) -> None:
         exact = [None if t is None else t.double() for t in wide]
         updates.append(Update(*(None if t is None else t[:c] for t in wide), mean, var, count, 0.3))
         moved = Update(*(None if t is None else t[:c] for t in exact), mean.double(), var.double(), count, 0.3)
-        reference.update_running_statistics(moved)
+        update_running_statistics(moved)
         expected += [(ours, e) for ours, e in zip(wide, exact, strict=True) if e is not None]
     cuda.normalize(a, "gelu", norm, None, updates)
     for ours, exact in expected:
@@ -141,7 +140,7 @@ def pointwise_epilogue() -> None:
 def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
     """Whole tiles and parts of them, more values of C_in than the stages hold, aligned and not."""
     cuda._merged = _merge_in_torch
-    gemm.forced_gemm = lambda: "fused"
+    cuda_choice.forced_gemm = lambda: "fused"
     for shape, c_out in (((5, 136, 7, 8), 136), ((2, 24, 5, 8), 24), ((3, 41, 5, 7), 70)):
         (x,), _, _, (weight, bias, *vectors) = _tensors(shape, dtype, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5)
         norm = Norm(vectors[0], vectors[1].abs() + 0.5, vectors[2], vectors[3], 1e-5)
@@ -153,7 +152,7 @@ def _pointwise_wgmma(last: bool) -> None:
     """Tiles of more stages than there are, several tiles for both warp groups, a last tile of one image."""
     os.environ["EMU_PROCESSORS"] = "1"
     cuda._merged = _merge_in_torch
-    gemm.forced_gemm = lambda: "wgmma"
+    cuda_choice.forced_gemm = lambda: "wgmma"
     for shape, c_out in (((5, 72, 8, 8), 136), ((3, 456, 8, 8), 24)):
         (x,), _, _, (weight, bias, *vectors) = _tensors(
             shape, torch.bfloat16, last, 1, (c_out, shape[1], 1, 1), *[(c_out,)] * 5
@@ -166,7 +165,7 @@ def _pointwise_wgmma(last: bool) -> None:
 
 def pointwise_weight_grad() -> None:
     """Whole tiles and parts of K, of fewer stages than there are and of more, which begin and end inside of images."""
-    gemm.forced_gemm = lambda: "wgmma"
+    cuda_choice.forced_gemm = lambda: "wgmma"
     for processors, shape, c_out in (
         ("8", (5, 132, 8, 24), 520),  # a tile each, and two left over in four parts
         ("3", (5, 39, 8, 24), 520),  # three items a block, of 15 stages and of 5
@@ -185,7 +184,7 @@ def pointwise_weight_grad() -> None:
 
 def mixer() -> None:
     """More steps than stages, rows of a second pass, more channels than warps; tiles that end in the image and beside it."""
-    gemm.forced_gemm = lambda: "layer"
+    cuda_choice.forced_gemm = lambda: "layer"
     for shape, kernel, c_out in (((1, 40, 17, 8), (9, 8), 136), ((2, 18, 5, 19), (4, 9), 20)):
         (x,), norm, (bias, _), (weight, product, *vectors) = _tensors(
             shape, torch.bfloat16, False, 1, (shape[1], 1, *kernel), (c_out, shape[1], 1, 1), *[(c_out,)] * 5
@@ -308,9 +307,7 @@ def main(path: str, check: str) -> int:
     # every output starts as NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _load.from_file("_cuda_emulated", path)
     cuda._native = lambda: cuda._Native(module, None, True)
     for order in ORDERS:
         os.environ["EMU_ORDER"] = order

@@ -264,7 +264,7 @@ template <class F> void launch(dim3 grid, dim3 block, size_t smem, F&& body) {
   if (!n || n > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || smem > 232448) {
     last_error = cudaErrorInvalidConfiguration; return;
   }
-  if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static_cuda.py: threads, dynamic shared memory
+  if (const char* log = std::getenv("EMU_LAUNCHES"))       // for benchmarks/static: threads, dynamic shared memory
     if (FILE* f = std::fopen(log, "a")) { std::fprintf(f, "%zu %zu\n", n, smem); std::fclose(f); }
   const size_t most_shared = smem <= asked ? 232448 : 48 << 10;
   asked = 0;

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from emulation import build
 
-from convmixer_kernels import _build, _emulation
+from convmixer_kernels import _build
 
 DRIVER = Path(__file__).with_name("check_kernels.py")
 CUDA = _build.CSRC / "cuda"
@@ -596,7 +597,7 @@ def _stand_ins() -> str:
 
 
 def _compile(source: Path, output: Path, csrc: Path) -> None:
-    command = _emulation.compile_command(_build.find_cxx(), source, output)
+    command = build.compile_command(_build.find_cxx(), source, output)
     # the copy's headers before the repository's
     command = [*command[:1], f"-I{csrc / 'cuda'}", *command[1:], "-O0"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -618,7 +619,8 @@ def _run(directory: Path, common: list[Path], unit: str, checks: list[str], muta
     """What a module with the mutated unit gets wrong: None if every check passes."""
     csrc = directory / "csrc"
     shutil.copytree(CUDA, csrc / "cuda")
-    shutil.copy(_build.CSRC / "math.h", csrc)
+    for header in _build.CSRC.glob("*.h"):
+        shutil.copy(header, csrc)
     if mutation is not None:
         path = csrc / "cuda" / mutation.file
         path.write_text(path.read_text().replace(mutation.old, mutation.new))

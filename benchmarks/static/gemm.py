@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GEMM kernels' part of docs/cuda-kernels.md: what static_cuda.py says of the others, by step of K and by output.
+"""The GEMM kernels' part of docs/cuda-kernels.md: what kernels.py says of the others, by step of K and by output.
 
 A step is one way through the main loop by one warp; the epilogue is what a tile adds to its steps, eval and GELU. Cycles are those
 of an H100's multiprocessor for 1024 outputs (a 32x32 plane of one output channel) with C_in = C_out = C, for each unit alone:
@@ -16,10 +16,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from benchmarks import sass, static_cuda
+from benchmarks.static import kernels, sass
 
 CHANNELS = (256, 1536)
-_PLANE = static_cuda.PLANE
+_PLANE = kernels.PLANE
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _units(counts: Counter[str], per_output: float) -> dict[str, float]:
     return {
         "issue": warps * counts["all"] / 4,
         # four warps share an HGMMA
-        "L1": warps * (static_cuda.shared_cycles(counts) + 12 * counts["HGMMA"] + counts["SHFL"]),
+        "L1": warps * (kernels.shared_cycles(counts) + 12 * counts["HGMMA"] + counts["SHFL"]),
         "tensor": warps * (2 * counts["HMMA.16816"] + 16 * counts["HGMMA"]),
         "FMA": warps * 32 * counts["FFMA"] / 128,
     }
@@ -164,7 +164,7 @@ def _row(case: Case, kernel: sass.Kernel, resources: sass.Resources) -> dict[str
 
 
 def _bounds(case: Case, step: Counter[str], epilogue: Counter[str]) -> dict[str, dict[str, int]]:
-    _, bandwidth = static_cuda._measured()
+    _, bandwidth = kernels.measured()
     found = {}
     for c in CHANNELS:
         main = _units(step, c / case.depth * 32 * case.warps / case.outputs)
@@ -235,11 +235,11 @@ def is_of_a_case(function: str) -> bool:
 
 
 def markdown(all_rows: list[dict[str, object]]) -> str:
-    """The sections that follow static_cuda's."""
+    """The sections that follow kernels.py's."""
     lines = [
         "# The products: pointwise block and layer in one kernel",
         "",
-        "From the same SASS, by benchmarks/static_gemm.py, which says how: a step is one way of a warp through the main loop, for so many",
+        "From the same SASS, by benchmarks/static/gemm.py, which says how: a step is one way of a warp through the main loop, for so many",
         "values of K; the epilogue is eval's, with GELU. Measured on an H100 at 64x1536x32x32, eval: mma 128 x 128 828 us contiguous",
         "and 870 channels_last, wgmma 494 and 502, where the tensor core's bounds are 652 and 326; torch's GEMM and a pass 602 and 594.",
         "What keeps wgmma from its bound is L2, at 75 % in that run: 128 x 128 tiles read 64 bytes a cycle and multiprocessor from it.",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels' own source compiled for the CPU, for tests without a GPU: CONVMIXER_CUDA_EMULATION=1.
+"""The CUDA kernels' own source compiled for the CPU, for tests without a GPU.
 
-csrc/cuda/*.cu compile with g++ through tests/emulation/cuda_emu.h, which runs them with CUDA's semantics, thousands of
-times slower than a GPU. The module is built on first use, from a source checkout only, into
-$XDG_CACHE_HOME/convmixer-kernels (default ~/.cache), under a name that holds a digest of everything that goes into it.
+    CONVMIXER_CUDA_EMULATION=$(python tests/emulation/build.py) python ...    # backend "cuda" takes CPU tensors
+
+csrc/cuda/*.cu compile with g++ through cuda_emu.h, which runs them with CUDA's semantics, thousands of times slower than a GPU. The
+module goes into $XDG_CACHE_HOME/convmixer-kernels (default ~/.cache), under a name that holds a digest of everything it is made of.
 EMU_ORDER chooses the order of threads (0 forward, 1 reverse, n >= 2 shuffled).
 """
 
@@ -13,47 +14,35 @@ import concurrent.futures
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import warnings
 from pathlib import Path
-from types import ModuleType
 
-from . import _build
+from convmixer_kernels import _build
 
 _JOBS = 2
 _MODULE = "_cuda_emulated"
-EMULATOR = _build.ROOT / "tests" / "emulation"
+EMULATOR = Path(__file__).resolve().parent
+#: The checkout's, also where the package is installed elsewhere.
+CSRC = EMULATOR.parents[1] / "csrc"
 #: -O1: the emulated threads' switches take the time, and it compiles sooner than -O2.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DCONVMIXER_EMULATED"]
 
 
 def sources() -> list[Path]:
-    """Everything that goes into the emulated module.
-
-    Raises:
-        RuntimeError: the package was installed without its sources.
-    """
-    cuda = _build.CSRC / "cuda"
-    found = sorted(p for p in cuda.glob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")) if cuda.is_dir() else []
-    headers = sorted(EMULATOR.glob("*.h"))
-    if not found or not headers:
-        raise RuntimeError(
-            "CONVMIXER_CUDA_EMULATION=1 needs a source checkout (csrc/cuda and tests/emulation), "
-            f"found none at {_build.ROOT}: run from the repository's root, or unset the variable"
-        )
-    return [*found, _build.CSRC / "math.h", *headers]
+    """Everything that goes into the emulated module."""
+    cuda = sorted(p for p in (CSRC / "cuda").glob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp"))
+    return [*cuda, *sorted(CSRC.glob("*.h")), *sorted(EMULATOR.glob("*.h"))]
 
 
 def compile_command(compiler: str, source: Path, output: Path) -> list[str]:
     """The command that compiles one .cu file or module.cpp to an object."""
     language = ["-x", "c++"] if source.suffix == ".cu" else []
-    includes = [f"-I{_build.CSRC / 'cuda'}", f"-I{EMULATOR}"]
+    includes = [f"-I{CSRC / 'cuda'}", f"-I{EMULATOR}"]
     if source.name == "module.cpp":
         import pybind11
 
@@ -69,7 +58,7 @@ def _cache_directory() -> Path:
 def _compiler() -> str:
     compiler = _build.find_cxx()
     if compiler is None:
-        raise RuntimeError("CONVMIXER_CUDA_EMULATION=1 needs a C++ compiler: install g++ or set CXX")
+        raise RuntimeError("the emulated CUDA module needs a C++ compiler: install g++ or set CXX")
     return compiler
 
 
@@ -88,11 +77,12 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"the emulated CUDA module does not compile:\n{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
+@functools.cache
 def build() -> Path:
     """The emulated module's file, compiled if it is not cached; safe with several processes.
 
     Raises:
-        RuntimeError: no source checkout, no compiler, or a compile error.
+        RuntimeError: no compiler, or a compile error.
     """
     files, compiler = sources(), _compiler()
     cache = _cache_directory()
@@ -119,18 +109,10 @@ def build() -> Path:
     return output
 
 
-@functools.cache
-def load() -> ModuleType:
-    """The emulated native module, loaded once, with a warning that it is for tests.
+def main() -> int:
+    print(build())
+    return 0
 
-    Raises:
-        RuntimeError: as build().
-    """
-    warnings.warn(
-        "CONVMIXER_CUDA_EMULATION=1: backend 'cuda' runs its kernels emulated on the CPU, for tests only", stacklevel=2
-    )
-    path = build()
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every backend offers: the primitives that convmixer_kernels.autograd composes.
+"""The contract of the backends: the primitives that convmixer_kernels.autograd composes, and what all sides of it share.
 
 Conventions that hold for every primitive of every backend:
 
@@ -34,6 +34,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: The activations, in the order of their codes in the native modules (csrc/math.h).
@@ -67,3 +69,43 @@ class MixerEval(NamedTuple):
     activation: str
     depthwise: tuple[Tensor, Tensor | None, Norm]  # weight (C, 1, kH, kW), bias (C,)
     pointwise: tuple[Tensor, Tensor | None, Norm]  # weight (C_out, C, 1, 1), bias (C_out,)
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in the dtype of the arithmetic: float32, or float64 if it is float64."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def activate(a: Tensor, activation: str) -> Tensor:
+    """act(a), elementwise, in a's dtype."""
+    if activation == "identity":
+        return a
+    if activation == "relu":
+        return torch.relu(a)
+    return F.gelu(a, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+    """F.conv2d in x's dtype; differentiable as often as F.conv2d."""
+    # on a CPU 16-bit operands are widened whatever the kernel's size: float32 is no slower there
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=padding, groups=groups).to(x.dtype)
+
+
+def update_running_statistics(update: Update) -> None:
+    """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
+    running_mean, running_var, mean, var, count, momentum = update
+    if running_mean is not None:
+        _move(running_mean, mean, momentum)
+    if running_var is not None:
+        _move(running_var, var * (count / max(count - 1, 1)), momentum)
+
+
+def _move(running: Tensor, new: Tensor, momentum: float) -> None:
+    if running.stride(0) != 0 or running.shape[0] == 1:
+        running.copy_((1 - momentum) * wide(running) + momentum * new)
+        return
+    # one element for all channels, which move it one after the other, as torch's loop over channels does
+    for value in new:
+        running[0].copy_((1 - momentum) * wide(running[0]) + momentum * value)

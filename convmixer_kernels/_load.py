@@ -46,7 +46,7 @@ def _refusal(module: ModuleType) -> str | None:
     return f"{file} is refused: it was built from other sources (digest {digest}) than {source} ({expected})"
 
 
-def load(name: str) -> tuple[ModuleType | None, str | None]:
+def native_module(name: str) -> tuple[ModuleType | None, str | None]:
     """The native module `name` ("_cpu", "_cuda") of the first folder that has one of these sources, or None and why.
 
     A refused module is loaded, to ask it for its digest, and then left alone.
@@ -72,3 +72,17 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     if refusals:
         refused[name] = "; ".join(refusals)
     return None, "; ".join(reasons) or f"the native module {name} is not built"
+
+
+def from_file(name: str, path: str | Path) -> ModuleType:
+    """The native module `name` in this file, whatever it was built from.
+
+    Raises:
+        ImportError: the file is missing or holds another module.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a native module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""python -m benchmarks.static_cuda: the table of docs/cuda-kernels.md, from the built CUDA module; needs no GPU.
+"""The depthwise and batch-norm kernels' part of docs/cuda-kernels.md, from the built CUDA module's SASS.
 
 For one 32x32 plane on an H100's multiprocessor: what each unit would be busy for if it were the only one.
     HBM      bytes read once and written once over the copy bandwidth that the GPU run measured
@@ -13,21 +13,20 @@ loops are recognised by what they hold. Shared memory is what the launcher asks 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import sass
+from benchmarks.static import sass
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = RESULTS / "nvidia-h100-80gb-hbm3.json"
 TABLE = ROOT / "docs" / "cuda-kernels.md"
@@ -328,9 +327,9 @@ def launch_of(op: str, dtype: str, layout: str, k: int) -> tuple[int, int]:
     """Threads and dynamic shared memory of the first kernel that a primitive launches, from the emulation at (4, 16, 32, 32)."""
     import torch
 
-    from convmixer_kernels import _emulation
+    from convmixer_kernels import _load
     from convmixer_kernels.backends import cuda
-    from convmixer_kernels.backends.base import Norm
+    from convmixer_kernels.primitives import Norm
 
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.zeros(4, 16, 32, 32, dtype=getattr(torch, dtype)).contiguous(memory_format=memory_format)
@@ -343,9 +342,9 @@ def launch_of(op: str, dtype: str, layout: str, k: int) -> tuple[int, int]:
         "normalize": (x, "gelu", norm, x),
         "norm_backward": (x, x, "gelu", norm),
     }[op]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the kernels are emulated is what is wanted here
-        module = _emulation.load()
+    build = [sys.executable, str(ROOT / "tests" / "emulation" / "build.py")]
+    path = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
+    module = _load.from_file("_cuda_emulated", path)
     native, cuda._native = cuda._native, lambda: cuda._Native(module, None, True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EMU_LAUNCHES"] = str(Path(folder) / "launches")
@@ -362,7 +361,7 @@ def launch_of(op: str, dtype: str, layout: str, k: int) -> tuple[int, int]:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def _measured() -> tuple[dict[tuple[str, str, str], float], float]:
+def measured() -> tuple[dict[tuple[str, str, str], float], float]:
     """Cycles a plane by (op, layout, dtype) at (N, 1536, 32, 32), k = 9, and bytes a cycle of a copy, of a multiprocessor."""
     document = json.loads(MEASURED.read_text())
     found = {}
@@ -430,7 +429,7 @@ def row(case: Case, kernel: sass.Kernel, resources: sass.Resources) -> dict[str,
         for key, count in counts.items():
             total[key] += count
     threads, dynamic = launch_of(case.op, case.dtype, case.layout, case.k)
-    _, bandwidth = _measured()
+    _, bandwidth = measured()
     size = 4 if case.dtype == "float32" else 2
     bounds = {
         "HBM": case.passes * size * PLANE / bandwidth,
@@ -495,13 +494,13 @@ def rows(kernels: list[sass.Kernel], resources: list[sass.Resources]) -> list[di
 
 def markdown(all_rows: list[dict[str, object]]) -> str:
     """The table for documentation."""
-    measured, _ = _measured()
+    times, _ = measured()
     lines = [
         "# What the CUDA kernels are made of, and what that predicts",
         "",
-        "Written by `python -m benchmarks.static_cuda` from the SASS of the built module and, in the column `measured`, from",
+        "Written by `python -m benchmarks.static` from the SASS of the built module and, in the column `measured`, from",
         "[the H100 run](../benchmarks/results/nvidia-h100-80gb-hbm3.json). (64, 1536, 32, 32) in bfloat16 and (32, 1536, 32, 32) in",
-        "float32, k = 9 where no other is named, GELU. benchmarks/static_cuda.py says how the numbers are counted.",
+        "float32, k = 9 where no other is named, GELU. benchmarks/static/kernels.py says how the numbers are counted.",
         "",
     ]
     for architecture in ARCHITECTURES:
@@ -536,7 +535,7 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
     for r in (r for r in all_rows if r["architecture"] == "sm_90a"):
         cycles = r["cycles_per_plane"]
         bound = max(cycles, key=cycles.get)
-        now = measured.get((r["op"], r["layout"], r["dtype"])) if r["k"] == 9 else None
+        now = times.get((r["op"], r["layout"], r["dtype"])) if r["k"] == 9 else None
         shown = "-", "-"
         if now is not None:
             shown = f"{now:.0f}", f"{100 * cycles[bound] / now:.0f} %"
@@ -552,34 +551,3 @@ def markdown(all_rows: list[dict[str, object]]) -> str:
             f"- {r['name']}, {r['dtype']}, {r['layout']}: {now:.0f} cycles, {now / cycles[bound]:.1f} times the bound by {bound}: {why}"
         )
     return "\n".join([*lines, ""])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 written (or unchanged with --check), 1 the committed table is another, 2 nothing to read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static_cuda", description=__doc__.split(": ", 1)[1].split("\n")[0]
-    )
-    parser.add_argument("--module", type=Path, help="the built _cuda module (the installed one)")
-    options = parser.parse_args(arguments)
-    module = options.module or find_module()
-    problem = "the CUDA module is not built here" if module is None else sass.missing_tool()
-    if problem is not None:
-        print(f"benchmarks.static_cuda: {problem}", file=sys.stderr)
-        return 2
-    from benchmarks import static_gemm
-
-    resources = sass.resources(module)
-    found, products = [], []
-    for architecture in ARCHITECTURES:
-        if architecture in {r.architecture for r in resources}:
-            found += rows(list(sass.kernels(module, architecture, is_of_a_case)), resources)
-            products += static_gemm.rows(list(sass.kernels(module, architecture, static_gemm.is_of_a_case)), resources)
-    (RESULTS / "cuda-static.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "cuda-static-gemm.json").write_text(json.dumps(products, indent=1) + "\n")
-    TABLE.write_text(markdown(found) + "\n" + static_gemm.markdown(products))
-    print(f"written: {TABLE}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

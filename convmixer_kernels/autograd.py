@@ -189,9 +189,6 @@ def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
     return Norm(statistics.mean, statistics.var, block.norm_weight, block.norm_bias, options.eps)
 
 
-# ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
-
-
 def _preactivation(
     backend: ModuleType, x: Tensor, kind: str, block: Block, running: Statistics, options: Options
 ) -> tuple[Tensor, Statistics]:
@@ -309,9 +306,6 @@ def _block_gradients(
     return dx, _strided_like(dw, block.weight) if needs[1] else None, db if needs[2] else None, dgamma, dbeta
 
 
-# ---- mixer_layer ------------------------------------------------------------------------------------------------------
-
-
 @_without_autocast
 def mixer_forward(
     backend: ModuleType,
@@ -373,9 +367,6 @@ def mixer_backward(
     return *lower, *upper[1:]
 
 
-# ---- depthwise_conv2d -------------------------------------------------------------------------------------------------
-
-
 @_without_autocast
 def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain depthwise convolution: a block without activation and norm."""
@@ -407,9 +398,6 @@ def convolution_backward(
         source = dy if x is None else x
         dw, db = backend.depthwise_weight_grad(dy, None, source, weight, bias, "identity", None, None)
     return dx, _strided_like(dw, weight) if needs[1] else None, db if needs[2] else None
-
-
-# ---- autograd Functions -----------------------------------------------------------------------------------------------
 
 
 class _Unsaved(NamedTuple):

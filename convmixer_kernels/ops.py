@@ -134,9 +134,6 @@ def _register_autograd(
     torch.library.register_autograd(f"convmixer::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-# ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
-
-
 def _register_block(kind: str) -> None:
     op = f"{kind}_block"
 
@@ -215,9 +212,6 @@ def _register_block(kind: str) -> None:
 
 _register_block("depthwise")
 _register_block("pointwise")
-
-
-# ---- mixer_layer --------------------------------------------------------------------------------------------------
 
 
 def _two(t: Sequence) -> tuple[tuple[Block, Block], tuple[Statistics, Statistics]]:
@@ -309,9 +303,6 @@ _register(
 _register_autograd(
     "mixer_layer", parameters=8, statistics=4, weights=(1, 5), fixed=6, differentiable=_mixer_layer_differentiable
 )
-
-
-# ---- depthwise_conv2d ---------------------------------------------------------------------------------------------
 
 
 def _check_depthwise_conv2d(x, weight, bias, backend):

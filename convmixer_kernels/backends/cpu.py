@@ -43,15 +43,9 @@ def build_info() -> dict[str, object]:
     }
 
 
-# ---- arguments of native calls ----------------------------------------------------------------------------------
-
-
 def _preactivation(a: Tensor | None, activation: str, norm: Norm | None) -> int:
     """a's address, or 0 where da = dy."""
     return 0 if a is None or (norm is None and activation == "identity") else a.data_ptr()
-
-
-# ---- primitives -------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(

@@ -96,9 +96,6 @@ def build_info() -> dict[str, object]:
     return {"available": True, "detail": f"{kind}, compiler {native.module.compiler}"}
 
 
-# ---- arguments of native calls ----------------------------------------------------------------------------------
-
-
 class _device_stream:
     """`with _device_stream(x) as stream`: x's device is the current one, and stream is the address of its current stream."""
 
@@ -158,9 +155,6 @@ def _updates(updates: Sequence[Update]) -> tuple:
         (len(u.mean), u.count, u.mean.data_ptr(), u.var.data_ptr(), *param_args(u[0]), *param_args(u[1]), u.momentum)
         for u in updates
     )
-
-
-# ---- depthwise --------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(
@@ -282,9 +276,6 @@ def depthwise_weight_grad(
     return dw, db
 
 
-# ---- batch norm -------------------------------------------------------------------------------------------------
-
-
 def normalize(
     a: Tensor,  # (N, C, H, W)
     activation: str,
@@ -330,9 +321,6 @@ def norm_backward(
             stream,
         )
     return sums
-
-
-# ---- pointwise --------------------------------------------------------------------------------------------------
 
 
 def _pointwise_forward(

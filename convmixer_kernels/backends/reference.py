@@ -28,9 +28,6 @@ def build_info() -> dict[str, object]:
     return {"available": True, "detail": "torch operations"}
 
 
-# ---- elementwise pieces -----------------------------------------------------------------------------------------
-
-
 def _per_channel(t: Tensor) -> Tensor:
     return wide(t).view(1, -1, 1, 1)
 
@@ -87,9 +84,6 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in x's memory format: F.conv2d takes the weight's where that has the strides of channels_last."""
     return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-
-
-# ---- primitives -------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(

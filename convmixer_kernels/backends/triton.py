@@ -127,9 +127,6 @@ class _On:
             self.guard.__exit__(*exception)
 
 
-# ---- depthwise --------------------------------------------------------------------------------------------------
-
-
 def _depthwise_kernels(x: Tensor, weight: Tensor) -> tuple[ModuleType, bool]:
     """The module of the form that the table chooses, and whether it is the one on tensor cores."""
     kernels = _kernels()
@@ -299,9 +296,6 @@ def _block_prologue(
     return da, bias_parts, dgamma, dbeta
 
 
-# ---- batch norm -------------------------------------------------------------------------------------------------
-
-
 def normalize(
     a: Tensor,  # (N, C, H, W)
     activation: str,
@@ -323,9 +317,6 @@ def norm_backward(
     """sum dy and sum dy * hhat over N, H, W, (C,) float32 each: two launches."""
     with _On(dy):
         return _kernels().batch_norm.norm_backward(dy, a, activation, norm)
-
-
-# ---- pointwise --------------------------------------------------------------------------------------------------
 
 
 def pointwise_eval(

@@ -27,15 +27,15 @@ from .common import (
     activate,
     affine,
     backward_vectors_of,
+    channel_tile,
     channel_vector,
     narrow,
     preactivation_grad,
-    split_program,
     sum_of_parts,
     tile_offsets,
     total,
 )
-from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, norm_arguments, power_of_2, unit
 
 _SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "sum_parts", "count"]
 _SIZES += ["size", "second_parts", "second_size", "batch_channels", "second_channels"]
@@ -107,13 +107,10 @@ def normalize_kernel(
     blocks = tl.cdiv(images.to(tl.int64) * plane, BLOCK_P)
     first = blocks * tl.cdiv(channels, BLOCK_C)
     if pid < first:
-        block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
-        lane = tl.arange(0, BLOCK_C)
-        c = first_channel + lane
+        block, first_channel, lane, c, c_ok = channel_tile(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
         start, offsets, ok = tile_offsets(
             block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P
         )
-        c_ok = c < channels
         ok = ok[:, None] & c_ok[None, :]
         mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST)
         h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
@@ -173,10 +170,7 @@ def norm_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     FAST: tl.constexpr = a_ptr.dtype.element_ty != tl.float32
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
-    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    part, first_channel, lane, c, c_ok = channel_tile(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
     mean, rstd, _ = affine(mean_ptr, var_ptr, None, None, eps, c, c_ok, FAST)
     sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_dy_hhat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -231,10 +225,7 @@ def grad_prologue_kernel(
     FAST: tl.constexpr = dy_ptr.dtype.element_ty != tl.float32
     NORM: tl.constexpr = mean_ptr is not None
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
-    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    part, first_channel, lane, c, c_ok = channel_tile(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
     if sum_partials_ptr is not None:
         # a program finishes its channels' sums itself, and those of the first part store them: no launch between
         at = sum_partials_ptr + c
@@ -350,8 +341,6 @@ def merge_kernel(
     tl.store(mean_ptr + c, mean.to(tl.float32), mask=c_ok)
     tl.store(var_ptr + c, (tl.sum(acc, 0) / count).to(tl.float32), mask=c_ok)
 
-
-# ---- launches -----------------------------------------------------------------------------------------------------
 
 #: Channels of a program that moves running statistics; what a launch without any is given.
 _BLOCK_UPDATE = 256
@@ -486,7 +475,7 @@ def grad_prologue(
     da = torch.empty_like(dy) if want_da else None
     # identity without a norm: da is dy, and a may not be there
     a = None if norm is None and activation == "identity" else a
-    mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, _, eps = norm_arguments(norm)
     unfinished = sums if isinstance(sums, UnfinishedSums) else None
     finished = sums if unfinished is None and sums is not None else (None, None)
     sum_parts_ = 0 if unfinished is None else unfinished.partials.shape[0]

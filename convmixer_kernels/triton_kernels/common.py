@@ -40,9 +40,6 @@ def dot(left, right, acc, PRECISION: tl.constexpr):
     return acc
 
 
-# ---- activations ------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _normal_tail(t):
     """Phi(-t) for 0 <= t <= 16, as csrc/math.h: exp2 of a polynomial."""
@@ -102,9 +99,6 @@ def activate_with_grad(a, ACT: tl.constexpr, FAST: tl.constexpr):
             h = a * cdf
             slope = cdf + a * density
     return h, slope
-
-
-# ---- batch norm ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -225,9 +219,6 @@ def store_moments(partials_ptr, c, c_ok, part, channels, count, mean, m2):
     tl.store(at + 2 * channels, m2, mask=c_ok)
 
 
-# ---- where values lie -----------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def positions(first, plane, BLOCK: tl.constexpr):
     """Of a channel's values from number `first` (int64) on: the first one's image (int64), and, (BLOCK,) int32 each, how many
@@ -265,11 +256,14 @@ def tile_offsets(
 
 
 @triton.jit
-def split_program(pid, blocks, channels, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The block and the first channel of a program (int64): neighbours in memory run side by side."""
+def channel_tile(pid, blocks, channels, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's block and first channel (int64), its lanes 0 to BLOCK_C - 1, their channels, and which of these exist.
+    Programs that are neighbours in memory run side by side."""
     if CHANNELS_LAST:
         groups = tl.cdiv(channels, BLOCK_C)
         block, first_channel = pid // groups, pid % groups * BLOCK_C
     else:
         block, first_channel = pid % blocks, pid // blocks * BLOCK_C
-    return block, first_channel
+    lane = tl.arange(0, BLOCK_C)
+    c = first_channel + lane
+    return block, first_channel, lane, c, c < channels

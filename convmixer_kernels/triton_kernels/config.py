@@ -133,9 +133,6 @@ def candidates(kernel: str, generation: str) -> list[Config]:
     return _LISTS[kernel][generation]
 
 
-# ---- forms --------------------------------------------------------------------------------------------------------
-
-
 def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, int]) -> str:
     """Which depthwise kernels run by default: "fma" or "toeplitz"; both take everything.
 

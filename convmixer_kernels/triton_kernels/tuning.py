@@ -141,9 +141,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-# ---- on disk ------------------------------------------------------------------------------------------------------
-
-
 def cache_file(device: int) -> Path:
     """Where the results for this device's kind of GPU lie.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import checks
-from .primitives import activate, convolution
-
-if TYPE_CHECKING:
-    from .autograd import Block, Grads, Needs, Options, Statistics
+from .primitives import Block, Grads, Needs, Options, Statistics, activate, convolution
 
 
 def transformed() -> bool:

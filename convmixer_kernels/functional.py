@@ -15,19 +15,16 @@ from . import checks, composite, dispatch
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
-    Block,
     BlockFunction,
     ConvolutionFunction,
     MixerFunction,
-    Options,
-    Statistics,
     autocast_enabled,
     block_forward,
     convolution_forward,
     dense_input,
     mixer_forward,
 )
-from .primitives import MixerEval, Norm, Update, update_running_statistics
+from .primitives import Block, MixerEval, Norm, Options, Statistics, Update, update_running_statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

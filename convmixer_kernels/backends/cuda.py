@@ -253,7 +253,7 @@ def depthwise_weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None where bias is."""
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None if bias is."""
     dy, a, x = _aligned(dy), _aligned(a), _aligned(x)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     with _device_stream(dy) as stream:
@@ -407,13 +407,13 @@ def mixer_eval(
     layers: Sequence[MixerEval],
     residual: bool,
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
-    """Each layer in one launch; None where one of them does not fit or two launches are faster."""
+    """Each layer in one launch; None if one of them does not fit or two launches are faster."""
     native, shape = _native().module, shape_args(x)
     with _device_stream(x) as stream:
         for layer in layers:
             kernel, c_out = tuple(layer.depthwise[0].shape[2:]), layer.pointwise[0].shape[0]
             if len(layers) > 1 and c_out != x.shape[1]:
-                return None  # what follows is decided for x
+                return None  # the decisions below hold for x's channels
             if not _size("mixer_fits", x.get_device(), *shape, c_out, *kernel):
                 return None
             if not cuda_choice.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
@@ -458,7 +458,7 @@ def pointwise_train(
     with _device_stream(x) as stream:
         kernel = cuda_choice.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
-            # where operands are not aligned, another kernel makes other parts
+            # another kernel, with another number of parts, runs if the operands are not aligned
             parts = native.pointwise_forward_partials(
                 *shape_args(x), weight.shape[0], x.data_ptr(), narrow.data_ptr(), kernel == "wgmma"
             )
@@ -486,7 +486,7 @@ def _pointwise_weight_grad(
     x: Tensor,  # (N, C_in, H, W) contiguous
     weight: Tensor,  # (C_out, C_in, 1, 1): for its shape and dtype
 ) -> Tensor | None:  # as weight
-    """dw by wgmma, in two launches; None where that cannot run."""
+    """dw by wgmma, in two launches; None if that cannot run."""
     if not cuda_choice.use_wgmma_weight_grad(x) or da.dtype != x.dtype or (da.data_ptr() | x.data_ptr()) % 16 != 0:
         return None
     with _device_stream(x) as stream:
@@ -505,7 +505,7 @@ def _pointwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -513,7 +513,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two products."""
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed. da is written once, for the two products."""
     da = torch.empty_like(dy)
     db = torch.empty_like(bias) if needs[2] and bias is not None else None
     with _device_stream(dy) as stream:

@@ -12,7 +12,7 @@ _PARTIAL_PRODUCTS = 32 << 20
 
 
 def takes_tf32(t: Tensor) -> bool:
-    """Whether a product of this dtype and device may round its operands to tf32: where torch's convolutions may, as is the default.
+    """Whether a product may round its operands to tf32: if torch's convolutions may, which is torch's default.
 
     Then torch's convolution computes it: its matrix products have a setting of their own.
     """
@@ -33,7 +33,7 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def is_rows(*tensors: Tensor | None) -> bool:
-    """Whether these tensors of one image size lie as rows: channels_last, or H = W = 1, where both formats agree."""
+    """Whether these tensors lie as rows: channels_last, or H = W = 1, which is both formats."""
     return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
 
 
@@ -53,14 +53,14 @@ def images_product(
 
 
 def adds_bias(x: Tensor) -> bool:
-    """Whether `convolution` adds a bias in the product's epilogue: in a GEMM of rows, where the bias runs along them."""
+    """Whether `convolution` adds a bias in the product's epilogue: only a GEMM of rows can, whose rows the bias runs along."""
     return is_rows(x) and not takes_tf32(x)
 
 
 def convolution(
     x: Tensor,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)
-    bias: Tensor | None,  # (C_out,), where adds_bias(x)
+    bias: Tensor | None,  # (C_out,), only if adds_bias(x)
 ) -> Tensor:  # (N, C_out, H, W)
     """The product, in x's memory format."""
     if takes_tf32(x):

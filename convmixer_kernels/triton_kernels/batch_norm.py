@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batch norm's passes, and what ends every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
+"""Batch norm's passes, and the last launch of every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
 
     normalize       y = (act(a) - mean) * scale + shift (+ residual), and running statistics
     norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
@@ -49,7 +49,7 @@ def _lerp(old, new, weight):
 
 @triton.jit
 def _move(running_ptr, new, c, c_ok, momentum):
-    """running_ptr[c] towards `new`, where the pointer is not None."""
+    """running_ptr[c] towards `new`, if the pointer is not None."""
     if running_ptr is not None:
         old = tl.load(running_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
         tl.store(running_ptr + c, narrow(_lerp(old, new, momentum), running_ptr.dtype.element_ty), mask=c_ok)
@@ -73,7 +73,7 @@ def normalize_kernel(
     beta_ptr,
     residual_ptr,  # (N, C, H, W) or None
     y_ptr,  # (N, C, H, W)
-    # what _update takes, twice; a mean of None: nothing
+    # _update's arguments, twice; a mean of None: no update
     running_mean_ptr,
     running_var_ptr,
     batch_mean_ptr,
@@ -199,7 +199,7 @@ def grad_prologue_kernel(
     sum_dy_ptr,  # (C,) or None: constant statistics
     sum_dy_hhat_ptr,
     sum_partials_ptr,  # (sum_parts, 2, C): norm_backward's, to be finished here; or None
-    dbeta_ptr,  # (C,) or None: where sum dy, finished here, is wanted
+    dbeta_ptr,  # (C,) or None: receives sum dy, finished here
     dgamma_ptr,  # (C,) or None: and sum dy * hhat
     da_ptr,  # (N, C, H, W) or None: only the sums are wanted
     partials_ptr,  # (parts, C) or None: only da is wanted
@@ -342,7 +342,7 @@ def merge_kernel(
     tl.store(var_ptr + c, (tl.sum(acc, 0) / count).to(tl.float32), mask=c_ok)
 
 
-#: Channels of a program that moves running statistics; what a launch without any is given.
+#: Channels of a program that moves running statistics; _update's arguments if there is nothing to move.
 _BLOCK_UPDATE = 256
 _NO_UPDATE = (None, None, None, None, 0, 1.0, 0.0)
 #: Parts of norm_backward's sums: every program of grad_prologue reads all of them, 16 or 32 KB of L2 at most.
@@ -350,7 +350,7 @@ _MOST_SUMS = 64
 
 
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the parts of sums: float64 where the result is float32 (common.total)."""
+    """The dtype of partial sums: float64 if the result is float32 (common.total)."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
@@ -450,7 +450,7 @@ def norm_backward(
 
 
 class UnfinishedSums(NamedTuple):
-    """norm_backward's parts, for grad_prologue to finish, and where it stores what the parameters' gradients are."""
+    """norm_backward's parts, which grad_prologue finishes, and the parameters' gradients, which it stores."""
 
     partials: Tensor  # (parts, 2, C)
     dbeta: Tensor | None  # (C,)
@@ -467,7 +467,7 @@ def grad_prologue(
     want_sums: bool,
     constant_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None where not wanted. One launch.
+    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None if not wanted. One launch.
 
     With `constant_statistics` the sums, unfinished then, are the parameters' gradients and no part of da.
     """

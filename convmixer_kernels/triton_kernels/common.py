@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Device functions that the kernels share: activations, batch norm's pieces, rounding, where a channel's values lie.
+"""Device functions that the kernels share: activations, batch norm's pieces, rounding, addresses.
 
 ACT is the activation's code, its index in primitives.py's ACTIVATIONS: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh.
 FAST says that the result is rounded to 16 bits: then erf comes from csrc/math.h's fast_normal_tail, |error| <= 4e-6.
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 
 #: Triton's interpreter (TRITON_INTERPRET=1, read when the kernels are decorated) has no bfloat16 arithmetic: it multiplies the
-#: bits, and truncates where hardware rounds. There operands are widened before products, and rounded by hand.
+#: bits, and truncates instead of rounding. Under it the kernels widen operands before products, and round by hand.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -103,7 +103,7 @@ def activate_with_grad(a, ACT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def channel_vector(ptr, c, c_ok, default: tl.constexpr):
-    """ptr[c] in float32, (BLOCK_C,); `default` where ptr is None."""
+    """ptr[c] in float32, (BLOCK_C,); `default` if ptr is None."""
     if ptr is not None:
         values = tl.load(ptr + c, mask=c_ok, other=default).to(tl.float32)
     else:
@@ -147,7 +147,7 @@ def affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST: tl.conste
 def backward_vectors(
     mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST: tl.constexpr
 ):
-    """mean, scale, and, 0 where the statistics were constants, mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
+    """mean, scale, mean_dy and the factor of h - mean, all (BLOCK_C,); the last two are 0 if the statistics were constants."""
     mean = channel_vector(mean_ptr, c, c_ok, 0.0)
     rstd = _rstd(var_ptr, eps, c, c_ok, FAST)
     scale = rstd * channel_vector(gamma_ptr, c, c_ok, 1.0)
@@ -204,7 +204,7 @@ def preactivation_grad(
 
 @triton.jit
 def moments(h, ok, count, AXIS: tl.constexpr, FAST: tl.constexpr):
-    """mean and M2 = sum (h - mean)^2 of the values of h where ok, `count` of them along AXIS."""
+    """mean and M2 = sum (h - mean)^2 of the values of h that exist (ok), `count` of them along AXIS."""
     mean = (total(tl.where(ok, h, 0.0), AXIS, FAST) / count).to(tl.float32)
     deviation = tl.where(ok, h - tl.expand_dims(mean, AXIS), 0.0)
     return mean, total(deviation * deviation, AXIS, FAST).to(tl.float32)
@@ -241,7 +241,7 @@ def tile_offsets(
     BLOCK_P: tl.constexpr,
 ):
     """Where the block-th BLOCK_P values of the channels first_channel + c lie: a start (int64), offsets from it (BLOCK_P, BLOCK_C),
-    and which values exist, (BLOCK_P,). Offsets are 64-bit where WIDE."""
+    and which values exist, (BLOCK_P,). Offsets are 64-bit if WIDE."""
     image, further, index = positions(block * BLOCK_P, plane, BLOCK_P)
     ok = image + further < images
     if WIDE:

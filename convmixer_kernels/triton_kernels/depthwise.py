@@ -28,7 +28,7 @@ _SIZES = ["images", "channel_units", "height", "width_units", "blocks_per_part",
 
 @triton.jit
 def _tap(acc, x_at, w_at, offset, row_ok, column, i, i_ok, c_ok, width, KW: tl.constexpr):
-    """acc (ROWS, BLOCK_P, BLOCK_C) + the tap in this row of the filter whose input lies at column `column`."""
+    """acc (ROWS, BLOCK_P, BLOCK_C) + one tap of this filter row, with its input at column `column`."""
     ok = (row_ok & (column >= 0) & (column < width))[:, None] & c_ok[None, :]
     x = tl.load(x_at + offset, mask=ok, other=0.0).to(tl.float32)
     w = tl.load(w_at + (i * KW)[:, None], mask=i_ok, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What launches share: a tensor's layout as kernel arguments. Sizes are passed as multiples of a constant unit, so that the
-compiler knows what is aligned without a new kernel for each size."""
+"""A tensor's layout as kernel arguments, for all launches. Sizes are passed as multiples of a constant unit, so that the
+compiler knows the alignment without a new kernel for each size."""
 
 from __future__ import annotations
 

@@ -370,7 +370,7 @@ def input_grad(
     sums: tuple[Tensor, Tensor] | None,
     dx: Tensor,  # (N, C_in, H, W): written
 ) -> None:
-    """dx = da W, in one launch; da = dy where `a` is None."""
+    """dx = da W, in one launch; da = dy if `a` is None."""
     if a is None:
         activation, norm, sums = "identity", None, None
     _gemm(dy, a, weight.to(dy.dtype), None, activation, norm, sums, dx, False, True)
@@ -423,7 +423,7 @@ def weight_grad(
     sums: tuple[Tensor, Tensor] | None,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:  # (parts, C_out * C_in), (parts, C_out), float32
-    """Parts of dW, and with `want_bias` (only where `a` is given) of db = sum da, in one launch."""
+    """Parts of dW, and with `want_bias` (only if `a` is given) of db = sum da, in one launch."""
     if a is None:
         activation, norm, sums = "identity", None, None
     x_layout, y_layout = layout_of(x), layout_of(dy)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .model import MixerLayer, MixerSequential, recognize
+from .model import MixerLayer, MixerSequential
+from .recognize import recognize
 
 
 @dataclass

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ConvMixer on the kernels: the reference's modules, with layers that run as one operator where nobody can tell.
+"""ConvMixer on the kernels: the reference's modules, with layers that run as one operator if the result is the same.
 
-A layer decides anew on each forward, from its modules as they are then: a hook, a parametrization or another module
-that appears later is never missed. Nothing about the decision is stored in the model: it copies and pickles as it is.
+A layer decides on each forward, from its modules as they are then. Nothing about the decision is stored in the model, which
+copies and pickles as it is.
 """
 
 from __future__ import annotations
@@ -12,32 +12,36 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from convmixer_kernels import functional
+from convmixer_kernels import functional, gates
+from convmixer_kernels.primitives import MixerEval
 
 from . import reference
 from ._patches import torch_is_itself
-from .recognize import _changed_for_all, _is_altered, _recognize
-from .run import _PLAIN_TENSORS, _norm_call, _run_layer, _takes_input, _takes_tensors
+from .recognize import changed_for_all, is_altered
+from .run import fusible_layer, operator_accepts_input, run_layer
 
 
 class MixerLayer(nn.Sequential):
-    """One layer of ConvMixer: an nn.Sequential of the reference's modules, run by one operator where that is the same.
+    """One layer of ConvMixer: an nn.Sequential of the reference's modules, run by one operator if that gives the same.
 
         z = norm_1(act(depthwise_conv(x))) + x        children: 0 Residual(fn = Sequential(conv, act, norm)),
         y = norm_2(act(pointwise_conv(z)))                      1 conv, 2 act, 3 norm
 
-    It runs its modules one by one, exactly as nn.Sequential, whenever that could be told apart: other children (a slice
-    of a layer, a replaced norm, a parametrization), a hook on an inner module or on all modules, a function or a class of
-    torch's that was replaced for all (nn.GELU.forward, F.gelu), a mode that sees or changes torch's functions or operators
-    (TorchFunctionMode, TorchDispatchMode), an input that the kernels do not take (float64, unbatched, empty, a tensor
-    subclass), tracing, torch.export, a torch.func transform, forward-mode differentiation.
+    It runs its modules one by one, exactly as nn.Sequential does, whenever the operator might do something else:
+
+    - other children: a slice of a layer, a replaced norm, a parametrization;
+    - a hook on an inner module or on all modules;
+    - a function or class of torch's that was replaced for all (nn.GELU.forward, F.gelu);
+    - a TorchFunctionMode or TorchDispatchMode;
+    - an input that the kernels do not accept: float64, unbatched, empty, a tensor subclass;
+    - torch.jit.trace, torch.export, a torch.func transform, forward-mode differentiation.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
         if not torch.jit.is_scripting():
-            # a tracer makes tensors of sizes, and records a program that runs without this package
-            if torch._C._get_tracing_state() is None and _changed_for_all() is None:
-                y = _run_layer(self, input)
+            # a tracer turns sizes into tensors, and records a program that runs without this package
+            if not gates.tracing() and changed_for_all() is None:
+                y = run_layer(self, input)
                 if y is not None:
                     return y
             return super().forward(input)
@@ -47,18 +51,17 @@ class MixerLayer(nn.Sequential):
 
 
 class MixerSequential(nn.Sequential):
-    """An nn.Sequential that evaluates consecutive mixer layers together, where nobody can tell.
+    """An nn.Sequential that runs consecutive mixer layers in one call, in evaluation without gradients.
 
-    In evaluation without gradients a run of MixerLayers is one call, whose activations need not leave a core's cache
-    between layers; the bits are those of calling the layers. A layer that would not run by its operator, or with a hook of
-    its own, is called like every other child.
+    The activations between those layers can then stay in a core's cache. The result has the bits of calling each layer. A layer
+    that its operator cannot run, or that has a hook of its own, is called like every other child.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not torch_is_itself():
-                return super().forward(input)
-            return _run_children(tuple(self._modules.values()), input)
+            if torch_is_itself():
+                return _run_children(tuple(self._modules.values()), input)
+            return super().forward(input)
         for module in self:
             input = module(input)
         return input
@@ -76,7 +79,7 @@ def ConvMixer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Sequential:
-    """:func:`convmixer.reference.ConvMixer` with layers that run on the kernels.
+    """ConvMixer with layers that run on the kernels.
 
     Equivalent to, with the same tree, state_dict and, for the same seed, parameters:
 
@@ -109,66 +112,53 @@ def ConvMixer(
 
 
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    traced = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    evaluates = not torch.is_grad_enabled() and not traced
-    at = 0
-    # whether a layer's call is its operator's and no more; between two such calls nobody can change that
-    plain = False
+    if gates.recording():
+        for module in children:
+            x = module(x)
+        return x
+    fuses = not torch.is_grad_enabled()
+    # whether a call of a MixerLayer is its operator's call and no more: between two such calls nobody can change that
+    direct = False
+    at = unfused = 0  # children before `unfused` run alone, because their fused run was refused
     while at < len(children):
-        layers, y = [], None
-        is_layer = type(children[at]) is MixerLayer and not traced
-        if is_layer and not plain:
-            plain = _changed_for_all() is None and _calls_its_operator()
-        if is_layer and plain and evaluates and type(x) in _PLAIN_TENSORS and functional.may_evaluate_mixer_layers(x):
-            layers = _evaluated_together(children[at:], x)
-            if len(layers) > 1:
-                # of a refusal the first layer that gets it makes what it must
-                with contextlib.suppress(TypeError, ValueError):
-                    y = functional.evaluate_mixer_layers(x, layers)
-        taken = max(len(layers), 1)
+        module, taken, y = children[at], 1, None
+        if type(module) is MixerLayer:
+            direct = direct or (changed_for_all() is None and _calls_its_operator())
+            if direct and fuses and at >= unfused and type(x) in gates.PLAIN_TENSORS and functional.can_fuse_layers(x):
+                layers = _fusible_run(children[at:], x)
+                if len(layers) > 1:
+                    # if the run is refused with an error, the first layer that causes it decides what follows
+                    with contextlib.suppress(TypeError, ValueError):
+                        y = functional.run_fused_layers(x, layers)
+                    if y is None:
+                        unfused = at + len(layers)
+                    else:
+                        taken = len(layers)
+            if y is None and direct and not is_altered(module):
+                y = run_layer(module, x)
         if y is None:
-            y = x
-            for module in children[at : at + taken]:
-                z = _run_layer(module, y) if is_layer and plain and not _is_altered(module) else None
-                if z is None:
-                    z, plain = module(y), False
-                y = z
+            y, direct = module(x), False
         x = y
         at += taken
     return x
 
 
 def _calls_its_operator() -> bool:
-    """Whether calling a MixerLayer without hooks is MixerLayer.forward as it stands above."""
+    """Whether a call of a MixerLayer without hooks still is MixerLayer.forward as it stands above."""
     return MixerLayer.forward is _LAYER_FORWARD and MixerLayer.__call__ is nn.Module.__call__
 
 
 _LAYER_FORWARD = MixerLayer.forward
 
 
-def _evaluated_together(children: tuple[nn.Module, ...], x: object) -> list[functional.MixerArguments]:
-    """What the first children are called with, as far as they are layers that their operator would evaluate."""
-    layers: list[functional.MixerArguments] = []
-    if not _takes_input(x):
-        return layers
-    for layer in children:
-        if type(layer) is not MixerLayer or _is_altered(layer):
+def _fusible_run(children: tuple[nn.Module, ...], x: Tensor) -> list[MixerEval]:
+    """The first children, as far as they are layers that one call can run."""
+    run: list[MixerEval] = []
+    if not operator_accepts_input(x):
+        return run
+    for module in children:
+        layer = None if type(module) is not MixerLayer or is_altered(module) else fusible_layer(module, x)
+        if layer is None:
             break
-        blocks = _recognize(layer)
-        if isinstance(blocks, str) or not _takes_tensors(x, blocks):
-            break
-        if any(b.norm.training or b.norm._buffers["running_mean"] is None for b in blocks):
-            break
-        first, second = (_norm_call(b.norm) for b in blocks)
-        if first.settings != second.settings or blocks[0].activation != blocks[1].activation:
-            break
-        tensors = []
-        for block, norm in zip(blocks, (first, second), strict=True):
-            weight, bias, mean, var = norm.tensors
-            convolution = block.conv._parameters
-            tensors += [
-                functional.Block(convolution["weight"], convolution["bias"], weight, bias),
-                functional.Statistics(mean, var),
-            ]
-        layers.append(functional.MixerArguments(*tensors, first.settings[2], blocks[0].activation))
-    return layers
+        run.append(layer)
+    return run

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a layer is made of: its modules as blocks, or the reason why not."""
+"""From modules to blocks that an operator computes, or the reason why not.
+
+This looks at modules only, never at an input, and keeps nothing in them. It runs on every forward (about 6 microseconds a layer), so
+that a hook, a parametrization or another module that appears later is never missed.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +24,8 @@ class Block(NamedTuple):
     norm: nn.BatchNorm2d
 
 
-def recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
-    """The layer's depthwise and pointwise block if its operator would do what its modules do, else the reason why not.
-
-    Looks at modules only, not at an input. It runs on every forward, for about 6 microseconds.
-    """
-    return _changed_for_all() or _recognize(layer)
-
-
-def _changed_for_all() -> str | None:
-    """Why no layer at all may run by its operator now, or None."""
+def changed_for_all() -> str | None:
+    """The reason why no module at all may be replaced by an operator now, or None."""
     if (
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
@@ -40,7 +36,25 @@ def _changed_for_all() -> str | None:
     return None if torch_is_itself() else f"{replaced_in_torch()} is not torch's own"
 
 
-def _recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class's forward, or something else."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_call_impl" in state
+        or module._compiled_call_impl is not None
+    )
+
+
+def recognize_layer(layer: nn.Sequential) -> tuple[Block, Block] | str:
+    """The depthwise and the pointwise block of a mixer layer, or the reason why its modules must run.
+
+    The caller asks changed_for_all, once for as many layers as it runs.
+    """
     children = tuple(layer._modules.values())
     if len(children) != 4:
         return f"it has {len(children)} children, not the 4 of a mixer layer"
@@ -51,29 +65,50 @@ def _recognize(layer: nn.Sequential) -> tuple[Block, Block] | str:
     if type(fn) is not nn.Sequential or len(fn._modules) != 3:
         return f"its residual's fn, {_name(fn)}, is not an nn.Sequential of 3 modules"
     for module in (residual, fn):
-        if _is_altered(module):
+        if is_altered(module):
             return f"its {_name(module)} has a hook or its own forward"
-    first = _block("depthwise", *fn._modules.values())
+    first = recognize_block("depthwise", *fn._modules.values())
     if isinstance(first, str):
         return first
-    second = _block("pointwise", *pointwise)
+    second = recognize_block("pointwise", *pointwise)
     return second if isinstance(second, str) else (first, second)
 
 
-def _block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -> Block | str:
-    if type(conv) is not nn.Conv2d:
-        return f"its {kind} convolution is {_name(conv)}, not nn.Conv2d"
-    if type(norm) is not nn.BatchNorm2d:
-        return f"its {kind} norm is {_name(norm)}, not nn.BatchNorm2d"
+def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -> Block | str:
+    """norm(activation(conv(x))) as a block of this kind, "depthwise" or "pointwise", or the reason why its modules must run."""
+    reason = why_not_convolution(kind, conv)
+    if reason is not None:
+        return reason
     name = _activation_name(activation)
     if name is None:
-        return f"its {kind} activation is {activation!r}"
-    if _is_altered(conv) or _is_altered(activation) or _is_altered(norm):
-        return f"a module of its {kind} block has a hook or its own forward"
-    if not _is_in_place(conv, norm):
-        return f"a tensor or method of its {kind} block is not where its class has it"
-    # the weight's own sizes: the convolution's attributes say what it was made for, and nothing reads them
-    weight = conv._parameters["weight"]
+        return f"its {kind} activation is {activation!r}, not GELU, ReLU or Identity"
+    if type(norm) is not nn.BatchNorm2d:
+        return f"its {kind} norm is {_name(norm)}, not nn.BatchNorm2d"
+    if is_altered(activation):
+        return f"its {kind} activation has a hook or its own forward"
+    if is_altered(norm):
+        return f"its {kind} norm has a hook or its own forward"
+    if _hides_tensors_of_norm(norm):
+        return f"a parameter, buffer or method of its {kind} norm was replaced"
+    return Block(conv, name, norm)
+
+
+def why_not_convolution(kind: str, conv: nn.Module) -> str | None:
+    """The reason why this module is not a convolution of this kind ("depthwise" or "pointwise") that an operator computes, or None."""
+    if type(conv) is not nn.Conv2d:
+        return f"its {kind} convolution is {_name(conv)}, not nn.Conv2d"
+    if is_altered(conv):
+        return f"its {kind} convolution has a hook or its own forward"
+    parameters, own = conv._parameters, conv.__dict__
+    if (
+        not ("weight" in parameters and "bias" in parameters)
+        or "weight" in own
+        or "bias" in own
+        or "_conv_forward" in own
+    ):
+        return f"a parameter or method of its {kind} convolution was replaced"
+    # the weight's own sizes: the attributes in_channels, out_channels and kernel_size take no part in a forward
+    weight = parameters["weight"]
     shape = () if weight is None else weight.shape
     if not (
         len(shape) == 4
@@ -87,24 +122,24 @@ def _block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -
         and conv.padding_mode == "zeros"
         and _pads_same(conv.padding, shape[2], shape[3])
     ):
-        return f"its {kind} convolution is {_described(conv, shape)}"
-    return Block(conv, name, norm)
+        return f"its {kind} convolution is {_described(conv, shape)}, not {_WANTED[kind]}"
+    return None
 
 
-def _is_in_place(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether their tensors, None included, are parameters and buffers, and no attribute hides one or a method of the class."""
-    parameters, own = conv._parameters, conv.__dict__
-    if not ("weight" in parameters and "bias" in parameters):
-        return False
-    if "weight" in own or "bias" in own or "_conv_forward" in own:
-        return False
+_WANTED = {
+    "depthwise": "depthwise with stride 1, dilation 1 and zero padding 'same'",
+    "pointwise": "1x1 with stride 1, one group and no padding",
+}
+
+
+def _hides_tensors_of_norm(norm: nn.BatchNorm2d) -> bool:
+    """Whether one of its tensors (None included) is no parameter or buffer, or an attribute hides one or a method of the class."""
     parameters, buffers, own = norm._parameters, norm._buffers, norm.__dict__
-    if not ("weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers):
-        return False
-    if not ("running_mean" in buffers and "running_var" in buffers) or "_check_input_dim" in own:
-        return False
-    return not (
-        "weight" in own
+    return (
+        not ("weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers)
+        or not ("running_mean" in buffers and "running_var" in buffers)
+        or "_check_input_dim" in own
+        or "weight" in own
         or "bias" in own
         or "running_mean" in own
         or "running_var" in own
@@ -127,15 +162,15 @@ def _are_ones(stride: object, dilation: object) -> bool:
 
 
 def _is_pair(value: object, first: int, second: int) -> bool:
-    """Exactly these two ints: torch refuses floats that equal them."""
+    """Whether it is exactly these two ints: torch refuses floats that equal them."""
     return value == (first, second) and type(value) is tuple and type(value[0]) is int and type(value[1]) is int
 
 
 def _described(conv: nn.Conv2d, shape: tuple[int, ...]) -> str:
     try:
         described = str(conv)
-    except (TypeError, ValueError):  # it takes pairs for granted
-        return "an nn.Conv2d with attributes of other types than the class gives them"
+    except (TypeError, ValueError):  # nn.Conv2d's repr expects pairs
+        return "an nn.Conv2d with attributes of other types than its class sets"
     return described if shape[2:] == conv.kernel_size else f"{described} with a weight of {tuple(shape)}"
 
 
@@ -146,20 +181,6 @@ def _activation_name(module: nn.Module) -> str | None:
     if kind is nn.ReLU:
         return "relu"
     return "identity" if kind is nn.Identity else None
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether calling this module does more or other than its class's forward."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or "_call_impl" in state
-        or module._compiled_call_impl is not None
-    )
 
 
 def _name(module: nn.Module | None) -> str:
@@ -175,38 +196,49 @@ def _x_then_fn(self, x):
 
 
 def _instructions(function: object) -> tuple[object, ...] | None:
-    """What a Python function does, apart from its names for arguments, its annotations and its docstring."""
+    """What a Python function does, apart from the names of its arguments, its annotations and its docstring."""
     code = getattr(function, "__code__", None)
     if code is None:
         return None
-    # varargs, varkeywords, generators and coroutines
+    # the flags for *args, **kwargs, generators and coroutines
     kind = code.co_flags & (0x04 | 0x08 | 0x20 | 0x80 | 0x100 | 0x200)
     return code.co_code, code.co_names, code.co_argcount, code.co_kwonlyargcount, code.co_freevars, kind
 
 
 _RESIDUAL_FORWARDS = frozenset({_instructions(_fn_then_x), _instructions(_x_then_fn)})
-# class -> the forward that was proven; a class whose forward is replaced later is proven anew
-_proven_residuals: dict[type, object] = {Residual: Residual.forward}
+# class of a residual -> its forward when it was proven
+_proven: dict[type, object] = {Residual: Residual.forward}
 
 
 def _is_residual(module: nn.Module) -> bool:
     """Whether this module computes fn(x) + x.
 
-    A class of another library (the paper's script, timm) is known by its forward's bytecode, which must be that of
-    ``return self.fn(x) + x`` or ``return x + self.fn(x)``. This is a proof, and runs nothing: a class's name says too
-    little, a numeric probe cannot see what depends on a mode, on the input or on chance, and source text may be absent.
+    Its class is proven once, by accelerate or, in a model that another process saved, on the first forward. From then on a forward
+    only compares identities. A class with another forward than the proven one must be proven again.
     """
     kind = type(module)
+    # nothing is `_proven` itself: an unknown class never passes
+    if _proven.get(kind, _proven) is not getattr(kind, "forward", None) and not _prove(kind):
+        return False
+    return kind.__call__ is nn.Module.__call__ and "fn" not in module.__dict__
+
+
+def _prove(kind: type) -> bool:
+    """Whether each call of this class's forward computes fn(x) + x; if so, it is remembered.
+
+    The proof is the bytecode of forward, which must be that of ``return self.fn(x) + x`` or ``return x + self.fn(x)``. It runs
+    nothing. A class's name says too little, a numeric test misses what depends on a mode, on the input or on chance, and
+    source text may be absent.
+    """
     forward = getattr(kind, "forward", None)
-    if _proven_residuals.get(kind) is not forward or forward is None or kind.__call__ is not nn.Module.__call__:
-        if not (
-            isinstance(module, nn.Module)
-            and kind.__call__ is nn.Module.__call__
-            and kind.__getattr__ is nn.Module.__getattr__
-            and kind.__getattribute__ is nn.Module.__getattribute__
-            and not hasattr(kind, "fn")
-            and _instructions(forward) in _RESIDUAL_FORWARDS
-        ):
-            return False
-        _proven_residuals[kind] = forward
-    return "fn" not in module.__dict__
+    proven = (
+        issubclass(kind, nn.Module)
+        and kind.__call__ is nn.Module.__call__
+        and kind.__getattr__ is nn.Module.__getattr__
+        and kind.__getattribute__ is nn.Module.__getattribute__
+        and not hasattr(kind, "fn")
+        and _instructions(forward) in _RESIDUAL_FORWARDS
+    )
+    if proven:
+        _proven[kind] = forward
+    return proven

@@ -226,7 +226,7 @@ def test_residuals_that_are_left(residual):
     assert report.accelerated == 1
     assert type(model["one"]) is nn.Sequential
     assert report.skipped == [("one", f"its residual, {residual.__name__}, is not known to compute fn(x) + x")]
-    assert f"left 1 as they were:\n  one: its residual, {residual.__name__}" in str(report)
+    assert f"left 1 unchanged:\n  one: its residual, {residual.__name__}" in str(report)
 
 
 def test_a_residual_whose_class_changes_later(calls, monkeypatch):
@@ -267,6 +267,10 @@ def valid_padding(one):
     one[0].fn[0].padding = (0, 0)
 
 
+def strided_pointwise(one):
+    one[1].stride = (2, 2)
+
+
 def other_activation(one):
     one[2] = nn.SiLU()
 
@@ -277,6 +281,19 @@ def inner_hook(one):
 
 def parametrized(one):
     nn.utils.parametrizations.weight_norm(one[1])
+
+
+def replaced_weight(one):
+    conv = one[0].fn[0]
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+
+
+def replaced_counter(one):
+    norm = one[3]
+    del norm.num_batches_tracked
+    norm.num_batches_tracked = torch.tensor(0)
 
 
 def own_forward(one):
@@ -291,10 +308,25 @@ LEFT = [
     (subclassed, "its class, NamedSequential, is not nn.Sequential itself"),
     (norm_replaced, "its pointwise norm is GroupNorm, not nn.BatchNorm2d"),
     (norm_synchronised, "its depthwise norm is SyncBatchNorm, not nn.BatchNorm2d"),
-    (dense_convolution, "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same)"),
-    (valid_padding, "its depthwise convolution is Conv2d(64, 64, kernel_size=(5, 5), stride=(1, 1), groups=64)"),
-    (other_activation, "its pointwise activation is SiLU()"),
-    (inner_hook, "a module of its pointwise block has a hook or its own forward"),
+    (
+        dense_convolution,
+        "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same), "
+        "not depthwise with stride 1, dilation 1 and zero padding 'same'",
+    ),
+    (
+        valid_padding,
+        "its depthwise convolution is Conv2d(64, 64, kernel_size=(5, 5), stride=(1, 1), groups=64), "
+        "not depthwise with stride 1, dilation 1 and zero padding 'same'",
+    ),
+    (
+        strided_pointwise,
+        "its pointwise convolution is Conv2d(64, 64, kernel_size=(1, 1), stride=(2, 2)), "
+        "not 1x1 with stride 1, one group and no padding",
+    ),
+    (other_activation, "its pointwise activation is SiLU(), not GELU, ReLU or Identity"),
+    (inner_hook, "its pointwise convolution has a hook or its own forward"),
+    (replaced_weight, "a parameter or method of its depthwise convolution was replaced"),
+    (replaced_counter, "a parameter, buffer or method of its pointwise norm was replaced"),
     (parametrized, "its pointwise convolution is ParametrizedConv2d, not nn.Conv2d"),
     (own_forward, "it has its own forward"),
     (extra_module, "it has 5 children, not the 4 of a mixer layer"),

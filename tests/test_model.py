@@ -365,7 +365,7 @@ def test_layers_together_refuse_what_a_layer_refuses():
 def test_what_does_not_fit_is_left_to_the_layers_at_once(monkeypatch):
     """Images beyond a core's cache: no layer is looked at twice."""
     model, x = make_pair()[0].eval(), features(size=80)
-    monkeypatch.setattr(functional, "evaluate_mixer_layers", lambda *a: pytest.fail("it was asked"))
+    monkeypatch.setattr(functional, "run_fused_layers", lambda *a: pytest.fail("it was asked"))
     with torch.no_grad():
         assert torch.equal(model[3:5](x), nn.Sequential(*model[3:5])(x))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convmixer_kernels import checks, dispatch, functional, gates
+from convmixer_kernels.gates import PLAIN_TENSORS
 from convmixer_kernels.primitives import MixerEval, Norm
 
 from .recognize import Block, recognize_layer
@@ -64,7 +65,7 @@ def fusible_layer(layer: nn.Sequential, x: Tensor) -> MixerEval | None:
 
 def operator_accepts_input(x: object) -> bool:
     """Whether operators may run on this input now."""
-    if type(x) not in gates.PLAIN_TENSORS or x.dtype not in _DTYPES or x.dim() != 4 or x.layout is not torch.strided:
+    if type(x) not in PLAIN_TENSORS or x.dtype not in _DTYPES or x.dim() != 4 or x.layout is not torch.strided:
         return False
     if x.is_meta or x.is_nested or x.numel() == 0 or gates.watched() or gates.transformed():
         return False
@@ -87,7 +88,7 @@ def operator_accepts_blocks(x: Tensor, blocks: Sequence[Block]) -> bool:
         if not (norm.momentum is None or _is_moderate(norm.momentum)):
             return False
         for t in conv._parameters.values():
-            if t is not None and (type(t) not in gates.PLAIN_TENSORS or (t.dtype is not dtype and t.dtype is not wide)):
+            if t is not None and (type(t) not in PLAIN_TENSORS or (t.dtype is not dtype and t.dtype is not wide)):
                 return False
         buffers = norm._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -102,7 +103,7 @@ def operator_accepts_blocks(x: Tensor, blocks: Sequence[Block]) -> bool:
                 norm_dtype = t.dtype
                 if norm_dtype is not dtype and norm_dtype is not torch.float32:
                     return False
-            if type(t) not in gates.PLAIN_TENSORS or t.dtype is not norm_dtype:
+            if type(t) not in PLAIN_TENSORS or t.dtype is not norm_dtype:
                 return False
     return True
 

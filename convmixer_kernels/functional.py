@@ -380,20 +380,18 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def _direct(*tensors: Tensor | None) -> bool:
-    """Whether kernels may be called by address: plain tensors, and nothing that wants to see operators.
+def _direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels may be called by address: plain contiguous tensors in memory, and nothing that has to see operators.
 
-    Statistics that training updates may be strided; then the operator's caller updates them. Of a negative view the
-    dispatcher hands operators the values.
+    A registered operator takes the rest. Statistics that training updates may be strided: then the operator's caller updates them.
+    A negative view's memory holds the opposite values: the dispatcher gives operators the right ones.
     """
     return (
         not gates.recording()
         and not gates.dispatch_mode()
-        and gates.all_plain(tensors)
-        and not any(t is not None and t.is_neg() for t in tensors)
-        and all(t is None or t.is_contiguous() for t in tensors[1:])
-        and tensors[0].device.type != "meta"
-        and not tensors[0]._is_zerotensor()
+        and gates.all_plain((x, *others))
+        and all(t is None or (t.is_contiguous() and not t.is_neg()) for t in others)
+        and not (x.is_meta or x.is_neg() or x._is_zerotensor())
     )
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import DIM, SMALL, assert_matches, count_operators, features, image, make_pair, step
+from model_helpers import DIM, SMALL, assert_matches, assert_same_steps, features, image, make_pair
 from torch import nn
 
 import convmixer_kernels
@@ -20,20 +20,7 @@ from convmixer import ConvMixer, MixerLayer, MixerSequential, reference
 from convmixer_kernels import functional
 from convmixer_kernels.backends import cpu
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share; conftest.py restores the number."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The names of the operators that layers call, in order."""
-    return count_operators(monkeypatch)
-
-
-# ---- the tree and its tensors -----------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -102,8 +89,6 @@ def test_wrong_arguments_raise(build, changes, error, message):
         build(**{**SMALL, **changes})
 
 
-# ---- results ----------------------------------------------------------------------------------------------------
-
 # each dtype, activation, mode and memory format at least twice; their product is the operators' own tests' business
 GRID = [
     ("gelu", torch.float32, True, False, 5),
@@ -171,11 +156,7 @@ def test_parts_without_gradients():
 
 def test_empty_batch():
     layer, ref = (m[3] for m in make_pair())
-    results = [step(one, features(0)) for one in (layer, ref)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-# ---- it stays an nn.Sequential ------------------------------------------------------------------------------------
+    assert_same_steps(layer, ref, features(0))
 
 
 def test_slices(calls):
@@ -251,9 +232,6 @@ def test_checkpointing_and_saved_tensor_hooks():
         counters.append([b for n, b in model.named_buffers() if n.endswith("tracked")])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert counters[0] == counters[1]
-
-
-# ---- layers evaluated together -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -394,9 +372,6 @@ def test_layers_together_see_every_change_and_other_modes(runs):
         assert torch.equal(traced(image()), ref(image()))
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(image()), ref(image()), rtol=1e-4, atol=1e-4)
-
-
-# ---- memory -------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor, unit: int) -> tuple[int, int]:

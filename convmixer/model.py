@@ -40,7 +40,7 @@ class MixerLayer(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
         if not torch.jit.is_scripting():
             # a tracer turns sizes into tensors, and records a program that runs without this package
-            if not gates.tracing() and changed_for_all() is None:
+            if not gates.jit_tracing() and changed_for_all() is None:
                 y = run_layer(self, input)
                 if y is not None:
                     return y

@@ -69,7 +69,7 @@ def operator_accepts_input(x: object) -> bool:
         return False
     if x.is_meta or x.is_nested or x.numel() == 0 or gates.watched() or gates.transformed():
         return False
-    return not torch.compiler.is_exporting()  # an exported program must run without this package
+    return not gates.exporting()
 
 
 def operator_accepts_blocks(x: Tensor, blocks: Sequence[Block]) -> bool:

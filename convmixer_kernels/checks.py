@@ -49,7 +49,7 @@ def check_reach(op: str, name: str, t: Tensor) -> None:
 
 def check_before_copy(op: str, name: str, t: Tensor) -> None:
     """check_reach for what is copied before a kernel sees it; some tensors have no storage here."""
-    if not torch.compiler.is_compiling() and type(t) in gates.PLAIN_TENSORS and not gates.transforming():
+    if not torch.compiler.is_compiling() and type(t) in gates.PLAIN_TENSORS and not gates.torch_func_active():
         check_reach(op, name, t)
 
 

@@ -388,7 +388,7 @@ def _direct(x: Tensor, *others: Tensor | None) -> bool:
     """
     return (
         not gates.recording()
-        and not gates.dispatch_mode()
+        and not gates.dispatch_mode_active()
         and gates.all_plain((x, *others))
         and all(t is None or (t.is_contiguous() and not t.is_neg()) for t in others)
         and not (x.is_meta or x.is_neg() or x._is_zerotensor())

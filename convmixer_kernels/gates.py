@@ -24,8 +24,8 @@ def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
-def transforming() -> bool:
-    """Whether a transform of torch.func is active: vmap, grad, jvp and their kind wrap tensors."""
+def torch_func_active() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is active: tensors may be wrapped, and then have no storage."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -34,17 +34,22 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def tracing() -> bool:
+def jit_tracing() -> bool:
     """Whether torch.jit.trace records this call."""
     return torch._C._get_tracing_state() is not None
 
 
 def recording() -> bool:
-    """Whether a compiler or torch.jit.trace records this call, instead of only running it."""
+    """Whether torch.compile, torch.export or torch.jit.trace records this call."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
-def dispatch_mode() -> bool:
+def exporting() -> bool:
+    """Whether torch.export records this call, for a program that must run without this package."""
+    return torch.compiler.is_exporting()
+
+
+def dispatch_mode_active() -> bool:
     """Whether a TorchDispatchMode sees the operators of this call."""
     return torch._C._len_torch_dispatch_stack() > 0
 
@@ -52,7 +57,7 @@ def dispatch_mode() -> bool:
 def watched() -> bool:
     """Whether a mode sees torch's functions or operators. torch.device as a mode only sets a default and does not count."""
     if torch.compiler.is_compiling():
-        return False  # the compiler calls the modes by itself
+        return False  # the compiler calls the modes itself
     if torch._C._len_torch_dispatch_stack():
         return True
     modes = torch._C._len_torch_function_stack()

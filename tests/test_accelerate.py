@@ -191,7 +191,7 @@ def test_residuals_that_are_left(residual):
 
 
 def test_a_residual_is_proven_once(calls, monkeypatch):
-    """By accelerate: a forward proves nothing, unless the class has another forward since."""
+    """Accelerate proves it. A forward proves it again only if the class has another forward since."""
 
     class Own(Residual):
         def forward(self, x):
@@ -359,7 +359,7 @@ print(len(calls))
 
 
 def test_a_saved_model_loads_in_another_process(tmp_path, monkeypatch):
-    """There nobody called accelerate, and the other library's residual is proven on the first forward."""
+    """In that process nobody called accelerate: the first forward proves the other library's residual."""
     (tmp_path / "other_library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
     build = importlib.import_module("other_library").layer

@@ -89,7 +89,7 @@ def test_wrong_arguments_raise(build, changes, error, message):
         build(**{**SMALL, **changes})
 
 
-# each dtype, activation, mode and memory format at least twice; their product is the operators' own tests' business
+# each dtype, activation, mode and memory format at least twice; the operators' own tests cover the product
 GRID = [
     ("gelu", torch.float32, True, False, 5),
     ("gelu", torch.float32, False, True, 5),
@@ -142,7 +142,7 @@ def test_several_training_steps_follow_the_reference():
 
 
 def test_parts_without_gradients():
-    """requires_grad_(False) on parts: the others' gradients are the reference's, and none appears where not asked."""
+    """requires_grad_(False) on parts: the other parameters get the reference's gradients, and these get none."""
     ours, ref = make_pair()
     for model in (ours, ref):
         model[3][0].requires_grad_(False)
@@ -341,7 +341,7 @@ def test_layers_together_refuse_what_a_layer_refuses():
 
 
 def test_what_does_not_fit_is_left_to_the_layers_at_once(monkeypatch):
-    """Images beyond a core's cache: no layer is looked at twice."""
+    """Images larger than a core's cache: the layers run one by one, and none is recognized twice."""
     model, x = make_pair()[0].eval(), features(size=80)
     monkeypatch.setattr(functional, "run_fused_layers", lambda *a: pytest.fail("it was asked"))
     with torch.no_grad():
@@ -382,7 +382,7 @@ def saved_bytes(model: nn.Module, x: torch.Tensor, unit: int) -> tuple[int, int]
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in parameters:
-            # holding the storage keeps its address from being given to another
+            # kept, so that its address is not reused
             storages[storage.data_ptr()] = storage
         return t
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inputs and modes that the operators do not take, or refuse: a layer runs its modules there, and changes nothing."""
+"""Inputs and modes that the operators do not accept: a layer runs its modules, or raises and has changed nothing."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def column_of_norm_weights(layer):
 
 
 def test_what_the_operator_refuses_and_the_reference_runs(calls, monkeypatch):
-    """In evaluation without gradients torch reads any number of dimensions: with the layer's modules, alone and in a model."""
+    """In evaluation without gradients torch accepts norm weights of any number of dimensions: the layer runs its modules."""
     model, ref = (m.eval() for m in make_pair())
     for one in (model, ref):
         column_of_norm_weights(one[3])
@@ -287,7 +287,7 @@ def test_tracing_without_gradients_warns_of_nothing():
 
 @MODES
 def test_autocast(calls, training):
-    """Inside a model the stem hands autocast's dtype on; a wide input straight to a layer runs the modules."""
+    """Inside a model the stem's result has autocast's dtype. If a layer is given float32 instead, it runs its modules."""
     ours, ref = (m.train(training) for m in make_pair())
     exact = step(copy.deepcopy(ref).double(), image().double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -300,7 +300,7 @@ def test_autocast(calls, training):
     for name, value in actual.items():
         assert value.dtype == eager[name].dtype
         if value.dtype.is_floating_point:
-            # parameters stay float32, but eager's error is that of the 16-bit arithmetic in between
+            # parameters stay float32, but eager's error comes from the 16-bit arithmetic before them
             rounded = (t[name].to(torch.bfloat16) for t in (actual, eager))
             assert_twice_eager(name, *rounded, exact[name])
 

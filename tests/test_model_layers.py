@@ -197,7 +197,7 @@ def test_hooks_on_all_modules_fire(calls, register):
         layer(features().requires_grad_()).sum().backward()
     finally:
         handle.remove()
-    # the order of backward hooks is the reverse; each of the 8 inner modules and the layer once
+    # each of the 8 inner modules and the layer once; backward hooks run in the reverse order
     assert {id(m) for m in seen} == {id(m) for m in layer.modules()}
     assert len(seen) == len(INNER) + 1
     assert calls == []
@@ -257,7 +257,7 @@ def own_forward_of_the_residual(layer):
 
 
 def plain_attribute(path, name):
-    """A parameter or buffer becomes an attribute that is none."""
+    """A change of a layer: a parameter or buffer becomes a plain attribute."""
 
     def change(layer):
         holder = layer.get_submodule(path)
@@ -300,7 +300,6 @@ def hidden_running_mean(layer):
 
 
 def fused_pair(layer):
-    nn.utils.fusion.fuse_conv_bn_weights  # noqa: B018 - the name must exist
     layer[1] = nn.utils.fusion.fuse_conv_bn_eval(layer[1].eval(), layer[3].eval())
     layer[3] = nn.Identity()
 

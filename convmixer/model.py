@@ -102,8 +102,17 @@ def ConvMixer(
     Raises:
         TypeError, ValueError: an argument of a wrong type or outside its range; the message names it.
     """
-    options = {"in_chans": in_chans, "activation": activation, "device": device, "dtype": dtype}
-    model = reference.ConvMixer(dim, depth, kernel_size, patch_size, n_classes, **options)
+    model = reference.ConvMixer(
+        dim,
+        depth,
+        kernel_size,
+        patch_size,
+        n_classes,
+        in_chans=in_chans,
+        activation=activation,
+        device=device,
+        dtype=dtype,
+    )
     for layer in model:
         if type(layer) is nn.Sequential:
             layer.__class__ = MixerLayer

@@ -16,8 +16,8 @@ from ._patches import replaced_in_torch, torch_is_itself
 from .reference import Residual
 
 
-class Block(NamedTuple):
-    """A convolution, its activation by name, and its norm."""
+class BlockModules(NamedTuple):
+    """The modules of one block: a convolution, its activation by name, and its norm. (primitives.Block holds tensors.)"""
 
     conv: nn.Conv2d
     activation: str
@@ -50,7 +50,7 @@ def is_altered(module: nn.Module) -> bool:
     )
 
 
-def recognize_layer(layer: nn.Sequential) -> tuple[Block, Block] | str:
+def recognize_layer(layer: nn.Sequential) -> tuple[BlockModules, BlockModules] | str:
     """The depthwise and the pointwise block of a mixer layer, or the reason why its modules must run.
 
     The caller asks changed_for_all, once for as many layers as it runs.
@@ -74,7 +74,7 @@ def recognize_layer(layer: nn.Sequential) -> tuple[Block, Block] | str:
     return second if isinstance(second, str) else (first, second)
 
 
-def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -> Block | str:
+def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -> BlockModules | str:
     """norm(activation(conv(x))) as a block of this kind, "depthwise" or "pointwise", or the reason why its modules must run."""
     reason = why_not_convolution(kind, conv)
     if reason is not None:
@@ -90,7 +90,7 @@ def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.
         return f"its {kind} norm has a hook or its own forward"
     if _hides_tensors_of_norm(norm):
         return f"a parameter, buffer or method of its {kind} norm was replaced"
-    return Block(conv, name, norm)
+    return BlockModules(conv, name, norm)
 
 
 def why_not_convolution(kind: str, conv: nn.Module) -> str | None:

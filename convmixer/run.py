@@ -13,7 +13,7 @@ from convmixer_kernels import checks, dispatch, functional, gates
 from convmixer_kernels.gates import PLAIN_TENSORS
 from convmixer_kernels.primitives import MixerEval, Norm
 
-from .recognize import Block, recognize_layer
+from .recognize import BlockModules, recognize_layer
 
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -72,7 +72,7 @@ def operator_accepts_input(x: object) -> bool:
     return not gates.exporting()
 
 
-def operator_accepts_blocks(x: Tensor, blocks: Sequence[Block]) -> bool:
+def operator_accepts_blocks(x: Tensor, blocks: Sequence[BlockModules]) -> bool:
     """Whether operators, for an input that they accept, give the modules' result with these tensors and settings."""
     dtype, device = x.dtype, x.device.type
     # autocast casts float32 weights to its dtype; without it nn.Conv2d requires weights of x's dtype
@@ -143,7 +143,7 @@ def _begin_norm(norm: nn.BatchNorm2d) -> _NormCall:
     return _NormCall(tensors, (training or mean is None, momentum, norm.eps), counter)
 
 
-def _run_blocks(x: Tensor, blocks: tuple[Block, Block], norms: tuple[_NormCall, _NormCall]) -> Tensor:
+def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tuple[_NormCall, _NormCall]) -> Tensor:
     depthwise, pointwise = blocks
     if norms[0].settings != norms[1].settings or depthwise.activation != pointwise.activation:
         # two calls: what the second would refuse must be refused before the first has moved its statistics
@@ -167,13 +167,13 @@ def _run_blocks(x: Tensor, blocks: tuple[Block, Block], norms: tuple[_NormCall, 
     )
 
 
-def _run_block(operator: Callable[..., Tensor], x: Tensor, block: Block, norm: _NormCall) -> Tensor:
+def _run_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, norm: _NormCall) -> Tensor:
     training, momentum, eps = norm.settings
     tensors = (*_weight_and_bias(block), *norm.tensors)
     return operator(x, *tensors, training=training, momentum=momentum, eps=eps, activation=block.activation)
 
 
-def _weight_and_bias(block: Block) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:
     parameters = block.conv._parameters
     return parameters["weight"], parameters["bias"]
 

@@ -15,7 +15,7 @@ import convmixer_kernels
 from convmixer_kernels import _build
 from convmixer_kernels.backends import cpu
 
-# mypy also reports an ignore that no error needs, so it must find each of the errors at the end
+# an ignore that nothing needs is an error too: what it stands for must be found
 USER = """
 from typing import Any
 
@@ -70,7 +70,7 @@ accelerate(x)  # type: ignore[arg-type]
 def test_the_packages_say_that_they_are_typed():
     folders = {Path(package.__file__).parent for package in (convmixer, convmixer_kernels)}
     if cpu.native is not None:
-        # the folder of the install, if this is a checkout
+        # beside a checkout's that of the install
         folders.add(Path(cpu.native.__file__).parent)
     assert all((folder / "py.typed").exists() for folder in folders), folders
 
@@ -79,7 +79,7 @@ def test_a_users_file_passes_mypy_strict(pytestconfig, tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(USER)
     cache = pytestconfig.cache.mkdir("mypy") if hasattr(pytestconfig, "cache") else tmp_path
-    # silent: mypy reports errors in the user's file only, as for an installed package
+    # silent: as for an installed package, errors are told of the user's file
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={cache}", "user.py"]
     environment = {**os.environ, "MYPYPATH": str(_build.ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

@@ -103,7 +103,7 @@ struct GradPrologueOp {
     float dh = fmaf(k.scale, dy, k.offset);
     // slope is 0 without sums, but h may be infinite
     if (sums.dy != nullptr) dh = fmaf(k.slope, h.value - k.mean, dh);
-    stat[0] = dh * h.grad;
+    stat[0] = times_grad<ACT>(dh, h.grad);
     return stat[0];
   }
 };

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
+#: The oldest nvcc: CUDA 12 runs on drivers of the 525 series and newer, CUDA 13 of the 580 series and newer.
+LEAST_CUDA = (12, 4)
 #: NVIDIA's compiler on the package index; a mix of minor versions does not work.
 COMPILER_PACKAGES = [
     f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-runtime", "cuda-crt", "cuda-cccl")
@@ -109,6 +112,9 @@ def cxx_problem(cxx: str) -> str | None:
 @functools.cache
 def nvcc_problem(nvcc: Path, cxx: str, archs: tuple[str, ...] = ()) -> str | None:
     """Why this nvcc cannot compile, beside this host compiler and for these architectures; None where it can."""
+    version = re.search(r"release (\d+)\.(\d+)", compiler_version(nvcc))
+    if version is not None and (int(version[1]), int(version[2])) < LEAST_CUDA:
+        return f"{nvcc} is of CUDA {version[1]}.{version[2]}, which is too old: {'.'.join(map(str, LEAST_CUDA))} or newer is needed"
     command = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs), "-c"]
     return _problem(command, "probe.cu", "__global__ void probe(float* x) { *x = 1.0f; }\n")
 

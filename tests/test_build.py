@@ -92,6 +92,14 @@ def test_the_next_compiler_is_tried(monkeypatch, tmp_path):
         _build.cxx_problem.cache_clear()
 
 
+@pytest.mark.parametrize(("release", "works"), [("11.8", False), ("12.3", False), ("12.4", True), ("13.0", True)])
+def test_the_oldest_nvcc(tmp_path, release, works):
+    script = f"echo 'Cuda compilation tools, release {release}, V{release}.0'; for last; do :; done; touch $last"
+    nvcc = _program(tmp_path / "nvcc", script)
+    problem = _build.nvcc_problem(nvcc, "c++")
+    assert problem is None if works else "too old: 12.4 or newer" in problem
+
+
 @pytest.mark.parametrize("script", ["exit 1", "echo 'nvcc fatal   : Unsupported gpu architecture' >&2; exit 1"])
 def test_an_nvcc_that_does_not_work_is_a_missing_one_unless_it_was_asked_for(tmp_path, script):
     if _build.find_cxx() is None:

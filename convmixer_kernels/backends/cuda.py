@@ -51,11 +51,14 @@ def _native() -> _Native:
             return _Native(None, f"CONVMIXER_CUDA_EMULATION={emulated}: {error}", True)
     module, reason = _load.native_module("_cuda")
     if module is None:
-        fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
+        fix = "build it: CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
         return _Native(None, f"{reason}; {fix}", False)
     count, error = module.device_count()
     if count == 0:
-        why = f"no usable NVIDIA GPU: {error or 'none found'} (it needs a driver of the 580 series or newer)"
+        driver = 580 if module.toolkit >= 13000 else 525
+        why = (
+            f"no usable NVIDIA GPU: {error or 'none found'} (this build needs a driver of the {driver} series or newer)"
+        )
         return _Native(module, why, False)
     return _Native(module, None, False)
 

@@ -225,6 +225,7 @@ int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream);
 
 // ---- device properties --------------------------------------------------------------------------------------------
 const char* error_string(int error);
+int toolkit_version();  // CUDART_VERSION: 1000 * major + 10 * minor
 int device_count(int* count);
 
 }  // namespace convmixer

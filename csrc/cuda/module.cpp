@@ -150,6 +150,7 @@ void define(py::module_& m) {
   m.attr("compiler") = __VERSION__;
   m.attr("digest") = CONVMIXER_DIGEST;
   m.def("device_count", &device_count);
+  m.attr("toolkit") = convmixer::toolkit_version();
 #if defined(CONVMIXER_EMULATED)
   m.def("launches", [] { return emu::launches; });
 #endif

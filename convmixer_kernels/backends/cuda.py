@@ -51,11 +51,14 @@ def _native() -> _Native:
             return _Native(None, f"CONVMIXER_CUDA_EMULATION={emulated}: {error}", True)
     module, reason = _load.native_module("_cuda")
     if module is None:
-        fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
+        fix = "build it: CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
         return _Native(None, f"{reason}; {fix}", False)
     count, error = module.device_count()
     if count == 0:
-        why = f"no usable NVIDIA GPU: {error or 'none found'} (it needs a driver of the 580 series or newer)"
+        driver = 580 if module.toolkit >= 13000 else 525
+        why = (
+            f"no usable NVIDIA GPU: {error or 'none found'} (this build needs a driver of the {driver} series or newer)"
+        )
         return _Native(module, why, False)
     return _Native(module, None, False)
 
@@ -286,17 +289,29 @@ def normalize(
     """norm(act(a)) (+ residual), and running statistics, in one launch."""
     y = torch.empty_like(a)
     with _device_stream(a) as stream:
-        _native().module.normalize(
-            *shape_args(a),
-            a.data_ptr(),
-            ACTIVATION_CODES[activation],
-            *norm_args(norm),
-            address(residual),
-            y.data_ptr(),
-            _updates(updates),
-            stream,
-        )
+        _normalize(a, activation, norm, residual, y, updates, stream)
     return y
+
+
+def _normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm | None,
+    residual: Tensor | None,  # (N, C, H, W)
+    y: Tensor,  # (N, C, H, W), may be a
+    updates: Sequence[Update],
+    stream: int,
+) -> None:
+    _native().module.normalize(
+        *shape_args(a),
+        a.data_ptr(),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
+        address(residual),
+        y.data_ptr(),
+        _updates(updates),
+        stream,
+    )
 
 
 def norm_backward(
@@ -373,24 +388,17 @@ def pointwise_eval(
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)): one launch, or torch's GEMM and one pass in place over its result."""
-    bare = bias is None and activation == "identity" and norm is None
+    bare = activation == "identity" and norm is None
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        kernel = cuda_choice.choose_kernel(x, 0 if bare else 2, lambda: _runs_wgmma(x, narrow))
+        passes = cuda_gemm.bias_passes(x, bias) + (0 if bare else 2)
+        kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             return _pointwise_forward(x, narrow, bias, activation, norm, kernel, stream)
-    y = cuda_gemm.convolution(x, weight, None)
+    y = cuda_gemm.convolution(x, weight, bias)
     if not bare:
         with _device_stream(x) as stream:
-            _native().module.pointwise_epilogue(
-                *shape_args(y),
-                y.data_ptr(),
-                *param_args(bias),
-                ACTIVATION_CODES[activation],
-                *norm_args(norm),
-                0,
-                stream,
-            )
+            _normalize(y, activation, norm, None, y, (), stream)
     return y
 
 
@@ -450,13 +458,13 @@ def pointwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train: one launch and the merge.
 
-    Or torch's GEMM, a pass for bias and statistics (it only reads if the GEMM adds the bias), the merge.
+    Or torch's GEMM, a pass that reads a for the statistics, and the merge.
     """
     native, count = _native().module, x.numel() // x.shape[1]
-    adds_bias = cuda_gemm.adds_bias(x)
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        kernel = cuda_choice.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
+        passes = cuda_gemm.bias_passes(x, bias) + 1
+        kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             # another kernel, with another number of parts, runs if the operands are not aligned
             parts = native.pointwise_forward_partials(
@@ -465,19 +473,11 @@ def pointwise_train(
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, stream)
-    a = cuda_gemm.convolution(x, weight, bias if adds_bias else None)
+    a = cuda_gemm.convolution(x, weight, bias)
     with _device_stream(x) as stream:
         shape = shape_args(a)
-        partials = _partials("pointwise_epilogue_partials", a, *shape)
-        native.pointwise_epilogue(
-            *shape,
-            a.data_ptr(),
-            *param_args(None if adds_bias else bias),
-            ACTIVATION_CODES[activation],
-            *NO_NORM,
-            partials.data_ptr(),
-            stream,
-        )
+        partials = _partials("pointwise_statistics_partials", a, *shape)
+        native.pointwise_statistics(*shape, a.data_ptr(), ACTIVATION_CODES[activation], partials.data_ptr(), stream)
         return a, *_merged(native, partials, count, stream)
 
 

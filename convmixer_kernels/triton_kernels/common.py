@@ -197,7 +197,10 @@ def preactivation_grad(
         if BATCH:
             dh = dh - mean_dy - (h - mean) * factor
         dh = dh * scale
-    if ACT != 0:
+    if ACT == 1:
+        # a select, so that a NaN or infinite dh is 0 for a <= 0, as in torch
+        dh = tl.where(slope == 0.0, 0.0, dh)
+    elif ACT != 0:
         dh = dh * slope
     return dh
 

@@ -8,6 +8,7 @@
 //   * divergent barriers, collectives with absent lanes, misaligned ldmatrix / cp.async throw
 // clang-format off: one line for each of many small stand-ins keeps the file readable in one sitting
 #pragma once
+#define CUDART_VERSION 0  // no toolkit
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What surrounds torch's GEMM in the pointwise block, one pass each; elementwise.cuh says what a block and a thread
-// own.
+// The passes around torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
 //   pointwise_epilogue, eval   y = norm(act(a + bias)), in place over the GEMM's result
 //   pointwise_epilogue, train  a = a + bias rounded to its dtype, in place, and by part count, mean, M2 of act(a)
-//   pointwise_grad_prologue    da = dh * act'(a), dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M) or, in
-//   eval,
-//                              gamma * rstd * dy, written once for the GEMMs; db = sum da by part, then a warp a
-//                              channel
+//   pointwise_grad_prologue    da = dh * act'(a), written once for the GEMMs, with
+//                              dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M), in eval gamma * rstd *
+//                              dy; db = sum da by part, then a warp adds up the parts of a channel
 // Bound: HBM (two or three accesses an element).
 #include "elementwise.cuh"
 
@@ -70,8 +68,8 @@ template <class T>
 struct GradPrologueOp {
   static constexpr int kInputs = 2, kStats = 1;
   static constexpr bool kMoments = false, kWrites = true, kWide = sizeof(T) == 4, kUpdates = false;
-  // dh = offset + scale * dy + slope * (h - mean). dy is scaled before the offset meets it: the difference of dy and a
-  // constant rounds alike for all dy of a binade, an error that grows with their number in db (depthwise_fma.cuh).
+  // dh = offset + scale * dy + slope * (h - mean). dy is scaled before the offset is added: the difference of dy and a
+  // constant would round alike for all dy of a binade, an error that grows with their number in db (depthwise_fma.cuh).
   struct Channel {
     float mean, scale, offset, slope;
   };
@@ -127,7 +125,7 @@ int pointwise_epilogue(const PointwiseEpilogue& p, void* stream) {
     using T = decltype(type);
     T* a = static_cast<T*>(p.a);
     if (p.partials != nullptr) {
-      // without a bias a stays as it is: only read it
+      // without a bias a does not change: only read it
       T* out = p.bias.data == nullptr ? nullptr : a;
       auto* partials = reinterpret_cast<elementwise::Partial<EpilogueTrainOp<T>>*>(p.partials);
       const EpilogueTrainOp<T> op{a, nullptr, out, partials, p.activation, p.bias};

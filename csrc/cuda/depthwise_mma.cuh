@@ -59,7 +59,7 @@ struct Plan {
 struct Args {
   Plan plan;
   const void* x;  // (N, C, H, W) forward: x, input gradient: dy
-  const void* a;  // (N, C, H, W) input gradient: a, or null where da = dy
+  const void* a;  // (N, C, H, W) input gradient: a, or null if da = dy
   void* y;        // (N, C, H, W)
   Param weight;   // (C, 1, kH, kW)
   Param bias;     // (C)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The passes around torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
+// The passes before and after torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
 //   pointwise_epilogue, eval   y = norm(act(a + bias)), in place over the GEMM's result
 //   pointwise_epilogue, train  a = a + bias rounded to its dtype, in place, and by part count, mean, M2 of act(a)
 //   pointwise_grad_prologue    da = dh * act'(a), written once for the GEMMs, with

@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
       unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
       cp_async_wait<kStages - 2>();
       if (spans) {
-        // after this barrier all pieces are there, and no warp reads the tiles any more
+        // after this barrier all pieces are there, and every warp is done with the tiles
         __syncthreads();
         const unsigned char* const raw = shared + stage * plan.raw_bytes;
         place_spans<T, S, SINGLE>(plan, here(), c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds _cpu where a C++ compiler is found and _cuda where nvcc is found too; convmixer_kernels/_build.py says how."""
+"""Builds _cpu if a C++ compiler is found, and _cuda if nvcc is found too; convmixer_kernels/_build.py describes the build."""
 
 import importlib.util
 import os
@@ -58,7 +58,7 @@ BUILT = {
 
 
 class BuildExt(build_ext):
-    """Hands the objects and the link to ninja, which redoes only what changed."""
+    """Builds by ninja, which rebuilds only what changed."""
 
     def build_extensions(self):
         _build.run_ninja([self._module(ext) for ext in self.extensions], Path(self.build_temp).resolve())
@@ -79,7 +79,7 @@ class BuildExt(build_ext):
 
 
 class BuildPy(build_py):
-    """Writes down what was built, for build_info()."""
+    """Writes _built.py, which tells build_info() what was built."""
 
     def run(self):
         # an earlier build here may have left modules that this one does not make

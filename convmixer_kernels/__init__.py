@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Large-kernel depthwise convolution networks, fused: ConvMixer's two blocks as fast as the hardware allows."""
+"""Fused kernels for large-kernel depthwise convolution networks, above all ConvMixer's two blocks."""
 
 import pkgutil
 
-# In a source checkout this folder shadows the installed package, which alone holds the native modules: look there too.
+# In a source checkout this folder hides the installed package, but only that has the native modules: look there too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from ._flops import register_when_imported as _register_flops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m convmixer_kernels`: what was built and what would run where."""
+"""`python -m convmixer_kernels` prints what was built and which backend runs each operator."""
 
 import sys
 
@@ -8,5 +8,5 @@ from .info import describe
 try:
     print(describe())
 except (ValueError, RuntimeError) as error:
-    # an environment variable's value, as every operator would refuse it
+    # an environment variable has a value that every operator would refuse
     sys.exit(str(error))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is compiled and how: sources, flags, GPU architectures. Read by setup.py; imports no torch and nothing of the package.
+"""The build: sources, flags, GPU architectures. setup.py reads it; it imports neither torch nor the package.
 
 Environment variables:
     CXX                   the C++ compiler (default: the first of c++, g++, clang++ on PATH)
@@ -38,7 +38,7 @@ COMPILER_PACKAGES = [
 ]
 _DEFAULT_TOOLKIT = "/usr/local/cuda"
 DEFAULT_CUDA_ARCHS = "80;80+PTX;86;89;90a;100;120;120+PTX"
-#: No contraction: sources say where they mean fma, so that an expression has the same bits wherever it is inlined.
+#: No contraction: sources call fma where they need it, so that an expression has the same bits wherever it is inlined.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-ffp-contract=off"]
 #: The instruction sets of csrc/cpu/isa_<name>.cpp, each with its own flags, and only there.
 ISA_FLAGS = {
@@ -56,7 +56,7 @@ NVCC_FLAGS = [
 ]
 
 
-#: Bindings only hand arguments on, and templates make them slow to compile.
+#: Bindings only pass arguments on, and their templates are slow to compile.
 BINDING_FLAGS = ["-O1"]
 
 
@@ -77,7 +77,7 @@ class Module(NamedTuple):
 
 
 def source_digest() -> str:
-    """Identifies the native sources; a built package carries the one that it was built from."""
+    """A digest of the native sources. A built package carries the digest of those that it was built from."""
     digest = hashlib.sha256()
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
@@ -85,7 +85,7 @@ def source_digest() -> str:
 
 
 def cxx_candidates() -> list[str]:
-    """CXX alone where it is set, else the usual names that are on PATH."""
+    """CXX alone if it is set, else the usual names that are on PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     return [name for name in names if shutil.which(name.split()[0])]
 
@@ -104,14 +104,14 @@ int probe() { return static_cast<int>(std::vector<int>(omp_get_max_threads()).si
 
 @functools.cache
 def cxx_problem(cxx: str) -> str | None:
-    """Why this C++ compiler cannot build a module, found out by a small one; None where it can."""
+    """Why this C++ compiler cannot build a small module, or None if it can."""
     flags = ["-std=c++17", "-fPIC", "-fopenmp", "-shared", f"-I{sysconfig.get_path('include')}"]
     return _problem([*cxx.split(), *flags], "probe.cpp", _PROBE)
 
 
 @functools.cache
 def nvcc_problem(nvcc: Path, cxx: str, archs: tuple[str, ...] = ()) -> str | None:
-    """Why this nvcc cannot compile, beside this host compiler and for these architectures; None where it can."""
+    """Why this nvcc cannot compile, with this host compiler and for these architectures, or None if it can."""
     version = re.search(r"release (\d+)\.(\d+)", compiler_version(nvcc))
     if version is not None and (int(version[1]), int(version[2])) < LEAST_CUDA:
         return f"{nvcc} is of CUDA {version[1]}.{version[2]}, which is too old: {'.'.join(map(str, LEAST_CUDA))} or newer is needed"
@@ -143,7 +143,7 @@ def find_nvcc() -> Path | None:
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     on_path = shutil.which("nvcc")
     if on_path:
-        # a wrapper script on PATH need not lie in the toolkit: ask it
+        # a wrapper script on PATH may lie outside the toolkit: ask it
         roots += [Path(os.path.realpath(on_path)).parent.parent, _toolkit_of(on_path)]
     roots.append(_DEFAULT_TOOLKIT)
     # where pip puts COMPILER_PACKAGES
@@ -167,7 +167,7 @@ def needs_compiler_packages() -> bool:
 
 
 def _toolkit_of(nvcc: str) -> str | None:
-    """The TOP that `nvcc --dryrun` names."""
+    """The folder that `nvcc --dryrun` names as TOP."""
     listing = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     return next((line.split("=", 1)[1].strip() for line in listing.splitlines() if line.startswith("#$ TOP=")), None)
 
@@ -183,13 +183,13 @@ def local_cuda_archs() -> list[str]:
 
 
 def requested_cuda_archs() -> list[str]:
-    """Those of CONVMIXER_CUDA_ARCHS, each like "90a" or "80+PTX"."""
+    """The architectures in CONVMIXER_CUDA_ARCHS, each like "90a" or "80+PTX"."""
     requested = os.environ.get("CONVMIXER_CUDA_ARCHS", "").replace(",", ";").split(";")
     return [arch.strip().replace("sm_", "").replace(".", "") for arch in requested if arch.strip()]
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """The architectures to build for, each like "90a" or "80+PTX"; an nvcc that is too old for a default one leaves it out."""
+    """The architectures to build for, each like "90a" or "80+PTX"; without the default ones that this nvcc does not know."""
     requested = requested_cuda_archs()
     if requested:
         return requested
@@ -214,22 +214,23 @@ def gencode_flags(archs: Iterable[str]) -> list[str]:
 def _binding_flags() -> list[str]:
     import pybind11
 
-    # the module says what it was built from, and _load.py refuses one of other sources
+    # the module carries the digest of its sources, and _load.py refuses a module of other sources
     digest = shlex.quote(f'-DCONVMIXER_DIGEST="{source_digest()}"')
     return [*BINDING_FLAGS, digest, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
 
-#: Beside better instruction sets the portable kernels are for old processors: half the compile time, the same bits.
+#: If better instruction sets are built too, only old processors run the portable kernels: -O2 halves the compile time
+#: and gives the same bits.
 FALLBACK_FLAGS = ["-O2"]
 
 
 def cpu_instruction_sets() -> list[str]:
-    """Those that this machine's compiler builds for."""
+    """The instruction sets that the compiler of this machine builds for."""
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
 
 def cpu_objects(cxx: str) -> list[Object]:
-    """The objects of _cpu: the binding, the run-time pick, one per instruction set."""
+    """The objects of _cpu: the binding, the choice at run time, and one per instruction set."""
     sets = cpu_instruction_sets()
     defines = [f"-DCONVMIXER_ISA_{name.upper()}" for name in sets]
     compile_command = [*cxx.split(), *CXX_FLAGS, *defines, "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
@@ -241,7 +242,7 @@ def cpu_objects(cxx: str) -> list[Object]:
 
 
 def cuda_objects(cxx: str, nvcc: Path, archs: list[str]) -> list[Object]:
-    """The objects of _cuda: one per .cu file, and the binding, which nvcc never sees."""
+    """The objects of _cuda: one per .cu file, and the binding, which the host compiler compiles."""
     device = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs)]
     device += ["-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
     objects = [Object(path, device) for path in sorted((CSRC / "cuda").glob("*.cu"))]
@@ -251,8 +252,8 @@ def cuda_objects(cxx: str, nvcc: Path, archs: list[str]) -> list[Object]:
 
 
 def run_ninja(modules: list[Module], directory: Path) -> None:
-    """Compile and link the modules in `directory`, in one run, so that no core waits for the last object of one of them; ninja
-    redoes what changed.
+    """Compile and link the modules in `directory`. One run of ninja builds all of them, so that no core idles between
+    modules, and rebuilds only what changed.
 
     Raises:
         subprocess.CalledProcessError: a compile failed; its output has been printed.

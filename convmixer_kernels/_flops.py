@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What torch.utils.flop_counter.FlopCounterMode counts for the registered operators: what it counts for their equivalents.
+"""Formulas by which torch.utils.flop_counter.FlopCounterMode counts for a registered operator the same as for its equivalent.
 
-Only convolutions count there. torch's rule for a weight gradient leaves groups out of account, and counts a depthwise one C times:
-these are the numbers of the equivalent, not better ones.
+Only convolutions count there. torch's rule for a weight gradient ignores groups and counts a depthwise one C times: these
+formulas give the same number, not a better one.
 
-torch.utils.flop_counter imports triton, which takes half a second, or warns that there is none: so formulas are registered
-when somebody imports it, not before.
+torch.utils.flop_counter imports triton, which takes half a second, or warns that there is none. So the formulas are
+registered only when somebody imports it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def register(counter: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Lets the import of torch.utils.flop_counter happen, and registers the formulas after it."""
+    """Registers the formulas after torch.utils.flop_counter has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _COUNTER:
@@ -91,7 +91,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Register the formulas now or, where torch.utils.flop_counter is not imported yet, after its import."""
+    """Register the formulas now or, if torch.utils.flop_counter is not imported yet, after its import."""
     if _COUNTER in sys.modules:
         register(sys.modules[_COUNTER])
     else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Finding the native modules, and refusing one that was built from other sources than this package's.
+"""Finds the native modules, and refuses one that was built from other sources than these Python files belong to.
 
-`__path__` may name several folders: a checkout's, which holds no native module after a plain `pip install .`, and those of every
-install that Python's path has. The Python files are those of the first one. A native module carries the digest of the sources that
-it was built from; it must be the one that setup.py wrote beside these Python files (_built.py), in a checkout that of csrc/.
+`__path__` may name several folders: that of a checkout, which has no native module after a plain `pip install .`, and those of
+all installs on Python's path. The Python files come from the first one. A native module carries the digest of its sources. The
+digest must be the one that setup.py wrote beside these Python files (_built.py), or in a checkout that of csrc/.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from types import ModuleType
 from . import _build
 
 _FOLDER = Path(__file__).resolve().parent
-#: Name -> which files were refused, and why, where no right one was found.
+#: Name -> the files that were refused and why, if no right one was found.
 refused: dict[str, str] = {}
 
 
 @functools.cache
 def _expected() -> tuple[str | None, Path]:
-    """The digest that a native module must have, and what says so; None where nothing does."""
+    """The digest that a native module must have, or None if it is unknown; and the file or folder that gives it."""
     built = _FOLDER / "_built.py"
     if built.is_file():
         found = re.search(r"'digest': '([0-9a-f]+)'", built.read_text())
@@ -39,7 +39,7 @@ def _refusal(module: ModuleType) -> str | None:
     file, digest = Path(module.__file__), getattr(module, "digest", "unknown")
     expected, source = _expected()
     if expected is None:
-        # nothing to compare with: what lies beside these files came with them
+        # nothing to compare with: a module beside these files came with them
         return None if file.resolve().parent == _FOLDER else f"{file} is refused: it belongs to another install"
     if digest == expected:
         return None
@@ -47,9 +47,9 @@ def _refusal(module: ModuleType) -> str | None:
 
 
 def native_module(name: str) -> tuple[ModuleType | None, str | None]:
-    """The native module `name` ("_cpu", "_cuda") of the first folder that has one of these sources, or None and why.
+    """The first native module `name` ("_cpu", "_cuda") that was built from these sources, or None and the reason.
 
-    A refused module is loaded, to ask it for its digest, and then left alone.
+    Reading a module's digest loads the module; a refused one is not used after that.
     """
     full_name = f"{__package__}.{name}"
     reasons, refusals = [], []
@@ -75,7 +75,7 @@ def native_module(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def from_file(name: str, path: str | Path) -> ModuleType:
-    """The native module `name` in this file, whatever it was built from.
+    """The native module `name` in this file, built from any sources.
 
     Raises:
         ImportError: the file is missing or holds another module.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Choosing a backend, and saying why not another.
+"""Chooses a backend, and says why not another.
 
-By name (the `backend` argument, `use_backend`, the CONVMIXER_BACKEND environment variable, in this order) the choice is
-binding: a backend that cannot run raises its reason. Automatically, the first of the device's list that can run is taken, and the
-reasons of those before it are logged at DEBUG level to the logger "convmixer_kernels". Where nothing but torch operations was
-installed for a device, one RuntimeWarning says so.
+A name (the `backend` argument, `use_backend`, the CONVMIXER_BACKEND environment variable, in this order) is binding: if that
+backend cannot run, its reason is raised. Without a name the first of the device's list that can run is taken, and the logger
+"convmixer_kernels" says at DEBUG level why those before it cannot. If only torch operations were installed for a device, one
+RuntimeWarning says so.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from . import _load
 logger = logging.getLogger("convmixer_kernels")
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-#: The order in which backends are tried for a tensor on a device of the given type: the only place that says so. "cuda" comes before
-#: "triton" because it was measured (benchmarks/results/nvidia-h100-80gb-hbm3.json: 6 to 69 times eager's depthwise convolution)
-#: and "triton" was not yet: by estimate it is near "cuda" for contiguous 16-bit tensors and behind it elsewhere.
+#: The order in which backends are tried for a tensor on a device of the given type. "cuda" comes before "triton" because it
+#: was measured (benchmarks/results/nvidia-h100-80gb-hbm3.json: 6 to 69 times as fast as eager's depthwise convolution). "triton"
+#: was not: by estimate it is near "cuda" for contiguous 16-bit tensors and behind it elsewhere.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-#: What a registered operator is given where the choice is left to the moment it runs (torch.compile).
+#: The name that lets a registered operator choose when it runs (torch.compile).
 AUTOMATIC = "automatic"
 _ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"
 
@@ -39,7 +39,7 @@ _modules: dict[str, ModuleType] = {}
 
 
 def load(name: str) -> ModuleType:
-    """The backend's module of primitives. Imports nothing native that cannot be imported: can_run tells."""
+    """The backend's module of primitives. It can be imported even if its native module is missing: can_run gives the reason."""
     module = _modules.get(name)
     if module is None:
         module = _modules[name] = importlib.import_module(f".backends.{name}", __package__)
@@ -78,7 +78,7 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
     Args:
         op: the public function's name, for messages.
         backend: the argument of that name.
-        primitive: what the backend is asked about: "depthwise", "pointwise" or "mixer" (both, one weight each).
+        primitive: "depthwise", "pointwise" or "mixer" (both, one weight each), which the backend must be able to run.
 
     Raises:
         ValueError: an unknown name.
@@ -106,8 +106,8 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
 
 @functools.cache
 def _warn_if_nothing_faster(device_type: str) -> None:
-    """Once: pip shows nothing of a build that left the native modules out or of two installs that were mixed, and a slow result
-    looks like any other."""
+    """Warn once if native modules are missing or refused: pip does not show that a build left them out or that two installs are
+    mixed, and a slow result looks like any other."""
     details = {name: load(name).build_info() for name in automatic_order(device_type) if name != "reference"}
     if details and not any(detail["available"] for detail in details.values()):
         reasons = "; ".join(f"{name}: {detail['detail']}" for name, detail in details.items())
@@ -131,7 +131,7 @@ def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor
 
 
 def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
-    """For the registered operators: the backend `name`, or the choice that was left to them. Raises as :func:`choose`."""
+    """The backend `name` for a registered operator, or an automatic choice if it is AUTOMATIC. Raises as :func:`choose`."""
     return choose(op, None if name == AUTOMATIC else name, primitive, x, weights)
 
 

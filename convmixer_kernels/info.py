@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What was built, what this machine has, and which backend would run each operator here."""
+"""Tells what was built, what this machine has, and which backend runs each operator here."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PRIMITIVES = {
 
 
 def build_info() -> dict[str, Any]:
-    """Version, native modules, torch, GPUs, and each operator's backend with why the others would not run it.
+    """Version, native modules, torch, GPUs, the backend of each operator, and why other backends do not run it.
 
     Returns:
         A dictionary of plain values: "version", "python", "platform", "torch", "threads", "gpus" (list of str), "backends" (name -> its
         build information, with "available" and "detail"), "operators" (device type -> operator -> {"backend": name, "not": {name: reason}},
-        for a float32 tensor with a 9x9 or 1x1 kernel; None where the backend that CONVMIXER_BACKEND or use_backend asks for
-        cannot run it, and where CONVMIXER_CPU_ISA has no value for this CPU). `python -m convmixer_kernels` prints it.
+        for a float32 tensor with a 9x9 or 1x1 kernel; the name is None if the backend that CONVMIXER_BACKEND or use_backend asks
+        for cannot run it, or if this CPU does not have CONVMIXER_CPU_ISA). `python -m convmixer_kernels` prints it.
 
     Raises:
         ValueError: another environment variable of this package has an unknown value.
@@ -58,7 +58,7 @@ def _operator(device: str, op: str) -> dict[str, object]:
         backend = dispatch.load(name)
         reason = next((r for p in _PRIMITIVES[op] if (r := backend.can_run(p, x, weights[p])) is not None), None)
         if reason is None and not (built := backend.build_info())["available"]:
-            # it would be taken, and raise
+            # this backend would be chosen, and raise
             reasons[name] = str(built["detail"])
             break
         if reason is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators as nn.Modules, for networks of one's own; convmixer.ConvMixer keeps the reference's module tree instead."""
+"""The operators as nn.Modules, for your own networks; convmixer.ConvMixer keeps the reference's module tree instead."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class PointwiseBlock(_Block):
     Args:
         in_channels: C_in.
         out_channels: C_out; None for C_in.
-        Others, Raises: as DepthwiseBlock.
+        The other arguments and errors are those of DepthwiseBlock.
     """
 
     def __init__(

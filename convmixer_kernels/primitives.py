@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""The contract of the backends: the primitives that convmixer_kernels.autograd composes, and what all sides of it share.
+"""The contract of the backends: the primitives that convmixer_kernels.autograd composes, and the types that all sides share.
 
-Conventions that hold for every primitive of every backend:
+These conventions hold for every primitive of every backend:
 
 * ``x``, ``a``, ``dy``, ``residual`` are (N, C, H, W), all of one dtype and one dense memory format, which is
-  either contiguous or channels_last; outputs have the same dtype and format. The caller guarantees both.
-  N, H or W may be 0 only where :func:`convmixer_kernels.functional` lets it through; it never calls a
-  primitive with an empty tensor.
+  either contiguous or channels_last; outputs have the same dtype and format. The caller guarantees both, and never passes
+  an empty tensor.
 * ``weight`` is contiguous, (C, 1, kH, kW) or (C_out, C_in, 1, 1); ``weight``, ``bias`` and the tensors of a ``Norm``
-  are contiguous, each float32 or x's dtype (float64 where x is).
+  are contiguous, each float32 or x's dtype (float64 if x is).
 * Padding is nn.Conv2d's "same": (k - 1) // 2 at the top and left, the rest at the bottom and right.
 * ``activation`` is one of ``ACTIVATIONS``.
 * Arithmetic, statistics and sums are float32 for 32- and 16-bit tensors (float64 on the reference backend for float64).
   Results are deterministic: the same bits on each run and for each number of threads.
-* ``norm`` is None (no normalisation: scale 1, shift 0) or a :class:`Norm`, and then
+* ``norm`` is None (no normalisation: scale 1, shift 0) or a :class:`Norm`; then
   ``y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias``.
-* ``sums`` is None where the statistics were constants (eval), else what ``norm_backward`` returned, and then, with
-  M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd:
-  ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``; in eval ``dh = weight * rstd * dy``.
-  In both cases ``da = dh * act'(a)``, and with ``norm`` None ``da = dy * act'(a)`` (``a`` may then be None if the activation is identity).
-* ``normalize`` is the last pass of a forward, and with ``updates`` also moves running statistics, after everything that can fail:
-  no other primitive changes a tensor that it was given.
-* A backend may offer ``mixer_eval(x, layers, residual)``, layers a non-empty sequence of :class:`MixerEval`: for each layer
-  pointwise_eval of depthwise_eval without tensors between them; None where separate calls are faster or it cannot run. The bits are
-  those of separate calls, but for the order in which a GPU's tensor cores add the products of one instruction. With it comes
-  ``mixer_may_fit(x)``: False, quickly, where mixer_eval would give None for layers of x's width whatever they are.
-* A backend may offer ``depthwise_block_backward`` and ``pointwise_block_backward(dy, a, x, weight, bias, activation, norm,
-  batch_statistics, residual, needs)``: the gradients of x, weight, bias and the norm's weight and bias in their dtypes, None where
-  `needs` (a bool for each) is False, in fewer launches than the primitives; None instead of a tuple where the calls are as good.
+* ``sums`` is None if the statistics were constants (eval); then ``dh = weight * rstd * dy``. Otherwise it is the result of
+  ``norm_backward``, and with M = N * H * W, rstd = rsqrt(var + eps), hhat = (act(a) - mean) * rstd
+  ``dh = weight * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)``.
+  In both cases ``da = dh * act'(a)``. With ``norm`` None ``da = dy * act'(a)``; then ``a`` may be None if the activation is identity.
+* ``normalize`` is the last pass of a forward. With ``updates`` it also updates running statistics, after everything that can fail.
+  No other primitive changes a tensor that it was given.
+* Optional ``mixer_eval(x, layers, residual)``: runs several eval layers, a non-empty sequence of :class:`MixerEval`, in one call
+  without storing tensors between them. It returns None if it cannot run or if separate calls are faster. The bits are those of
+  separate calls; only a GPU's tensor cores may add the products of one instruction in another order. A backend with mixer_eval also
+  has ``mixer_may_fit(x)``, which is fast and returns False if mixer_eval would return None for all layers of x's width.
+* Optional ``depthwise_block_backward`` and ``pointwise_block_backward(dy, a, x, weight, bias, activation, norm,
+  batch_statistics, residual, needs)``: the gradients of x, weight, bias and the norm's weight and bias in their dtypes, in fewer
+  launches than the primitives take. A gradient is None if `needs` (a bool for each) is False. They return None instead of a tuple if
+  separate calls are as good.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Norm(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Running statistics and the batch's: running = (1 - momentum) * running + momentum * new, the variance unbiased."""
+    """An update of running statistics: running = (1 - momentum) * running + momentum * new, with the unbiased variance."""
 
     running_mean: Tensor | None  # (C,) updated in place, float32 or x's dtype; None: not tracked
     running_var: Tensor | None  # (C,) as running_mean
@@ -126,7 +126,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, pad
 
 
 def update_running_statistics(update: Update) -> None:
-    """In place: running = (1 - momentum) * running + momentum * new; the variance unbiased by count / (count - 1)."""
+    """Update in place: running = (1 - momentum) * running + momentum * new, with the variance times count / (count - 1)."""
     running_mean, running_var, mean, var, count, momentum = update
     if running_mean is not None:
         _move(running_mean, mean, momentum)
@@ -138,6 +138,6 @@ def _move(running: Tensor, new: Tensor, momentum: float) -> None:
     if running.stride(0) != 0 or running.shape[0] == 1:
         running.copy_((1 - momentum) * wide(running) + momentum * new)
         return
-    # one element for all channels, which move it one after the other, as torch's loop over channels does
+    # all channels share one element and update it one after the other, as in torch's loop over channels
     for value in new:
         running[0].copy_((1 - momentum) * wide(running[0]) + momentum * value)

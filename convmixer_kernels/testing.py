@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The one rule that decides whether a result is right: "twice eager".
+"""The rule that decides whether a result is right: "twice eager".
 
-Truth is float64. A result passes where its relative L2 error is at most twice eager PyTorch's at the same dtype on the
-same inputs, plus one rounding step of that dtype. Tests and benchmarks both import it from here.
+Truth is float64. A result passes if its relative L2 error is at most twice that of eager PyTorch, at the same dtype and on the
+same inputs, plus one rounding step of that dtype. Tests and benchmarks both use it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ UNIT_ROUNDOFF = {
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """||actual - exact|| / ||exact|| in float64 (L2 over all elements).
 
-    0 for two empty tensors; where `exact` is zero everywhere, 0 if `actual` is too, else inf. NaN where `actual` has a
-    NaN or infinity that `exact` does not have in the same place (non-finite values in the same places are left out).
+    It is 0 for two empty tensors. If `exact` is zero everywhere, it is 0 if `actual` is too, else inf. It is NaN if `actual` has
+    a NaN or infinity that `exact` does not have in the same place; equal non-finite values are left out.
 
     Raises:
         ValueError: the shapes differ.
@@ -47,7 +47,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def within_twice_eager(error: float, eager_error: float, dtype: torch.dtype) -> bool:
-    """error <= 2 * eager_error + u(dtype); False for a NaN `error`. A NaN or infinite `eager_error` allows nothing."""
+    """error <= 2 * eager_error + u(dtype). False if `error` is NaN, or if `eager_error` is NaN or infinite."""
     if not eager_error < float("inf"):
         return False
     return error <= 2.0 * eager_error + UNIT_ROUNDOFF[dtype]
@@ -61,7 +61,7 @@ _ENDLESS_FROM = 15
 def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether torch may not return from this depthwise convolution or its backward in `dtype` (x's unless given), on x's device.
 
-    The one place that knows: who calls torch's convolution asks here, and computes in float32 where the answer is True.
+    Every caller of torch's convolution asks this function, and computes in float32 if it returns True.
     """
     small = x.dtype if dtype is None else dtype
     return (
@@ -72,7 +72,7 @@ def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -
 def eager_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same"
 ) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=padding, groups=groups), autocast included, which always returns."""
+    """F.conv2d(x, weight, bias, padding=padding, groups=groups), with autocast, which always returns."""
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     if not never_returns(x, weight, dtype):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The flat arguments of the native functions, as convmixer_kernels/backends/_native.py makes them: for both module.cpp.
-// NAME declares the parameters of a C++ function, NAME_VALUE makes the struct of kernels.h from them. Flat arguments
-// make a call cost about a microsecond.
+// The flat arguments of the native functions, for both module.cpp files; convmixer_kernels/backends/_native.py makes
+// them. NAME declares the parameters of a C++ function, NAME_VALUE makes the struct of kernels.h from them. With flat
+// arguments a call costs about a microsecond.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -14,7 +14,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A weight's or vector's address (0: None) and dtype code.
+// The address (0: None) and the dtype code of a weight or a vector.
 #define PARAM(name) Address name, int name##_dtype
 #define PARAM_VALUE(name) {at(name), name##_dtype}
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Activations, their derivatives and the merge of statistics: scalar code for host and device, one file for all
-// backends. ACT is the activation's code in types.h: 0 identity, 1 relu, 2 gelu (erf), 3
-// gelu_tanh. activation / activation_grad are exact to float32 rounding; fast_* are for results that are rounded to 16
-// bits. Include it as "../math.h": a folder that holds a math.h must not be on the include path.
+// Activations, their derivatives and the merge of statistics: scalar code for host and device, for both native modules.
+// ACT is the activation's code in types.h: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh. activation and
+// activation_grad are exact to float32 rounding; fast_* are for results that are rounded to 16 bits.
+// Include it as "../math.h": csrc must not be on the include path, this file would hide the system's math.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -33,7 +33,7 @@ struct ValueAndGrad {
   float value, grad;
 };
 
-// ---- exact -------------------------------------------------------------------------------------------------------
+// Exact to float32 rounding.
 
 template <int ACT>
 CONVMIXER_HD float activation(float x) {
@@ -78,10 +78,9 @@ CONVMIXER_HD float times_grad(float dh, float grad) {
   }
 }
 
-// ---- for 16-bit results --------------------------------------------------------------------------------------------
-// Phi(-t) = erfc(t / sqrt 2) / 2 = exp2(P(t)) for t >= 0, P of degree 5 by Lawson's iteration on [0, 7]:
-// |error of t Phi(-t)| <= 6e-7 and |error of erf| <= 4e-6, 7 instructions with |x|; P falls on to -inf.
-// An infinite x gives NaN: the callers recompute what is NaN with the exact functions.
+// For 16-bit results: Phi(-t) = erfc(t / sqrt 2) / 2 = exp2(P(t)) for t >= 0, with P of degree 5 by Lawson's iteration
+// on [0, 7]; beyond, P goes on falling to -inf. |error of t Phi(-t)| <= 6e-7, |error of erf| <= 4e-6, 7 instructions
+// with |x|. An infinite x gives NaN: the callers recompute every NaN with the exact functions.
 
 CONVMIXER_D float fast_normal_tail(float t) {
   float p = -0.00048761125f;
@@ -137,9 +136,7 @@ CONVMIXER_D float fast_activation_grad(float x) {
   return fast_activation_and_grad<ACT>(x).grad;
 }
 
-// ---- dispatch: calls f(std::integral_constant<int, ACT>)
-// -------------------------------------------------------------
-
+// Calls f(std::integral_constant<int, ACT>()).
 template <class F>
 CONVMIXER_HD void dispatch_activation(int act, F&& f) {
   if (act == 0) {
@@ -153,9 +150,7 @@ CONVMIXER_HD void dispatch_activation(int act, F&& f) {
   }
 }
 
-// ---- statistics: count, mean and M2 = sum (x - mean)^2
-// -----------------------------------------------------------------
-
+// Statistics of a sample: count, mean and M2 = sum (x - mean)^2.
 struct Moments {
   float count, mean, m2;
 };

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
-// What the structs of both native modules (cpu/kernels.h, cuda/kernels.h) are made of.
+// The types that the structs of both native modules (cpu/kernels.h, cuda/kernels.h) share.
 #pragma once
 
 namespace convmixer {
 
-// The codes of convmixer_kernels/backends/_native.py.
+// The same codes as in convmixer_kernels/backends/_native.py.
 enum Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
-// A per-channel vector (C) or a weight: float32 or the activations' dtype; data is null for None.
+// A per-channel vector (C) or a weight, in float32 or the activations' dtype; data is null for None.
 struct Param {
   const void* data;
   int dtype;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Every CPU kernel over a few shapes, dtypes, layouts and activations: a line with a digest for each result. The same
-// source runs as x86-64 with AVX2 and, under QEMU, as aarch64 with NEON: both have fused multiply-adds and no sum
-// depends on the vector's width, so the lines are the same (tests/test_aarch64.py).
+// Runs every CPU kernel over a few shapes, dtypes, layouts and activations, and prints a digest of each result. The
+// same source runs as x86-64 with AVX2 and, under QEMU, as aarch64 with NEON. Both have fused multiply-adds, and no sum
+// depends on the width of vectors, so that the lines must be the same (tests/test_aarch64.py).
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -15,7 +15,7 @@ using namespace convmixer::cpu;
 #ifdef __x86_64__
 namespace convmixer {
 namespace cpu {
-// what isa.cpp could choose besides
+// the other sets that isa.cpp can choose
 const Kernels kAvx512 = {}, kBaseline = {};
 }  // namespace cpu
 }  // namespace convmixer
@@ -24,7 +24,7 @@ const Kernels& kernels = kAvx2;
 const Kernels& kernels = kBaseline;
 #endif
 
-// About normal, the same on every machine: sums of four uniform numbers from a xorshift generator.
+// About normal and the same on every machine: sums of four uniform numbers from a xorshift generator.
 float normal() {
   static uint64_t state = 88172645463325252u;
   float sum = 0;

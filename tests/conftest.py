@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures, and what keeps one test's global state from the next."""
+"""Fixtures, some of which restore global state after each test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # before anything imports triton, which reads it then: the Triton backend's kernels run in Triton's interpreter
+    # triton reads this when it is imported: set it before, so that the Triton kernels run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs the CUDA kernels: {native['detail']}"))
 
 
-# where pytest does not capture what is written
+# pytest does not capture this file descriptor
 _STDERR = os.dup(2)
 
 
@@ -36,7 +36,7 @@ _STDERR = os.dup(2)
 def pytest_runtest_protocol(item):
     """Names a test that reaches faulthandler_timeout (pyproject.toml), just before pytest ends the process with its traceback.
 
-    faulthandler knows a test's function, not its parameters. A pytest.fail would never be seen: what hangs does not return.
+    faulthandler knows a test's function, not its parameters. pytest.fail would not help: a test that hangs never returns.
     """
     limit = float(item.config.getini("faulthandler_timeout"))
     name = f"\n{item.nodeid} has run for {limit:g} s: the process ends here\n".encode()
@@ -55,7 +55,7 @@ def _global_state():
     threads, default = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)
     if torch.cuda.is_available():
-        # eager's own rounding of float32 products to tf32 would hide ours
+        # if eager rounded float32 products to tf32, its error would hide ours
         torch.backends.cudnn.allow_tf32 = False
     yield
     torch.set_num_threads(threads)
@@ -64,7 +64,7 @@ def _global_state():
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
-    """torch.empty* is filled with NaN, so that an element that a kernel forgets shows."""
+    """Fills torch.empty* with NaN: an element that a kernel does not write is NaN in the result."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -47,7 +47,7 @@ def emulated_module() -> ModuleType:
 
 
 def use_cuda(monkeypatch: pytest.MonkeyPatch, emulated: bool = True, gemm: str | None = None) -> str:
-    """Backend "cuda" for one test, emulated or on a GPU, with CONVMIXER_CUDA_GEMM=`gemm`; returns the device of its tensors."""
+    """Sets up backend "cuda" for one test, emulated or on a GPU, with CONVMIXER_CUDA_GEMM=`gemm`. Returns the tensors' device."""
     if emulated:
         native = cuda._Native(emulated_module(), None, True)
         monkeypatch.setattr(cuda, "_native", lambda: native)
@@ -60,7 +60,7 @@ def use_cuda(monkeypatch: pytest.MonkeyPatch, emulated: bool = True, gemm: str |
 
 
 def skip_unless_it_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips a test of a backend that cannot run on CPU tensors here; "cuda" is emulated."""
+    """Skips the test if the backend cannot run on CPU tensors here; "cuda" is emulated."""
     if backend == "cuda":
         use_cuda(monkeypatch)
     reason = dispatch.load(backend).can_run("depthwise", torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
@@ -200,12 +200,12 @@ def run(
 def check_case(
     case: Case, backend: str | None, seed: int = 0, device: str = "cpu", pool: int = 128, context=None
 ) -> None:
-    """Ours (within `context()`, if given) against float64 by the twice-eager rule: output, every gradient, running
-    statistics, memory format.
+    """Checks ours (within `context()`, if given) against float64 by the twice-eager rule: output, every gradient, running
+    statistics; and the memory format.
 
-    The rule compares two rounding errors, and over a handful of numbers that ratio is luck. A case with few channels therefore
+    The rule compares two rounding errors. Over a few numbers their ratio is chance: a case with few channels therefore
     runs with several seeds, until its per-channel vectors have `pool` numbers together (24 seeds at most), and the rule
-    holds for the numbers of all seeds.
+    is applied to the numbers of all seeds.
     """
     seeds = min(24, -(-pool // min(case.shape[1], case.channels_out or case.shape[1])))
     pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -238,7 +238,7 @@ def _run_case(
     for name in results:
         assert results[name].shape == exact[name].shape, name
     if case.activation == "identity" and case.training:
-        # batch norm removes a constant: the bias's gradient is 0, and what anyone computes is rounding
+        # batch norm removes a constant: the exact gradient of the bias is 0, every computed one is rounding
         results = {n: t for n, t in results.items() if not n.endswith("bias") or "norm" in n}
     return {name: (t, baseline[name], exact[name]) for name, t in results.items()}
 

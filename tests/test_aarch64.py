@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CPU kernels as aarch64 with NEON, under QEMU: the bits of the AVX2 kernels, which test_operators.py holds to float64."""
+"""The CPU kernels on aarch64 with NEON, under QEMU, give the bits of the AVX2 kernels, which test_operators.py checks."""
 
 from __future__ import annotations
 

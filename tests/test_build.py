@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is built where a compiler does not work, and which native module is taken where several are found."""
+"""What is built if a compiler does not work, and which native module is loaded if several are found."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from convmixer_kernels.backends import cpu
 ROOT = _build.ROOT
 
 
-# ---- a compiler that cannot compile is a missing compiler --------------------------------------------------------------
+# A compiler that cannot compile counts as missing.
 
 
 def _program(path: Path, script: str) -> Path:
@@ -40,7 +40,7 @@ def _toolkit(folder: Path, script: str) -> Path:
 
 
 def _setup(**environment: str | Path) -> subprocess.CompletedProcess[str]:
-    """setup.py up to where a build would begin: it names the version."""
+    """Runs setup.py up to where a build would begin: it prints the version."""
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip("the build needs setuptools 77 or newer")
     unset = ("CXX", "CUDA_HOME", "CUDA_PATH", "CONVMIXER_BUILD_CUDA", "CONVMIXER_CUDA_ARCHS")
@@ -117,7 +117,7 @@ def test_an_nvcc_that_does_not_work_is_a_missing_one_unless_it_was_asked_for(tmp
     assert _setup(CUDA_HOME=toolkit, CONVMIXER_BUILD_CUDA="0").returncode == 0
 
 
-# ---- native modules of other sources -----------------------------------------------------------------------------------
+# Native modules of other sources.
 
 USE = """
 import json, warnings, torch
@@ -133,7 +133,7 @@ print(json.dumps([info["available"], info["detail"], [str(w.message) for w in se
 
 
 def _package(folder: Path, digest: str | None = None, fake_module: bool = False) -> Path:
-    """A copy of the package's Python files without a native module: an install where `digest` is given."""
+    """A copy of the package's Python files without a native module; with `digest` it counts as an install."""
     source = Path(convmixer_kernels.__file__).parent
     skipped = shutil.ignore_patterns("*.so", "__pycache__", "_built.py")
     package = Path(shutil.copytree(source, folder / "convmixer_kernels", ignore=skipped))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Bad input: each raises with the argument, the rule and what it got, and leaves every tensor as it was."""
+"""Each bad input raises an error that names the argument, the rule and the value, and changes no tensor."""
 
 from __future__ import annotations
 
@@ -138,8 +138,7 @@ def test_empty_batch(training):
     assert ck.mixer_layer(x, *_block().values(), *_block(8, 4).values(), training=training).shape == (0, 4, 5, 5)
 
 
-# ---- registered operators -----------------------------------------------------------------------------------------------
-# Anyone can call torch.ops.convmixer.*: the same checks there, on real tensors and on fake ones, before any kernel.
+# Anyone can call torch.ops.convmixer.*: those operators make the same checks before any kernel, also on fake tensors.
 
 _OPTIONS = {"batch_statistics": True, "eps": 1e-5, "activation": "gelu", "residual": True}
 _STATISTICS = ("running_mean", "running_var")
@@ -188,7 +187,7 @@ def _to_meta(t: torch.Tensor) -> torch.Tensor:
 
 
 def _wrong_arguments():
-    """(operator, argument, what makes it wrong, error, message): every tensor's shape, dtype and device, every option."""
+    """(operator, argument, function that makes it wrong, error, message): shape, dtype and device of every tensor, every option."""
     for op in REGISTERED:
         backward = op.endswith("_backward")
         for name, value in _arguments(op, training=False).items():
@@ -238,7 +237,7 @@ def test_registered_operators_check(op, name, change, error, message):
 
 @pytest.mark.parametrize("op,name,change,error,message", WRONG_FAKES, ids=lambda v: v if isinstance(v, str) else "")
 def test_fake_kernels_check(op, name, change, error, message):
-    """What a compiler sees is refused when it compiles."""
+    """Under torch.compile a bad input raises at compile time."""
     arguments = _arguments(op, training=False)
     arguments[name] = change(arguments[name])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -279,7 +278,8 @@ def _expanded(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", REGISTERED)
 def test_registered_operators_take_strided_tensors(op, training):
-    """As the public functions: read where they are, results as of dense ones, in the layout that the fake kernel says."""
+    """Like the public functions they read strided tensors in place; results equal those of dense ones and have the layout
+    that the fake kernel gives."""
     arguments = _arguments(op, training)
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
     changes = {n: {n: _strided(t)} for n, t in tensors.items()} | {"all": {n: _strided(t) for n, t in tensors.items()}}
@@ -315,7 +315,7 @@ def test_registered_operators_take_an_empty_batch(op):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", REGISTERED)
 def test_opcheck_of_layouts(op, training):
-    """Backward ones too; test_dispatch.py has the checks that need gradients."""
+    """Covers the backward operators too; test_dispatch.py has the checks that need gradients."""
     for change in (
         lambda t: t,
         lambda t: t.contiguous(memory_format=torch.channels_last),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is particular to the native CPU backend: its instruction sets, exact GELU, and the fused evaluation of a layer."""
+"""The native CPU backend alone: its instruction sets, exact GELU, and the evaluation of layers in one call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("isa", OTHER_SETS)
 def test_other_instruction_sets(isa):
-    """A cross-section of the operators, and this file, under the narrower sets: the pick happens once a process."""
+    """Some tests of the operators, and this file, under the narrower sets: a process picks its set once."""
     selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_layers or test_deep or test_gradients or test_isa"
     result = _run(
         isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operators.py", __file__, "-k", selection
@@ -95,7 +95,7 @@ def test_unknown_instruction_set():
 
 
 def test_build_info_of_an_unknown_instruction_set():
-    """Reported, not raised; and no operator is said to run there."""
+    """build_info() reports it, does not raise, and says that no operator runs."""
     result = _run("sse9", "-m", "convmixer_kernels")
     assert result.returncode == 0, result.stderr
     assert "cpu        not available: convmixer_kernels: the value of CONVMIXER_CPU_ISA is not a known" in result.stdout
@@ -120,7 +120,7 @@ MIXER_SHAPES = [
 
 @pytest.mark.parametrize("shape, channels_out, kernel", MIXER_SHAPES, ids=str)
 def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
-    """One native call gives the bits of two, in every dtype and format, whatever the number of threads."""
+    """One native call gives the bits of two, in every dtype and format, for any number of threads."""
     channels = shape[1]
     modes = itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (torch.contiguous_format, torch.channels_last), (True, False)
@@ -146,7 +146,7 @@ def test_mixer_layer_is_its_two_blocks(shape, channels_out, kernel):
 
 
 def test_mixer_layer_evaluates_in_one_call(monkeypatch):
-    """Small images through the public function."""
+    """The public function runs layers of small images in one call."""
     case = Case("mixer_layer", (4, 16, 8, 8), (5, 5), 16, training=False)
     x, tensors, _ = make_inputs(case)
     calls = []
@@ -165,7 +165,7 @@ def test_mixer_layer_evaluates_in_one_call(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_of_different_shapes_in_one_call(dtype):
-    """Kernels, widths and activations that change from layer to layer: margins are cleared anew, planes are enough."""
+    """Kernels, widths and activations change from layer to layer: margins are cleared again, planes are large enough."""
     kernels, channels = [(9, 9), (3, 3), (3, 3), (4, 7), (31, 1), (1, 1)], [20, 33, 33, 7, 40, 2, 16]
     for memory_format, n in itertools.product((torch.contiguous_format, torch.channels_last), (5, 1)):
         x = torch.randn(n, channels[0], 9, 11).to(dtype).contiguous(memory_format=memory_format)
@@ -189,7 +189,7 @@ def test_layers_of_different_shapes_in_one_call(dtype):
             assert y.stride() == expected.stride()
 
 
-# both sides of the widths up to which da never leaves the cache; images of one chunk and of several, more chunks than groups
+# widths below and above the limit up to which da stays in cache; images of one chunk and of several; more chunks than groups
 GRADIENT_SHAPES = [
     ((3, 20, 17, 31), 288),
     ((2, 288, 9, 5), 21),
@@ -203,7 +203,7 @@ GRADIENT_SHAPES = [
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "channels_out"), GRADIENT_SHAPES, ids=str)
 def test_gradients_of_products(shape, channels_out, memory_format):
-    """By the twice-eager rule; and the bits depend neither on the number of threads nor on which gradients are wanted."""
+    """The twice-eager rule holds; the bits depend neither on the number of threads nor on which gradients are computed."""
     check_case(Case("pointwise_block", shape, (1, 1), channels_out, memory_format=memory_format), "cpu")
     n, c, h, w = shape
     layout = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format

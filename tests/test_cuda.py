@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA backend: on a GPU where there is one (marked gpu), and emulated on the CPU everywhere.
+"""The CUDA backend: emulated on the CPU everywhere, and on a GPU if there is one (marked gpu), by the same table.
 
-One table for both. The grid is small because every case runs all primitives forward and backward, and an emulated one
-takes up to a second: each size, kernel, layout and dtype appears with each primitive, not each with every other.
+The grid is small because every case runs all primitives forward and backward, and an emulated case takes up to a second:
+each size, kernel, layout and dtype appears with each primitive, but not in every combination.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def device(request, monkeypatch):
     return use_cuda(monkeypatch, request.param == "emulated")
 
 
-# ---- blocks -----------------------------------------------------------------------------------------------------
+# Blocks.
 
 
 def _depthwise(shape, kernel, **options) -> Case:
@@ -60,7 +60,7 @@ DEPTHWISE_CASES = [
             ((2, 2, 40, 24), 31),
             ((1, 2, 9, 136), (4, 13)),
             ((2, 3, 20, 16), (12, 7)),
-            # 47.8 KB of dynamic shared memory, which static arrays bring above the 48 that need no asking
+            # 47.8 KB of dynamic shared memory; with static arrays it is above the 48 KB that are always allowed
             ((2, 1, 40, 40), 11),
         )
     ),
@@ -118,7 +118,7 @@ def test_operator(case, device):
     ids=str,
 )
 def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
-    """As on GPUs with 100 or 164 KB a multiprocessor: 8 channels a block instead of 16."""
+    """On GPUs with 100 or 164 KB a multiprocessor a block takes 8 channels instead of 16."""
     monkeypatch.setenv("EMU_SHARED_KB", "100")
     use_cuda(monkeypatch)
     check_case(case, "cuda", pool=1)
@@ -145,13 +145,13 @@ def test_channels_last_where_two_large_blocks_do_not_fit(case, monkeypatch):
 )
 @pytest.mark.parametrize("blocks", [1, 3, 5])
 def test_blocks_that_walk_through_several_items(case, blocks, monkeypatch):
-    """As large tensors make them do: stages change, copies run ahead, a block's run ends within a channel."""
+    """Large tensors give a block several items: stages change, copies run ahead, a run may end within a channel."""
     monkeypatch.setenv("EMU_BLOCKS", str(blocks))
     use_cuda(monkeypatch)
     check_case(case, "cuda", pool=1)
 
 
-# ---- batch norm's primitives, at sizes that the blocks above do not reach ----------------------------------------
+# The primitives of batch norm, at sizes that the blocks above do not reach.
 
 
 def _formatted(t: Tensor, memory_format: str) -> Tensor:
@@ -185,13 +185,13 @@ def _per_channel(t: Tensor) -> Tensor:
 
 
 def _eager_norm_backward(dy, a, activation, norm):
-    """In float32: the reference backend's is wider."""
+    """Computes in float32; the reference backend computes in more."""
     hhat = (ACTIVATIONS[activation](a.float()) - _per_channel(norm.mean)) * _per_channel((norm.var + norm.eps).rsqrt())
     return dy.float().sum((0, 2, 3)), (dy.float() * hhat).sum((0, 2, 3))
 
 
 def _eager_pointwise_backward(dy, a, x, weight, bias, activation, norm, sums, needs):
-    """In float32, da rounded to dy's dtype: the reference backend's is wider."""
+    """Computes in float32 and rounds da to dy's dtype; the reference backend computes in more."""
     count, rstd = dy.numel() // dy.shape[1], (norm.var + norm.eps).rsqrt()
     a = a.float().requires_grad_()
     h = ACTIVATIONS[activation](a)
@@ -209,7 +209,7 @@ _EAGER = {"norm_backward": _eager_norm_backward, "pointwise_backward": _eager_po
 
 
 def _check(primitive: str, *arguments, dtype: torch.dtype, more: tuple[tuple, ...] = ()) -> None:
-    """The primitive against the reference backend: in float64, and as the eager baseline; pooled with `more` arguments."""
+    """Compares the primitive with the reference backend, in float64 and as the eager baseline; pooled with `more` arguments."""
     errors: dict[int, list[tuple[float, float]]] = {}
     for draw in (arguments, *more):
         results = getattr(cuda, primitive)(*draw)
@@ -247,7 +247,7 @@ def test_norm_primitives(shape, dtype, memory_format, device):
         # a GEMM of two columns over 8320 values is as exact as the kernel that torch picks for it: no baseline for dw
         return dy, a, x, weight, norm.bias, "gelu", norm, sums, (True, shape[2] < 64, True)
 
-    # small ones pooled: dw of 2 x 5 values is at the mercy of luck
+    # small ones are pooled: the error of a dw of 2 x 5 values is chance
     first, *more = (backward_arguments() for _ in range(8 if shape[2] < 64 else 1))
     _check("pointwise_backward", *first, dtype=dtype, more=tuple(more))
 
@@ -256,7 +256,7 @@ def test_norm_primitives(shape, dtype, memory_format, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 def test_statistics(shape, dtype, memory_format, device):
-    """Mean, variance and running statistics within 1e-6 of float64's of the very values that were stored."""
+    """Mean, variance and running statistics are within 1e-6 of those that float64 computes from the stored values."""
     (x,), _ = _inputs(shape, dtype, memory_format, device, count=1, mean=3.0)
     c = shape[1]
     weight, bias = torch.eye(c, device=device)[:, :, None, None].contiguous(), torch.full((c,), 0.25, device=device)
@@ -287,11 +287,11 @@ def _pairwise_bound(values: Tensor) -> float:
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [(32, 8, 32, 32), (600, 8, 9, 11)], ids=str)
 def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
-    """float32 sums over N, H and W: nothing grows faster, neither chains of additions nor errors that all have one sign."""
+    """float32 sums over N, H and W are as exact as pairwise sums: no long chains of additions, no errors of one sign."""
     (dy, a, x), norm = _inputs(shape, torch.float32, memory_format, device, count=3, mean=0.1)
     c = shape[1]
     weight, bias = torch.randn(c, 1, 3, 3, device=device), torch.randn(c, device=device)
-    # the size that sums of unit values over this many elements have: their means are subtracted from dy
+    # sums of unit values over this many elements have this size: their means are subtracted from dy
     sums = torch.randn(c, device=device) * 200, torch.randn(c, device=device) * 200
     wide = _wide(dy, a, x, weight, bias, norm, sums)
     da = reference._da(wide[0], wide[1], "gelu", wide[5], wide[6])
@@ -317,7 +317,7 @@ def test_long_sums_are_as_exact_as_pairwise_ones(shape, memory_format, device):
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_bias_gradient_where_the_mean_of_dy_is_below_its_last_place(memory_format, device):
-    """dy minus its mean is dy again, for each dy: an error that grows with their number."""
+    """dy minus its mean rounds to dy again, for each dy: that error would grow with their number."""
     (dy, a), norm = _inputs((32, 8, 32, 32), torch.float32, memory_format, device)
     dy = (1 + torch.rand_like(dy)).copysign(dy)
     bias = torch.randn(8, device=device)
@@ -331,7 +331,7 @@ def test_bias_gradient_where_the_mean_of_dy_is_below_its_last_place(memory_forma
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [(2, 64, 9, 16), (4, 16, 32, 32)], ids=str)
 def test_variance_of_one_value_among_zeros(shape, memory_format, device):
-    """relu leaves one value of a channel: the squares of all others round alike where they are added to its own one by one."""
+    """relu leaves one value of a channel: the squares of all others would round alike if they were added to it one by one."""
     x = torch.full(shape, -1.0)
     c = shape[1]
     x[torch.randint(shape[0], (c,)), torch.arange(c), torch.randint(shape[2], (c,)), torch.randint(shape[3], (c,))] = (
@@ -350,7 +350,7 @@ def test_variance_of_one_value_among_zeros(shape, memory_format, device):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_addresses_off_16_bytes(dtype, memory_format, device):
-    """A dense tensor may start anywhere: no vector access then."""
+    """A dense tensor may start at any address; then no access is a vector."""
     shape = (2, 8, 6, 8)
     (dy, a), norm = _inputs(shape, dtype, memory_format, device)
     moved = torch.empty(a.numel() + 1, dtype=dtype, device=device)[1:].as_strided(a.shape, a.stride()).copy_(a)
@@ -370,7 +370,7 @@ def test_addresses_off_16_bytes(dtype, memory_format, device):
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
 def test_non_finite_values_go_through(activation, dtype, memory_format, device):
     (a, dy), norm = _inputs((1, 8, 4, 5), dtype, memory_format, device)
-    # of an infinity, torch's own gelu depends on the memory format
+    # torch's own gelu of an infinity depends on the memory format
     highest = 3e4 if activation.startswith("gelu") else float("inf")
     specials = torch.tensor([float("nan"), highest, -highest, 0.0, -0.0, 3e4, -3e4], dtype=dtype)
     a[0, 1, 0, :5], a[0, 2, 0, :2] = specials[:5].to(device), specials[5:].to(device)
@@ -382,7 +382,7 @@ def test_non_finite_values_go_through(activation, dtype, memory_format, device):
 
 
 def test_relu_lets_the_gradient_of_a_nan_through(device):
-    """As torch's own backward does; behind a constant norm nothing else sees the NaN."""
+    """torch's own backward does; with a constant norm the NaN has no other effect."""
     (a, dy), norm = _inputs((1, 8, 4, 8), torch.float32, "contiguous", device)
     a[0, 1, 1, 2:4] = float("nan")
     one = torch.ones(8, 1, 1, 1, device=device)
@@ -400,7 +400,7 @@ def test_relu_stops_gradients_that_are_not_finite(dtype, memory_format, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf], ids=str)
 def test_gradients_beside_a_special_value_behind_constant_statistics(special, dtype, memory_format, device):
-    """act(a) does not enter then: only act'(a) does, and where that is finite so are the gradients."""
+    """The gradients then depend on act'(a) only, not on act(a): if that is finite, so are they."""
     (dy, a, x), norm = _inputs((2, 8, 9, 16), dtype, memory_format, device, count=3)
     a[0, 1, 4, 7], a[1, 2, 0, 15] = special, special
     weight, bias = torch.randn(8, 1, 5, 5, device=device), torch.randn(8, device=device)
@@ -461,7 +461,7 @@ def test_bits_do_not_change_between_runs(memory_format, device):
         assert torch.equal(first, second)
 
 
-# ---- limits -----------------------------------------------------------------------------------------------------
+# Limits.
 
 
 def test_can_run_names_what_it_cannot(device):
@@ -485,7 +485,7 @@ def test_a_missing_module_says_how_to_build_it(monkeypatch):
 
 
 def test_emulation_by_the_environment_variable(monkeypatch, tmp_path):
-    """For processes that a test starts: the variable names the module, and a missing one is the reason why nothing can run."""
+    """The variable names the module, for processes that a test starts; if the file is missing, that is the reason not to run."""
     monkeypatch.setattr(cuda, "_native", functools.cache(cuda._native.__wrapped__))
     monkeypatch.setenv("CONVMIXER_CUDA_EMULATION", str(build()))
     x, weight = torch.empty(1, 2, 4, 4), torch.empty(2, 1, 3, 3)
@@ -499,7 +499,7 @@ def test_emulation_by_the_environment_variable(monkeypatch, tmp_path):
 
 @pytest.mark.gpu
 def test_graph_capture_and_streams():
-    """No allocation but the caching allocator's, no synchronisation, the current stream: a capture replays the bits."""
+    """Calls allocate by the caching allocator only, never synchronise, and use the current stream: a graph replays the bits."""
     (dy, a, x), norm = _inputs((4, 16, 16, 16), torch.bfloat16, "contiguous", "cuda", count=3)
     weight, bias = torch.randn(16, 1, 9, 9, device="cuda"), torch.randn(16, device="cuda")
     matrix = torch.randn(16, 16, 1, 1, device="cuda")
@@ -528,7 +528,7 @@ def test_graph_capture_and_streams():
 
 @pytest.mark.gpu
 def test_launch_counts():
-    """Training forward of a depthwise block: 3 kernels; backward: at most 5 (reduce, finish, dx, dw, finish)."""
+    """A depthwise block's training forward takes 3 kernels, its backward at most 5 (reduce, finish, dx, dw, finish)."""
     import convmixer_kernels as ck
 
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A narrow network's eval layer in one kernel (csrc/cuda/mixer.cuh): on a GPU where there is one, and emulated everywhere.
+"""A narrow network's eval layer in one kernel (csrc/cuda/mixer.cuh): emulated everywhere, and on a GPU if there is one.
 
 Tiles are 16 x 16 pixels, stages 32 values of C, 128 output channels at a time; 16 warps take the channels in turns.
 """
@@ -69,7 +69,7 @@ CASES = [
 
 
 def _one_kernel(monkeypatch) -> list[Tensor | None]:
-    """What mixer_eval returns from now on."""
+    """Returns the list to which mixer_eval's results are added from now on."""
     returned, primitive = [], cuda.mixer_eval
     monkeypatch.setattr(cuda, "mixer_eval", lambda *a: returned.append(primitive(*a)) or returned[-1])
     return returned
@@ -85,7 +85,7 @@ def _on(device: str, tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operator(case, device, monkeypatch):
-    """The layer by the twice-eager rule, pooled over seeds where it has few values; emulated, the very bits of two launches."""
+    """The twice-eager rule holds, pooled over seeds if values are few. Emulated, the layer has the bits of two launches."""
     returned, results = _one_kernel(monkeypatch), []
     seeds = max(
         1, min(8, 512 // (case.shape[0] * (case.channels_out or case.shape[1]) * case.shape[2] * case.shape[3]))
@@ -112,7 +112,7 @@ def test_operator(case, device, monkeypatch):
     assert_twice_eager(str(case), *joined, case.dtype)
 
 
-# ---- the primitive ---------------------------------------------------------------------------------------------------
+# The primitive.
 
 
 def _arguments(shape, kernel, c_out, dtype, device, seed=0) -> tuple:
@@ -164,7 +164,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(device, monkeypatch):
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
 def test_non_finite_values_go_through(activation, device):
-    """A NaN or infinity reaches what the two launches let it reach: its window's pixels, all channels of them."""
+    """A NaN or infinity reaches the same values as with two launches: all channels of the pixels in its window."""
     x, lower, upper = _arguments((2, 8, 18, 24), (3, 5), 16, torch.bfloat16, device)
     x[0, 3, 1, 2], x[0, 5, 16, 17], x[1, 0, 9, 16] = float("nan"), float("inf"), -float("inf")
     y = _one_launch(x, lower, upper, activation, True)
@@ -178,7 +178,7 @@ def test_non_finite_values_go_through(activation, device):
 
 
 def test_operands_off_16_bytes(device):
-    """Addresses decide how x and the weight are read; the bits stay."""
+    """Addresses decide how x and the weight are read, but do not change the bits."""
     x, lower, upper = _arguments((2, 40, 12, 16), (9, 9), 24, torch.bfloat16, device)
     expected = _one_launch(x, lower, upper, "gelu", True)
     for off in (1, 4):
@@ -226,11 +226,11 @@ def test_shared_memory_limits_the_channels(kb, channels, monkeypatch):
         assert fits(1, c, 16, 16, 2, False, 256, 9, 9) is (c <= channels)
 
 
-# ---- what runs -------------------------------------------------------------------------------------------------------
+# Which kernels run.
 
 
 def test_layers_of_a_model_are_a_launch_each(monkeypatch):
-    """Consecutive layers, decided and launched in one call; none of them where one is not for this kernel."""
+    """One call decides and launches consecutive layers, a launch each; if one cannot use this kernel, none does."""
     use_cuda(monkeypatch, gemm="layer")
     torch.manual_seed(0)
     module, model = cuda._native().module, ConvMixer(8, 3, 5, 2, 4).eval().to(torch.bfloat16)
@@ -278,7 +278,7 @@ def test_it_is_captured_in_a_graph(monkeypatch):
 
 
 class _OnGpu:
-    """What use_one_kernel asks of a tensor."""
+    """The attributes of a tensor that use_one_kernel reads."""
 
     is_cuda = True
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The pointwise block in one kernel (csrc/cuda/pointwise_gemm.cu): on a GPU where there is one, and emulated everywhere.
+"""The pointwise block in one kernel (csrc/cuda/pointwise_gemm.cu): emulated everywhere, and on a GPU if there is one.
 
-test_cuda.py runs the same block as torch's GEMM and passes of ours. Tiles are 128 x 128 results (16-bit: where enough of
-them keep the GPU busy, 4 in the emulation) or 64 x 64, of 32 values of C_in at a time, three stages deep.
+test_cuda.py runs the same block as torch's GEMM and passes of ours. Tiles are 128 x 128 results (16-bit: if enough of
+them keep the GPU busy, 4 in the emulation) or 64 x 64. A stage is 32 values of C_in; there are three.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ WGMMA_CASES = [
 
 @pytest.fixture
 def wgmma(device, monkeypatch):
-    """As `device`, with sm_90a's instructions."""
+    """Like `device`, with sm_90a's instructions."""
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
     monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "wgmma")
@@ -131,7 +131,7 @@ def test_wgmma(case, wgmma):
 @pytest.mark.parametrize("processors", [1, 2])
 @pytest.mark.parametrize("steps", [4, 5, 6, 12, 26])
 def test_wgmma_groups_take_turns(steps, processors, memory_format, wgmma, monkeypatch):
-    """Both warp groups have several tiles, of more stages than there are: no group takes the other's stage for its own."""
+    """Both warp groups have several tiles of more stages than there are: no group takes the other's stage for its own."""
     monkeypatch.setenv("EMU_PROCESSORS", str(processors))
     # on a GPU more than two tiles a multiprocessor, as here
     images, size = (5, (8, 16)) if wgmma == "cpu" else (40, (32, 32))
@@ -146,7 +146,7 @@ def test_wgmma_groups_take_turns(steps, processors, memory_format, wgmma, monkey
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
-    """Both add 16 products at a time to a float32 sum: they differ by the rounding of those sums alone."""
+    """Both add 16 products at a time to a float32 sum: only the rounding of those sums differs."""
     x, weight, bias, norm = _inputs((5, 136, 8, 16), 200, torch.bfloat16, memory_format, wgmma)
     ours = []
     for kind in ("wgmma", "fused"):
@@ -166,7 +166,7 @@ def test_wgmma_agrees_with_mma(memory_format, wgmma, monkeypatch):
                 assert torch.equal(first, second)
 
 
-# ---- the primitives ---------------------------------------------------------------------------------------------
+# The primitives.
 
 
 def _formatted(t: Tensor, memory_format: str) -> Tensor:
@@ -187,7 +187,7 @@ SHAPES = [((5, 40, 8, 7), 136), ((3, 9, 7, 7), 70)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, c_out", SHAPES, ids=str)
 def test_statistics(shape, c_out, dtype, memory_format, device):
-    """Mean, variance and running statistics within 1e-6 of float64's of the very values that were stored."""
+    """Mean, variance and running statistics are within 1e-6 of those that float64 computes from the stored values."""
     x, weight, bias, _ = _inputs(shape, c_out, dtype, memory_format, device)
     bias = bias + 3
     running = torch.randn(c_out, device=device), torch.rand(c_out, device=device)
@@ -205,7 +205,7 @@ def test_statistics(shape, c_out, dtype, memory_format, device):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_paths_agree(dtype, memory_format, device):
-    """Addresses off 16 bytes take the values one by one, and tiles of another size: y is the same to the last bit."""
+    """At addresses off 16 bytes values are copied one by one, in tiles of another size: y is the same to the last bit."""
     x, weight, bias, norm = _inputs((5, 40, 8, 7), 136, dtype, memory_format, device)
     expected = cuda.pointwise_eval(x, weight, bias, "gelu", norm)
     moved = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].as_strided(x.shape, x.stride()).copy_(x)
@@ -261,7 +261,7 @@ def test_an_infinite_gelu_stays_infinite(device):
         assert y[0, :2].isfinite().all()
 
 
-# ---- what runs: launches, the choice, memory -------------------------------------------------------------------------
+# Which kernels run: launches, the choice, memory.
 
 
 def _block(kind: str, memory_format: str = "contiguous"):
@@ -331,7 +331,7 @@ _ALLOCATIONS = {"aten.empty", "aten.empty_like", "aten.new_empty"}
 
 
 class _Seen(TorchDispatchMode):
-    """Which torch operations make or take tensors of at least `size` values."""
+    """Records the torch operations that make or take tensors of at least `size` values."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ def test_no_torch_operation_touches_an_activation(dtype, memory_format, launches
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_a_training_step_is_captured_in_a_graph(memory_format, monkeypatch):
-    """Forward and backward of mixer_layer: no synchronisation, no allocation but the caching allocator's."""
+    """Forward and backward of mixer_layer never synchronise and allocate by the caching allocator only."""
     monkeypatch.setattr(cuda_choice, "forced_gemm", lambda: "fused")
     options = {"dtype": torch.bfloat16, "device": "cuda"}
     x = _formatted(torch.randn(2, 16, 16, 16, **options), memory_format).requires_grad_()
@@ -409,7 +409,7 @@ def test_the_table_chooses():
 
 
 class _OnGpu:
-    """What choose_kernel asks of a tensor."""
+    """The attributes of a tensor that choose_kernel reads."""
 
     is_cuda = True
 
@@ -492,7 +492,7 @@ def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
 def test_tf32_on_a_gpu_is_as_eagers(training, memory_format):
-    """torch's default, which other tests switch off."""
+    """This is torch's default, which other tests switch off."""
     with torch.backends.cudnn.flags(allow_tf32=True):
         assert cuda_gemm.takes_tf32(torch.empty(1, device="cuda"))
         check_case(_case((5, 264, 16, 16), 136, memory_format=memory_format, training=training), "cuda", device="cuda")
@@ -500,7 +500,7 @@ def test_tf32_on_a_gpu_is_as_eagers(training, memory_format):
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
-    """On the CPU without tf32: the three products, in x's memory format."""
+    """Tests the three products on the CPU, without tf32, in x's memory format."""
     x, weight, *_ = _inputs((3, 20, 5, 7), 12, torch.float32, memory_format, "cpu")
     da = _formatted(torch.randn(3, 12, 5, 7), memory_format)
     rows = cuda_gemm.is_rows(da, x)

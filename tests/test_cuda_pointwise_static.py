@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas made of the pointwise block's GEMM kernels and of the layer in one kernel: the main loops that their headers describe.
+"""The machine code of the pointwise block's GEMM kernels and of the layer in one kernel has the main loops that their headers describe.
 
 Needs no GPU.
 """
@@ -54,7 +54,7 @@ def kernels(request, module, resources):
 
 
 def _loop_of(kernel, instruction: str):
-    """What the innermost loop with this instruction holds."""
+    """The instruction counts of the innermost loop with this instruction."""
     found = []
     for loop in kernel.all_loops():
         counts = sum((kernel.blocks[i].counts for i in loop.blocks), type(kernel.counts)())
@@ -113,7 +113,7 @@ def test_wgmma_is_not_serialized(kernels):
 
 
 def test_occupancy(resources, kernels):
-    """Two blocks a multiprocessor, three and four of the smaller tiles, one of wgmma."""
+    """A multiprocessor runs two blocks, three or four of the smaller tiles, one of wgmma."""
     for kernel in kernels:
         if "mixer_kernel" in kernel.function:
             continue
@@ -133,7 +133,7 @@ def test_occupancy(resources, kernels):
 
 
 def test_a_layer_in_one_kernel(resources, kernels):
-    """Tensor cores in both loops, copies beside them, no memory of its own; its shared memory fits once, on sm_80 too."""
+    """Both loops have tensor-core products and copies, and no local memory; shared memory fits one block, also on sm_80."""
     found = [kernel for kernel in kernels if "mixer_kernel" in kernel.function]
     assert len(found) == 4
     for kernel in found:
@@ -159,7 +159,7 @@ def test_a_layer_in_one_kernel(resources, kernels):
 
 
 def test_the_committed_table(module, resources, kernels):
-    """docs/cuda-kernels.md is of these kernels."""
+    """docs/cuda-kernels.md was made from these kernels."""
     committed = json.loads((static_kernels.RESULTS / "cuda-static-gemm.json").read_text())
     rows = static_gemm.rows([k for k in kernels if static_gemm.is_of_a_case(k.function)], resources)
     assert len(rows) >= 6

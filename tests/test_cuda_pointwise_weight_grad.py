@@ -14,7 +14,7 @@ from convmixer_kernels.testing import relative_error
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda"; products are ours wherever they can be."""
+    """The device of a test's tensors: "cpu" for the emulated kernels, or "cuda". Products are ours if they can be."""
     emulated = request.param == "emulated"
     if not emulated and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"wgmma needs sm_90, got {torch.cuda.get_device_capability()}")
@@ -23,7 +23,7 @@ def device(request, monkeypatch):
 
 #: Processors of the emulation, shape of x, C_out, parts of K in all. Tiles are 128 x 128 channels, a stage of K 64 pixels.
 WEIGHT_GRADS = [
-    # one tile, of one stage, of parts of two and of one; one multiprocessor has no use for parts
+    # one tile, of one stage, of parts of two and of one; on one multiprocessor parts gain nothing
     (2, (1, 8, 8, 8), 8, 1),
     (5, (3, 24, 8, 16), 16, 3),
     (4, (1, 136, 8, 8), 24, 2),
@@ -54,7 +54,7 @@ def _weight_grad(da: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("processors, shape, c_out, parts", WEIGHT_GRADS, ids=str)
 def test_against_float64(processors, shape, c_out, parts, device, monkeypatch):
-    """Within the rounding of its sums of float64's, in every dtype of the weight; the bits do not depend on the order of threads."""
+    """The error against float64 is that of rounding the sums, in every dtype of the weight; the order of threads changes no bit."""
     monkeypatch.setenv("EMU_PROCESSORS", str(processors))
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(shape).to(dtype).to(device)
@@ -63,7 +63,7 @@ def test_against_float64(processors, shape, c_out, parts, device, monkeypatch):
         wide = _weight_grad(da, x, torch.float32)
         # a tensor core truncates its sums, of up to 48 products of 16 values here
         assert relative_error(wide, exact) < (2e-6 if device == "cpu" else 2e-5)
-        # what is left of a sum in float32 rounds to the very values
+        # the rest of a sum in float32 rounds to exactly these values
         assert torch.equal(_weight_grad(da, x, dtype), wide.to(dtype))
         for order in ("1", "7"):
             monkeypatch.setenv("EMU_ORDER", order)
@@ -78,7 +78,7 @@ def test_against_float64(processors, shape, c_out, parts, device, monkeypatch):
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("channels", [(1536, 1536), (768, 768), (256, 256), (128, 1664), (136, 24)], ids=str)
 def test_many_pixels(channels, device):
-    """All multiprocessors, whole waves and parts, more steps than stages; no worse than twice what torch's products are."""
+    """Uses all multiprocessors, whole waves and parts, more steps than stages; the error is at most twice that of torch's products."""
     c_in, c_out = channels
     x = torch.randn(64, c_in, 32, 32, dtype=torch.bfloat16, device=device)
     da = torch.randn(64, c_out, 32, 32, dtype=torch.bfloat16, device=device)
@@ -98,7 +98,7 @@ def test_many_pixels(channels, device):
         _case((3, 20, 8, 16), 12, dtype=torch.float16, parameter_dtype=torch.float32),
         _case((2, 8, 8, 8), 16, dtype=torch.bfloat16, absent=("bias",)),
         Case("mixer_layer", (2, 8, 8, 8), (5, 5), dtype=torch.bfloat16),
-        # torch's, each for one reason
+        # torch's products run, each for one reason
         _case((2, 8, 8, 8), 16, dtype=torch.bfloat16, memory_format="channels_last"),
         _case((2, 8, 8, 12), 16, dtype=torch.bfloat16),
         _case((2, 8, 8, 8), 16),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What ptxas made of the CUDA kernels: no spills, the claimed occupancy, tensor cores and wide accesses. Needs no GPU.
+"""The machine code of the CUDA kernels: no spills, the claimed occupancy, tensor cores and wide accesses. Needs no GPU.
 
-Reads the installed module where it was built from this checkout; .ci/run builds it for sm_80 and sm_90a.
+Reads the installed module if it was built from this checkout; .ci/run builds it for sm_80 and sm_90a.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def architecture(request, resources):
 
 @pytest.fixture(scope="module")
 def kernels(module, architecture) -> list[sass.Kernel]:
-    """Those of 16-bit depthwise convolution and of the table, disassembled."""
+    """The kernels of 16-bit depthwise convolution and of the table, disassembled."""
 
     def wanted(name: str) -> bool:
         return re.search(TENSOR_CORE_KERNELS, name) is not None or static_kernels.is_of_a_case(name)
@@ -74,7 +74,7 @@ def test_tensor_core_kernels_hold_what_they_are_for(kernels):
 
 
 def test_occupancy_and_the_committed_table(kernels, architecture, resources):
-    """Registers and shared memory allow the blocks that the headers claim; docs/cuda-kernels.md is of these kernels."""
+    """Registers and shared memory allow the blocks that the headers claim; docs/cuda-kernels.md was made from these kernels."""
     committed = json.loads((static_kernels.RESULTS / "cuda-static.json").read_text())
     committed = {(r["name"], r["layout"], r["dtype"]): r for r in committed if r["architecture"] == architecture}
     for row in static_kernels.rows(kernels, resources):
@@ -90,7 +90,7 @@ def test_occupancy_and_the_committed_table(kernels, architecture, resources):
         assert (row["dynamic_shared"], row["blocks"]) == (old["dynamic_shared"], old["blocks"]), stale
 
 
-# ---- the 16-bit activations ------------------------------------------------------------------------------------------
+# The 16-bit activations.
 
 _ONE_ACTIVATION = """
 #include "{math}"
@@ -105,7 +105,7 @@ extern "C" __global__ void gelu_and_grad(float* x) {{
 
 
 def test_fast_gelu_takes_at_most_15_instructions(tmp_path):
-    """Beside a kernel that does the same without it, on each architecture."""
+    """Compares with a kernel that does the same without GELU, on each architecture."""
     nvcc = _build.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc")
@@ -124,7 +124,7 @@ def test_fast_gelu_takes_at_most_15_instructions(tmp_path):
         assert found["gelu"]["MUFU.EX2"] == 1
 
 
-# ---- the checks themselves -------------------------------------------------------------------------------------------
+# The checks themselves.
 
 _RESOURCES = """
 Fatbin elf code:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The twice-eager rule where rounding errors do not average out: values beside a large mean, and values that are all alike."""
+"""The twice-eager rule if rounding errors do not average out: values beside a large mean, and values that are all equal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 import convmixer_kernels as ck
 
-#: Pooled; Triton's interpreter takes seconds for each.
+#: Seeds that are pooled; Triton's interpreter takes seconds for each.
 SEEDS = {"cpu": 24, "reference": 24, "cuda": 24, "triton": 4}
 FORMATS = ("contiguous", "channels_last")
-#: Emulated kernels are slow: there a few of the seeds' cases stand for all.
+#: Emulated kernels are slow: they run a few of the cases.
 SLOW = ("cuda", "triton")
 
 
@@ -93,7 +93,7 @@ WEIGHT_GRADIENTS = [
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape, kernel", WEIGHT_GRADIENTS, ids=str)
 def test_depthwise_weight_gradient_of_constants(shape, kernel, memory_format, backend):
-    """Planes of one value each and an expanded gradient: all products of a sum are equal, and their roundings add up."""
+    """With planes of one value each and an expanded gradient all products of a sum are equal, and their roundings add up."""
     if backend in SLOW and (shape != (1, 24, 33, 3) or (backend, memory_format) == ("triton", "contiguous")):
         pytest.skip("a slow emulation: the case that failed stands for all")
 

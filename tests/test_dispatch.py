@@ -144,7 +144,7 @@ def test_dispatch_modes_see_the_operator_and_change_nothing(operator):
     assert f"convmixer.{operator}.default" in seen
 
 
-# ---- what counters and profilers see -----------------------------------------------------------------------------------
+# Counters and profilers.
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -198,7 +198,7 @@ print(counter.get_total_flops())
 
 @pytest.mark.parametrize("first", ["", "import torch.utils.flop_counter"])
 def test_flops_are_known_whatever_is_imported_first(first):
-    """And nothing of torch's counter, which imports triton, is imported for those who do not count."""
+    """Also, torch's counter, which imports triton, is not imported unless somebody counts."""
     script = FLOPS.format(first=first, imported=bool(first))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == str(2 * 2 * 25 * 9), done.stderr
@@ -276,13 +276,13 @@ def test_bits_do_not_depend_on_threads(operator):
 
 
 def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
-    """pip hides the build's own message."""
+    """pip hides the message of the build."""
     x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 1, 3, 3)
     dispatch._warn_if_nothing_faster.cache_clear()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # float64 runs on torch operations by right
+            # float64 always runs on torch operations
             ck.depthwise_conv2d(x.double(), weight.double())
             ck.depthwise_conv2d(x, weight)
         dispatch._warn_if_nothing_faster.cache_clear()
@@ -296,7 +296,7 @@ def test_one_warning_where_only_torch_operations_were_installed(monkeypatch):
 
 
 def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
-    """The Triton kernels run where a foreign _cuda lies beside them: nothing else would say so."""
+    """If _cuda is refused, the Triton kernels run: nothing but this warning would say so."""
     monkeypatch.setattr(_load, "refused", {"_cuda": "there/_cuda.so is refused: it was built from other sources"})
     monkeypatch.setattr(cuda, "build_info", lambda: {"available": False, "detail": _load.refused["_cuda"]})
     monkeypatch.setattr(triton, "build_info", lambda: {"available": True, "detail": ""})

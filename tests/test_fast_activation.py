@@ -28,7 +28,7 @@ extern "C" void gelu_tanh(const float* x, int n, float* v, float* w, float* g) {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The functions as the emulated kernels use them: exact exp2 and division stand for the GPU's, which are good to 2^-22."""
+    """The functions as the emulated kernels use them, with exact exp2 and division; the GPU's have an error of 2^-22."""
     compiler = _build.find_cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -54,7 +54,7 @@ def _exact(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_16_bit_number(name, dtype, library):
     """Absolute error at most 1e-5 of the value and of the derivative.
 
-    gelu_tanh only rounds: 5e-7 up to 2, where what cancels in its derivative does not hide a wrong constant.
+    gelu_tanh only rounds: 5e-7 up to 2, where cancellation in its derivative does not hide a wrong constant.
     """
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
     x = x[x.isfinite()]

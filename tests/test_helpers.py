@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rule that decides every other test must itself be right, and must be able to say no."""
+"""The rule that decides every other test must be right, and must be able to fail."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_in_format(memory_format):
     assert out.is_contiguous(memory_format=torch.channels_last) == (memory_format == "channels_last")
 
 
-# ---- torch's own 16-bit depthwise convolution may not return: nobody here calls it ------------------------------------
+# torch's own 16-bit depthwise convolution may never return: nothing here calls it.
 
 ENDLESS = [(15, 15), (3, 15), (15, 3), (31, 31)]
 SIXTEEN = [torch.float16, torch.bfloat16]
@@ -153,7 +153,7 @@ def test_what_is_widened_is_rounded_once():
     assert not testing.never_returns(x, weight[:, :, :14])
 
 
-# ---- and a test that hangs has a name ---------------------------------------------------------------------------------
+# A test that hangs is named.
 
 HANGS = """
 import ctypes, pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors whose storage was freed or shrunk, as FSDP and offloading leave them: a named error, and nothing is read or changed."""
+"""Tensors whose storage was freed or shrunk, as FSDP and offloading do: an error names the tensor, nothing is read or changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPERATORS = {
     "pointwise_block": BLOCK_TENSORS,
     "mixer_layer": [f"{half}_{name}" for half in ("depthwise", "pointwise") for name in BLOCK_TENSORS],
 }
-#: Bytes that are left: none (the address is 0), and some (the address is good, what follows is someone else's).
+#: Bytes that are left: none (the address is 0), and some (the address is valid, the memory behind it belongs to others).
 LEFT = {"freed": 0, "shrunk": 8}
 
 
@@ -44,7 +44,7 @@ def case_of(op: str, training: bool = True) -> Case:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_forward(op, training, left, backend):
-    """Every tensor of every operator in turn, where gradients are wanted and where not."""
+    """Every tensor of every operator in turn, with gradients and without."""
     case = case_of(op, training)
     for at, name in enumerate(["x", *OPERATORS[op]]):
         for wanted in (True, False):
@@ -61,7 +61,7 @@ def test_forward(op, training, left, backend):
 
 @pytest.mark.parametrize("left", LEFT)
 def test_views_that_are_copied(left):
-    """Torch's own copy of a strided tensor would read what is not there."""
+    """torch's own copy of a strided tensor would read missing memory."""
     wide = torch.randn(2, 8, 6, 10)
     x = wide[..., ::2]
     take_memory(wide, LEFT[left])
@@ -72,7 +72,7 @@ def test_views_that_are_copied(left):
         x, tensors, _ = make_inputs(case)
         wide = torch.stack([tensors[at]] * 2, -1)
         tensors[at] = wide[..., 0]
-        # the last element alone is missing
+        # only the last element is missing
         take_memory(wide, wide.nbytes - 8 if left == "shrunk" else 0)
         with pytest.raises(RuntimeError, match=f"depthwise_block: {lost(name)}"):
             ours(case, x, tensors, None)
@@ -88,7 +88,7 @@ def test_tensors_that_autocast_casts(left):
 
 
 def test_views_and_storages_that_hold_them():
-    """A view in a larger storage, or one whose storage ends with its last element, is as good as any."""
+    """A view in a larger storage, or one whose storage ends with its last element, is accepted."""
     for op in OPERATORS:
         case = case_of(op)
         x, tensors, _ = make_inputs(case)
@@ -131,7 +131,7 @@ def test_backward(op, training, left, backend):
 
 
 def test_backward_without_what_it_does_not_read():
-    """A weight whose input needs no gradient, and biases, may be gone by then, as in eager."""
+    """As in eager, biases may be freed by then, and a weight whose input needs no gradient."""
     x, tensors, dy = make_inputs(case_of("depthwise_block"))
     weight, bias, norm_bias = tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[3].requires_grad_()
     y = ck.depthwise_block(x, *tensors, training=True)
@@ -142,13 +142,13 @@ def test_backward_without_what_it_does_not_read():
 
 
 def test_gradients_without_memory_of_their_own():
-    """An expanded gradient, whose storage holds one value, and one that torch knows to be zero, are whole."""
+    """An expanded gradient, whose storage holds one value, and one that torch knows to be zero are accepted."""
     x, weight = torch.randn(2, 8, 6, 5, requires_grad=True), torch.randn(8, 1, 3, 3)
     y = ck.depthwise_conv2d(x, weight)
     (expanded,) = torch.autograd.grad(y, x, torch.ones(1, 1, 1, 1).expand_as(y), retain_graph=True)
     (dense,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert torch.equal(expanded, dense)
-    # a strided one, whose last element alone is missing
+    # a strided one: only its last element is missing
     wide = torch.ones(2, 8, 6, 10)
     dy = wide[..., ::2]
     take_memory(wide, wide.nbytes - 8)
@@ -186,7 +186,7 @@ def test_layers_in_one_call(left):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_a_backward_of_a_backward(op):
-    """torch's operations, which then compute it, would read what is not there."""
+    """torch's operations compute it, and would read missing memory."""
     x, tensors, dy = make_inputs(case_of(op, training=False))
     for t in (x, tensors[0]):
         t.requires_grad_()

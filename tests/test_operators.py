@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every operator on every backend that runs on a CPU, against float64 by the twice-eager rule.
 
-The grid is a pairwise-like selection, not a product: sizes around the 16 channels and 16 columns of a CPU tile, images
-smaller than the kernel, odd and even and non-square kernels, with dtype, memory format, mode and activation cycling through it.
+The grid is a selection, not a product: sizes around the 16 channels and 16 columns of a CPU tile, images smaller than the
+kernel, odd, even and non-square kernels; dtype, memory format, mode and activation take turns.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_operator(case, backend):
     seed=st.integers(0, 10**6),
 )
 def test_random_shapes(op, shape, kernel, channels_out, dtype, memory_format, training, seed):
-    # with few values a channel, batch norm divides by a variance that may be rounding alone: nothing to compare
+    # with few values a channel, batch norm divides by a variance that may be mere rounding: nothing to compare
     training = training and shape[0] * shape[2] * shape[3] >= 64
     assume(shape[0] * shape[1] * shape[2] * shape[3] >= 16)
     out = channels_out if op in ("pointwise_block", "mixer_layer") else None
@@ -132,7 +132,7 @@ def test_large_image(backend, kernel):
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("channels", "channels_out"), [(513, 40), (1100, 530), (512, 513)])
 def test_deep_products(channels, channels_out, memory_format):
-    """Sums over more channels than a packed panel holds at once, forward and backward; the last chunk is partial."""
+    """Sums run over more channels than a packed panel holds, forward and backward; the last chunk is partial."""
     case = Case("pointwise_block", (3, channels, 9, 7), (1, 1), channels_out, memory_format=memory_format)
     for training in (True, False):
         check_case(replace(case, training=training), "cpu")
@@ -162,8 +162,8 @@ def test_gradcheck_float64(op, training, activation):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("op", ["depthwise_block", "pointwise_block"])
 def test_values_that_are_not_finite_with_relu(op, value, backend):
-    """Where relu is 0 its gradient is, beside a NaN too; an infinite mean makes the running mean infinite, not NaN
-    (but on the reference backend, whose mean comes with the variance)."""
+    """If relu is 0, so is its gradient, even for a NaN. An infinite mean makes the running mean infinite, not NaN, except
+    on the reference backend, which computes mean and variance together."""
     case = Case(op, (3, 64, 5, 6), (3, 3), activation="relu")
     x, tensors, dy = make_inputs(case)
     x[1, 1, 2, 3] = value
@@ -179,7 +179,7 @@ def test_values_that_are_not_finite_with_relu(op, value, backend):
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", [(3, 3), (9, 9), (16, 31)], ids=str)
 def test_a_bias_larger_than_the_sum(kernel, memory_format, backend):
-    """It must not round each product at its own scale: eager adds it last."""
+    """The products must not be rounded at the bias's scale: eager adds it last."""
     case = Case("depthwise_conv2d", (2, 48, 9, 13), kernel, memory_format=memory_format)
     x, (weight, bias), _ = make_inputs(case)
     tensors = [weight, 8 * bias]
@@ -190,7 +190,7 @@ def test_a_bias_larger_than_the_sum(kernel, memory_format, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_weight_gradients_of_small_images(memory_format, backend):
-    """Eager adds up the few hundred products of a tap in short sums. Eight seeds, each by itself."""
+    """Eager adds up the few hundred products of a tap in short sums. Eight seeds are tested one by one."""
     case = Case("depthwise_conv2d", (2, 16, 16, 16), (5, 5), memory_format=memory_format)
     for seed in range(8):
         x, tensors, dy = make_inputs(case, seed)
@@ -201,7 +201,7 @@ def test_weight_gradients_of_small_images(memory_format, backend):
 
 
 def test_a_small_bias_does_not_shift_the_mean():
-    """Added last as a whole, it rounds alike for all sums of a binade, and the mean of values around 0 shows it."""
+    """Added last as a whole, it would round alike for all sums of a binade, which the mean of values around 0 shows."""
     case = Case("depthwise_block", (4, 48, 16, 16), (3, 3), activation="identity")
     x, tensors, _ = make_inputs(case)
     tensors[1] *= 0.01

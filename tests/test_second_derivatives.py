@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Derivatives of the backward and batches of gradients: what torch's own operations give, of operators, modules and models."""
+"""Derivatives of the backward and batches of gradients equal those of torch's own operations: operators, modules, models."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ FORMATS = ("contiguous", "channels_last")
 
 
 def _case(op, **options) -> Case:
-    # 32 channels: the twice-eager rule compares rounding errors, over few numbers that is luck
+    # 32 channels: the twice-eager rule compares rounding errors, whose ratio is chance over few numbers
     return Case(op, (3, 32, 7, 6), (1, 1) if op == "pointwise_block" else (3, 4), **options)
 
 
 def _names(case: Case, tensors: list[Tensor | None]) -> dict[int, str]:
-    """What gradients are asked for: the index and name of each parameter."""
+    """The parameters whose gradients are computed: the index and name of each."""
     names = {i: f"{i // 6}.{BLOCK_TENSORS[i % 6]}" for i, t in enumerate(tensors) if t is not None and i % 6 < 4}
     if case.activation == "identity" and case.training:
-        # batch norm removes a constant: such a derivative is 0, and what anyone computes is rounding
+        # batch norm removes a constant: the exact derivative is 0, every computed one is rounding
         names = {i: n for i, n in names.items() if not n.endswith(".bias")}
     return names
 
 
 def _weighted(tensors) -> Tensor:
-    """A number that depends on each element in its own way, and twice differentiably."""
+    """A twice differentiable number that depends on each element differently."""
     return sum((t.square() * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in tensors)
 
 
 def _second(call, case, x, tensors, dy, wanted=None, context=contextlib.nullcontext) -> dict[str, Tensor]:
-    """First derivatives with create_graph, and the gradients of a function of theirs in dy, x and the parameters."""
+    """First derivatives with create_graph, and the gradients of a function of them with respect to dy, x and the parameters."""
     names = _names(case, tensors)
     leaves = [None if t is None else t.detach().clone() for t in tensors]
     inputs = {"x": x.detach().clone(memory_format=torch.preserve_format), **{n: leaves[i] for i, n in names.items()}}
@@ -124,7 +124,7 @@ def test_gradgradcheck_float64(op, activation, training):
 )
 @pytest.mark.parametrize("op", OPERATORS)
 def test_some_need_gradients(op, wanted, training):
-    """Where no weight needs one, x is not saved, and yet second derivatives pass through it."""
+    """If no weight needs a gradient, x is not saved, and yet second derivatives pass through it."""
     case = _case(op, training=training)
     names = ("x", *_names(case, make_inputs(case)[1]).values())
     if any(n in names for n in wanted):
@@ -133,7 +133,7 @@ def test_some_need_gradients(op, wanted, training):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_x_is_not_kept_for_derivatives_that_may_never_be_asked(op):
-    """Frozen weights: the graph holds neither x nor anything of its size that it did not hold before."""
+    """With frozen weights the graph keeps no further tensor of x's size."""
     case = _case(op)
     x, tensors, _ = make_inputs(case)
     sizes = []
@@ -150,7 +150,7 @@ def test_x_is_not_kept_for_derivatives_that_may_never_be_asked(op):
     assert sum(size >= x.nbytes for size in sizes) == {"mixer_layer": 2, "depthwise_conv2d": 0}.get(op, 1)
     del x
     assert alive() is None
-    # and the graph ends where it should
+    # and the graph ends at the right node
     (dx,) = torch.autograd.grad(y.square().sum(), source, create_graph=True)
     assert torch.autograd.grad(dx.square().sum(), source)[0].any()
 
@@ -175,7 +175,7 @@ def test_no_reference_cycle(op):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_inputs_that_depend_on_each_other(op):
-    """A weight that a network makes from x's own source, and a tensor in two places: no path is counted twice."""
+    """A weight computed from the source of x, and a tensor in two places: no path is counted twice."""
 
     def call(operator):
         def function(p, case, x, tensors):
@@ -206,7 +206,7 @@ def test_inputs_that_depend_on_each_other(op):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_a_bias_that_changes_between_forward_and_backward(op, training):
-    """As in eager it may: the derivatives are those of its value in the forward."""
+    """As in eager, it may change: the derivatives are those at its value in the forward."""
     case = _case(op, training=training)
     x, tensors, dy = make_inputs(case)
     results = []
@@ -239,7 +239,7 @@ def test_a_bias_that_left_its_graph():
         torch.autograd.grad(y.sum(), p, create_graph=True)
 
 
-# ---- batches of gradients -------------------------------------------------------------------------------------------
+# Batches of gradients.
 
 
 def _is_grads_batched(y, inputs, dys):
@@ -293,7 +293,7 @@ def test_batches_of_gradients(op, memory_format, frozen, batched):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_a_plain_backward_runs_the_kernels(op, monkeypatch):
-    """To the bit what it was: only create_graph and batches leave them."""
+    """Only create_graph and batches leave the kernels: a plain backward gives their bits."""
     from convmixer_kernels import composite
 
     case = _case(op)
@@ -307,7 +307,7 @@ def test_a_plain_backward_runs_the_kernels(op, monkeypatch):
         y.backward(dy)
 
 
-# ---- other ways in --------------------------------------------------------------------------------------------------
+# Other callers: registered operators, torch.compile, modules.
 
 
 class _Nothing(TorchDispatchMode):
@@ -320,7 +320,7 @@ class _Nothing(TorchDispatchMode):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_registered_operators(op, training):
-    """Their second derivatives, and batches of gradients."""
+    """Registered operators have second derivatives and batches of gradients."""
     case = _case(op, training=training)
     x, tensors, _ = make_inputs(case)
     x.requires_grad_()
@@ -334,7 +334,7 @@ def test_registered_operators(op, training):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compiled_operators_say_so(op):
-    """torch.compile's own limit: an error by name, never a derivative of 0."""
+    """torch.compile has no second derivatives: it raises, and never gives a derivative of 0."""
     case = _case(op, training=False)
     x, tensors, _ = make_inputs(case)
     x.requires_grad_()
@@ -348,7 +348,7 @@ def test_compiled_operators_say_so(op):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_as_modules(training):
-    """A gradient penalty through DepthwiseBlock and PointwiseBlock, all parameters."""
+    """A gradient penalty through DepthwiseBlock and PointwiseBlock gives all parameters' gradients."""
     torch.manual_seed(1)
     blocks = torch.nn.Sequential(ck.DepthwiseBlock(16, 5), ck.PointwiseBlock(16, 24), ck.DepthwiseConv2d(24, 3))
     blocks.train(training)
@@ -373,7 +373,7 @@ def _eager_module(op: str, block: torch.nn.Module, x: Tensor) -> Tensor:
     return eager(Case(op, x.shape, training=block.training), x, [getattr(block, n) for n in BLOCK_TENSORS])
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------
+# Models.
 
 
 def _loss(model):

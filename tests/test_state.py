@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Running statistics and counters move when everything has succeeded, and not before."""
+"""Running statistics and counters change only after everything else has succeeded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def state_of(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def unmoved():
-    """A function that remembers tensors, whose result asserts that neither their values nor their versions have moved."""
+    """A function that remembers tensors and returns one that asserts that neither their values nor their versions changed."""
 
     def remember(tensors: list[Tensor]):
         values, versions = [t.detach().clone() for t in tensors], [t._version for t in tensors]
@@ -64,7 +64,7 @@ def unmoved():
 @pytest.mark.parametrize("wanted", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("op", BLOCKS)
 def test_a_primitive_fails(op, wanted, backend, unmoved, monkeypatch):
-    """Each call of a backend's primitive in turn, the last one's too; after that the same call succeeds."""
+    """Each call of a primitive fails in turn, the last one too; after that the same operator call succeeds."""
     x, tensors = inputs_of(op)
     x.requires_grad_(wanted)
     check = unmoved(state_of(tensors))
@@ -98,7 +98,7 @@ def test_a_primitive_fails(op, wanted, backend, unmoved, monkeypatch):
 
 @pytest.mark.parametrize("op", BLOCKS)
 def test_an_allocation_fails(op, backend, unmoved, monkeypatch):
-    """Each allocation of a forward in turn; with Triton every sixth, for its interpreter allocates too and takes its time."""
+    """Each allocation of a forward fails in turn; with Triton every sixth, because its interpreter also allocates and is slow."""
     x, tensors = inputs_of(op)
     check = unmoved(state_of(tensors))
     left = 0
@@ -167,7 +167,7 @@ print(failures)
 @pytest.mark.parametrize("size", [7, 40])
 @pytest.mark.parametrize("op", BLOCKS)
 def test_memory_runs_out(op, size):
-    """In the native CPU module and before it, wherever it runs out: with more and more memory until the call succeeds."""
+    """Memory runs out in the native CPU module and before it: each call gets a little more, until one succeeds."""
     if dispatch.load("cpu").native is None:
         pytest.skip("the native module _cpu is not built")
     done = subprocess.run(
@@ -180,7 +180,7 @@ def test_memory_runs_out(op, size):
 @pytest.mark.parametrize("op", BLOCKS)
 @pytest.mark.parametrize("name", ["eps", "momentum"])
 def test_numbers(op, name, unmoved):
-    """What is no finite float is refused by name before anything moves; what can become one gives the float's result."""
+    """A number that is no finite float raises by name before anything changes; one that converts to a float gives its result."""
     x, tensors = inputs_of(op)
     check = unmoved(state_of(tensors))
     for value, error in ((10**400, ValueError), (-(10**400), ValueError), (float("nan"), ValueError)):
@@ -205,7 +205,7 @@ def test_numbers(op, name, unmoved):
 
 @pytest.mark.parametrize("op", BLOCKS)
 def test_statistics_that_share_an_element(op, backend):
-    """running_var=torch.ones(1).expand(C): every channel moves the one element, one after the other as in eager."""
+    """With running_var=torch.ones(1).expand(C) every channel updates the one element, one after the other as in eager."""
     x, tensors = inputs_of(op)
     torch.set_num_threads(1)
     tensors[4], tensors[5] = torch.randn(1).expand(8), torch.ones(1).expand(8)
@@ -219,7 +219,7 @@ def test_statistics_that_share_an_element(op, backend):
 
 
 def test_the_second_half_under_autocast(monkeypatch, unmoved):
-    """A wide x beside 16-bit blocks takes two calls."""
+    """A float32 x with 16-bit blocks takes two calls."""
     x, tensors = inputs_of("mixer_layer")
     check = unmoved(state_of(tensors))
     chosen = dispatch.load("reference")
@@ -259,7 +259,7 @@ def test_the_counter_of_a_module(kind, backend, monkeypatch, unmoved):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCK_TENSORS[4:])
 def test_statistics_that_require_a_gradient(name, training):
-    """Refused as in eager, where a graph is built."""
+    """As in eager, they raise if a graph is built."""
     x, tensors = inputs_of("depthwise_block")
     at = BLOCK_TENSORS.index(name)
     tensors[at].requires_grad_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands between a tensor and its memory: views, strides, transforms, devices without data."""
+"""Tensors that are not plain memory: views, strides, transforms, devices without data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPERATORS = ("depthwise_block", "pointwise_block", "mixer_layer", "depthwise_con
 
 
 def _inputs(op, training=False):
-    # 32 channels: the twice-eager rule compares rounding errors, over few numbers that is luck
+    # 32 channels: the twice-eager rule compares rounding errors, whose ratio is chance over few numbers
     case = Case(op, (2, 32, 7, 5), (1, 1) if op == "pointwise_block" else (3, 4), training=training)
     x, tensors, dy = make_inputs(case)
     return case, x, tensors, dy
@@ -44,7 +44,7 @@ def test_negative_views(op, backend):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_tensors_without_memory(op):
-    """torch keeps none for a tensor that it knows to be 0."""
+    """torch has no memory for a tensor that it knows to be 0."""
     case, x, tensors, _ = _inputs(op)
     nothing = torch._efficientzerotensor(x.shape)
     assert torch.equal(ours(case, nothing, tensors, None), ours(case, torch.zeros_like(x), tensors, None))
@@ -58,7 +58,7 @@ def test_tensors_without_memory(op):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS[:3])
 def test_strided_parameters_and_statistics(op, training, backend):
-    """Every second element of a buffer: read and updated where it is, its neighbours left alone."""
+    """Every second element of a buffer is read and updated in place; its neighbours do not change."""
     case, x, dense, _ = _inputs(op, training)
     buffers = [torch.full((*t.shape, 2), 7.0) for t in dense]
     strided = [b[..., 0] for b in buffers]
@@ -77,8 +77,8 @@ def test_strided_parameters_and_statistics(op, training, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_weight_gradients_have_the_weights_strides(op, backend):
-    """A contiguous weight of a channels_last model has strides of its own, and DDP compares those of the gradient. The
-    result and x's gradient keep x's format beside it."""
+    """A contiguous weight of a channels_last model has other strides than x, and DDP compares them with the gradient's. The
+    result and x's gradient keep x's format."""
     _, x, tensors, dy = _inputs(op)
     x.requires_grad_()
     weights = [t.to(memory_format=torch.channels_last).requires_grad_() for t in tensors if t.dim() == 4]
@@ -97,7 +97,7 @@ def test_weight_gradients_have_the_weights_strides(op, backend):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_changes_between_forward_and_backward(op, training, backend):
-    """As in eager: of a weight they raise, a bias may change, and the gradients are the same."""
+    """As in eager, a changed weight raises; a bias may change, and the gradients stay the same."""
     _, x, tensors, dy = _inputs(op, training)
     options = {"backend": backend} if op == "depthwise_conv2d" else {"backend": backend, "training": training}
     results = []
@@ -178,7 +178,7 @@ def test_function_transforms(op, transform):
     )
 
 
-# ---- saved tensors -----------------------------------------------------------------------------------------------------
+# Saved tensors.
 
 
 def _strided(t):
@@ -188,7 +188,7 @@ def _strided(t):
 
 
 def _moved(t):
-    """As from another device or a file: bytes, laid out anew."""
+    """The values in new memory and another layout, as from another device or a file."""
     return torch.frombuffer(bytearray(t.contiguous().numpy().tobytes()), dtype=t.dtype).view(t.shape)
 
 
@@ -203,7 +203,7 @@ HOOKS = {
 
 
 def _hooks(unpack):
-    # a copy, so that a kernel that reads the original shows
+    # a copy: a kernel that reads the original gives another result
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(memory_format=torch.preserve_format), unpack)
 
 
@@ -212,7 +212,7 @@ def _hooks(unpack):
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_saved_tensors_that_come_back_in_another_layout(op, memory_format, hook, backend):
-    """All of them, and every second one, so that what belongs together differs."""
+    """All of them, and every second one, so that tensors of one call have different layouts."""
     for training in (True, False):
         case = Case(op, (2, 32, 7, 5), (1, 1) if op == "pointwise_block" else (3, 4), 40, memory_format=memory_format)
         case = replace(case, training=training)
@@ -228,7 +228,7 @@ def test_saved_tensors_that_come_back_in_another_layout(op, memory_format, hook,
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_saved_tensors_in_another_layout_on_a_gpu(op, backend, monkeypatch):
-    """The same kernels, emulated and interpreted. One hook: save_on_cpu's, whose copies are contiguous."""
+    """The GPU's kernels, emulated and interpreted, with the hook of save_on_cpu, whose copies are contiguous."""
     if backend == "cuda":
         use_cuda(monkeypatch)
     else:
@@ -242,7 +242,7 @@ def test_saved_tensors_in_another_layout_on_a_gpu(op, backend, monkeypatch):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_saved_tensors_that_come_back_as_something_else(op):
-    """A dtype, shape or device that no kernel was told of: an error by name before any kernel, as from torch's own."""
+    """Another dtype, shape or device raises by name before any kernel, as in torch."""
     _, x, tensors, dy = _inputs(op)
     size = x.numel()
     broken = {
@@ -261,7 +261,7 @@ def test_saved_tensors_that_come_back_as_something_else(op):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_compressing_hooks(op):
-    """Packed as another dtype and back: the gradients of what comes back, not of other memory."""
+    """Packed as another dtype and back: the gradients are those of the unpacked values."""
     case, x, tensors, dy = _inputs(op)
 
     def compressed(call, dtype):
@@ -276,7 +276,7 @@ def test_compressing_hooks(op):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_meta_device(op):
-    """Shapes without data, as torch's own modules on the meta device."""
+    """On the meta device operators give shapes without data, like torch's own modules."""
     _, x, tensors, _ = _inputs(op)
     for memory_format, training in itertools.product((torch.contiguous_format, torch.channels_last), (True, False)):
         x = x.contiguous(memory_format=memory_format)

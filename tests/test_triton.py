@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The Triton backend: under Triton's interpreter without a GPU (conftest.py sets TRITON_INTERPRET=1 then), on a GPU where there is
-one (marked gpu). test_triton_compiled.py compiles them ahead of time for GPUs that are not here.
+"""The Triton backend: in Triton's interpreter without a GPU (conftest.py then sets TRITON_INTERPRET=1), on a GPU if there is
+one (marked gpu). test_triton_compiled.py compiles the kernels ahead of time for other GPUs.
 
 The interpreter takes 0.1 to 1 ms for each operation of each program, so the grid is small: each size, kernel, layout and dtype
-appears with each kernel, not each with every other. Its bfloat16 arithmetic is wrong; the kernels widen operands and
-round by hand there (common.py), so that what is not tested is the tensor cores' own bfloat16 product.
+appears with each kernel, but not in every combination. Its bfloat16 arithmetic is wrong: there the kernels widen operands and
+round by hand (common.py), so that the bfloat16 products of tensor cores are not tested.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason=_ON_GPU)
 
 @pytest.fixture(autouse=True, scope="module")
 def _faster_interpreter():
-    """The interpreter patches triton.language at each call of a device function, for 2 ms; once a launch is enough."""
+    """The interpreter patches triton.language at each call of a device function, which takes 2 ms; once a launch is enough."""
     from triton.runtime import interpreter
 
     patched: set[int] = set()
@@ -80,7 +80,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Configurations from TINY instead of the tables', and the prologue of products in memory for more than 16 columns."""
+    """Uses the configurations of TINY, and computes the prologue of products in memory for more than 16 columns."""
 
     def candidates(kernel: str, generation: str) -> list[config.Config]:
         stem = max((name for name in TINY if kernel.startswith(name)), key=len)
@@ -90,7 +90,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(config, "fuse_prologue", lambda dtype, columns: dtype != FP32 and columns <= 16)
 
 
-# ---- blocks, through the public functions ---------------------------------------------------------------------------
+# Blocks, through the public functions.
 
 
 def _depthwise(shape, kernel, **options) -> Case:
@@ -153,7 +153,7 @@ TINY_CASES = [
 
 
 def _check(case: Case, **options) -> None:
-    """16-bit results are nearer to float64 than eager's, whose 16-bit steps ours keeps in float32: few numbers suffice."""
+    """Ours keeps in float32 the steps that eager rounds to 16 bits, so that 16-bit results are nearer to float64: few numbers suffice."""
     check_case(case, "triton", pool=32 if case.dtype == FP32 else 4, **options)
 
 
@@ -203,11 +203,11 @@ GPU_CASES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_block_on_a_gpu(case):
-    """A few: each compiles its own kernels, for seconds."""
+    """A few cases: each compiles its own kernels, which takes seconds."""
     check_case(case, "triton", device="cuda")
 
 
-# ---- primitives -----------------------------------------------------------------------------------------------------
+# Primitives.
 
 
 def _inputs(shape, dtype, memory_format, count=2, mean=0.0) -> tuple[list[Tensor], Norm]:
@@ -227,7 +227,7 @@ def _inputs(shape, dtype, memory_format, count=2, mean=0.0) -> tuple[list[Tensor
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
 @pytest.mark.parametrize("kernel", ["toeplitz", "fma", "pointwise"])
 def test_statistics(kernel, dtype, memory_format, blocks, monkeypatch, request):
-    """Mean, variance and running statistics within 1e-6 of float64's of the very values that were stored."""
+    """Mean, variance and running statistics are within 1e-6 of those that float64 computes from the stored values."""
     if blocks == "tiny":
         request.getfixturevalue("tiny")
     monkeypatch.setattr(config, "depthwise_form", lambda *a: kernel)
@@ -252,7 +252,7 @@ def test_statistics(kernel, dtype, memory_format, blocks, monkeypatch, request):
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
 def test_non_finite_values_go_through(activation, dtype):
     (a, dy), norm = _inputs((1, 8, 4, 5), dtype, "contiguous")
-    # of an infinity, torch's own gelu depends on the memory format
+    # torch's own gelu of an infinity depends on the memory format
     highest = 3e4 if activation.startswith("gelu") else float("inf")
     specials = torch.tensor([float("nan"), highest, -highest, 0.0, -0.0, 3e4, -3e4], dtype=dtype)
     a[0, 1, 0, :5], a[0, 2, 0, :2] = specials[:5], specials[5:]
@@ -273,7 +273,7 @@ def test_relu_stops_gradients_that_are_not_finite(dtype, memory_format):
 @interpreted
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "gelu_tanh"])
 def test_gradients_of_a_nan_are_torch_s(activation):
-    """relu lets the gradient of a NaN through: torch's own backward does."""
+    """relu passes the gradient at a NaN, as torch's own backward does."""
     (a, dy), _ = _inputs((1, 4, 3, 5), FP32, "contiguous")
     a[0, 1, 1, 2:4] = float("nan")
     leaf = a.clone().requires_grad_()
@@ -287,7 +287,7 @@ def test_gradients_of_a_nan_are_torch_s(activation):
 @interpreted
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_activation_of_every_float16_and_bfloat16(activation):
-    """normalize without effect: act(a) rounded once; the polynomial erf is good to one step of the dtype or 4e-6."""
+    """normalize without statistics gives act(a) rounded once; the polynomial erf is good to one step of the dtype or 4e-6."""
     for dtype in (FP16, BF16):
         a = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
         a = a[a.isfinite() & (a.abs() < 1e4)].reshape(1, 1, 1, -1)
@@ -327,7 +327,7 @@ _LAUNCHES = {
 @pytest.mark.parametrize("batch_statistics", [True, False], ids=["batch", "running"])
 @pytest.mark.parametrize("kernels", _LAUNCHES)
 def test_launches_and_no_torch_arithmetic(kernels, batch_statistics, monkeypatch):
-    """Eval 1; training forward 3; backward 5, with all gradients, parameters in x's dtype."""
+    """Eval takes 1 launch, a training forward 3, a backward with all gradients 5, with parameters in x's dtype."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
@@ -360,7 +360,7 @@ def test_launches_and_no_torch_arithmetic(kernels, batch_statistics, monkeypatch
             out = function(*args, **(kwargs or {}))
             big = isinstance(out, Tensor) and out.numel() >= size
             harmless = ("empty", "detach", "view", "fill_")
-            # inside a launch the interpreter takes every argument to the host and back
+            # inside a launch the interpreter copies every argument to the host and back
             assert inside or not big or any(name in str(function) for name in harmless), function
             return out
 
@@ -375,7 +375,7 @@ def test_launches_and_no_torch_arithmetic(kernels, batch_statistics, monkeypatch
 )
 @pytest.mark.parametrize("batch_statistics", [True, False], ids=["batch", "running"])
 def test_each_gradient_alone_is_that_of_all(form, dtype, batch_statistics, tiny, monkeypatch):
-    """What is not needed is left out of the launches, and what is left does not change."""
+    """The launches leave out gradients that are not needed; the others do not change."""
     monkeypatch.setattr(config, "depthwise_form", lambda *a: form)
     case = _pointwise((3, 40, 5, 7), 35) if form == "pointwise" else _depthwise((3, 5, 9, 7), 4)
     case = dataclasses.replace(case, dtype=dtype, training=batch_statistics, memory_format="channels_last")
@@ -407,7 +407,7 @@ def test_the_batch_does_not_change_what_is_tuned(monkeypatch):
     assert {kernel for kernel, _ in keys[0]} <= set(config.kernels())
 
 
-# ---- choosing, limits and messages ----------------------------------------------------------------------------------
+# Choosing, limits and messages.
 
 
 def test_cpu_tensors_need_a_gpu(monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Triton kernels compiled ahead of time by triton_aot.py, for GPUs that are not here: what they take and which instructions."""
+"""The Triton kernels, compiled ahead of time by triton_aot.py for GPUs that need not be here: their resources and instructions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _compile(generation: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What triton_aot.py reports for each generation; two compile at a time."""
+    """The reports of triton_aot.py for each generation; two compile at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         generations = ("sm_90", "sm_80", "sm_100")
         return dict(zip(generations, pool.map(_compile, generations), strict=True))
@@ -49,7 +49,7 @@ def test_every_configuration_compiles_and_fits(compiled, generation):
 
 
 def test_multiplies_and_adds_are_fused_whatever_the_default(compiled):
-    """Triton 3.10 no longer fuses unless told so; _compile sets that default."""
+    """Triton 3.10 fuses only if asked to; _compile sets that default."""
     assert [row for row in compiled["sm_90"] if not row["options"].get("enable_fp_fusion")] == []
     loops = [row for row in compiled["sm_90"] if row["list"] == "depthwise_fma" and row["index"] == 0]
     assert loops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a configuration of the Triton backend is picked and kept on disk, with a clock that lies."""
+"""How the Triton backend picks a configuration and keeps it on disk, tested with a fake clock."""
 
 from __future__ import annotations
 

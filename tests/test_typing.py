@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""mypy --strict on a user's file: the public functions and classes have the types that their documentation gives."""
+"""mypy --strict passes on a user's file: public functions and classes have the types that their documentation gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import convmixer_kernels
 from convmixer_kernels import _build
 from convmixer_kernels.backends import cpu
 
-# an ignore that nothing needs is an error too: what it stands for must be found
+# mypy also reports an ignore that is not needed: so each of these errors must be found
 USER = """
 from typing import Any
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Compiles what the Triton backend launches, for GPUs that need not be here: python tests/triton_aot.py sm_90 > report.json
+"""Compiles the kernels that the Triton backend launches, for GPUs that need not be here: python tests/triton_aot.py sm_90 > report.json
 
-The backend's own primitives run on meta tensors; each launch is caught instead of run, once for each configuration in
-the tables, and compiled for the target. The report says of each: registers, stack, shared memory, tensor-core and spill instructions.
+The backend's own primitives run on meta tensors; each launch is recorded instead of run, once for each configuration in
+the tables, and compiled for the target. The report gives registers, stack, shared memory, tensor-core and spill instructions.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Launch:
 
 
 def _catch(generation: str, every: bool, call: Callable[[], object]) -> list[Launch]:
-    """The launches of `call` on a GPU of this generation, of the default or of every configuration."""
+    """The launches of `call` on a GPU of this generation, with the default or with every configuration."""
     caught: list[Launch] = []
 
     def run(kernel, *arguments, grid, warmup, **keywords):
@@ -149,7 +149,7 @@ def _batch_norm(dtype, channels_last=False):
 
 
 def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
-    """Whether every configuration is compiled or the default alone, what it is, and the call that launches it."""
+    """(whether every configuration is compiled or only the default, name, call that launches it) of each case."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     groups = [
         ("depthwise bfloat16 contiguous", _depthwise(bf16, 9)),
@@ -171,7 +171,7 @@ def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
 
 
 def launches(generation: str) -> list[Launch]:
-    """What is compiled for a generation, each once."""
+    """The launches that are compiled for a generation, each once."""
     found: dict[str, Launch] = {}
     for every, name, call in cases():
         for item in _catch(generation, every, call):

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Activations on vectors and their derivatives; NaN and infinities as the formulas in IEEE arithmetic give them.
-//   gelu(x) = x * Phi(x), |error| <= 3 * 2^-24 * |x|;  gelu_tanh(x) = x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715
-//   x^3))
+// Activations on vectors and their derivatives. NaN and infinities come out as the formulas give them in IEEE
+// arithmetic.
+//   gelu(x)      = x * Phi(x), |error| <= 3 * 2^-24 * |x|
+//   gelu_tanh(x) = x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))
 
-// exp(x), relative error below 2^-23 (the polynomial's 2^-29); 0 below -87; x must not exceed 88.
+// exp(x) with a relative error below 2^-23, of which the polynomial's is 2^-29; 0 if x < -87. x must not exceed 88.
 VEC_INLINE Vec exponential(Vec x) {
   const Vec magic = splat(0x1.8p23f);
   const Vec z = vmax(splat(-87.f), x);
@@ -23,9 +24,9 @@ VEC_INLINE Vec exponential(Vec x) {
 }
 
 #ifdef __AVX512F__
-// Phi(x) - 1/2 = sign(x) * Q(|x|): Q on 16 intervals of width 1 / 2.75 around k / 2.75, a polynomial of degree 5 each
-// (interpolated at Chebyshev's points, error 0.98 * 2^-26), whose coefficients are looked up in registers. Half the
-// arithmetic of one polynomial for all x, and a third of its latency, which bounds short loops.
+// Phi(x) - 1/2 = sign(x) * Q(|x|). Q is a polynomial of degree 5 on each of 16 intervals of width 1 / 2.75 around
+// k / 2.75 (interpolated at Chebyshev's points, error 0.98 * 2^-26). A register holds one coefficient of all intervals.
+// This takes half the arithmetic of one polynomial for all x, and a third of its latency, which bounds short loops.
 alignas(64) constexpr float kPhi[6][V] = {
     {0.f, 0x1.22aeeep-3f, 0x1.10dda8p-2f, 0x1.730a3p-2f, 0x1.b55a56p-2f, 0x1.dca744p-2f, 0x1.f116ccp-2f, 0x1.fa698ap-2f,
      0x1.fe24e4p-2f, 0x1.ff7464p-2f, 0x1.ffdbc2p-2f, 0x1.fff7b2p-2f, 0x1.fffe52p-2f, 0x1.ffffb4p-2f, 0x1.fffff4p-2f,
@@ -52,7 +53,7 @@ VEC_INLINE Vec normal_cdf_less_half(Vec x) {
   const Vec t = vmin(splat(5.63f), (Vec)((IVec)x ^ (IVec)sign));
   const Vec shifted = fma(t, scale, magic);
   const Vec f = fma(t, scale, magic - shifted);
-  // The lookup takes the lowest four bits: the interval.
+  // The lookup reads the lowest four bits, which are the interval.
   Vec p = lookup(kPhi[5], shifted);
   p = fma(p, f, lookup(kPhi[4], shifted));
   p = fma(p, f, lookup(kPhi[3], shifted));
@@ -62,7 +63,7 @@ VEC_INLINE Vec normal_cdf_less_half(Vec x) {
   return (Vec)((IVec)p | (IVec)sign);
 }
 #else
-// Phi(x) - 1/2 = x * P(x^2) on |x| <= 5.5 (beyond it rounds to 1/2): a minimax polynomial of degree 15 in
+// Phi(x) - 1/2 = x * P(x^2) for |x| <= 5.5; beyond, it rounds to 1/2. P is a minimax polynomial of degree 15 in
 // 2 x^2 / 5.5^2 - 1, error 0.14 * 2^-24.
 VEC_INLINE Vec normal_cdf_less_half(Vec x) {
   const Vec c = vmin(splat(5.5f), vmax(splat(-5.5f), x));
@@ -117,7 +118,7 @@ VEC_INLINE void activate_with_grad(Vec x, Vec& h, Vec& d) {
   d = splat(1.f);
   if constexpr (A == kRelu) {
     h = vmax(splat(0.f), x);
-    // NaN passes, as through torch's threshold_backward.
+    // The gradient passes at a NaN, as in torch's threshold_backward.
     d = x <= splat(0.f) ? splat(0.f) : splat(1.f);
   } else if constexpr (A == kGelu) {
     const Vec cdf = normal_cdf_less_half(x);

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
-// Elementwise passes and per-channel reductions over an activation tensor, each element read once:
-//   normalize: y = norm(act(a)) (+ residual);  norm_backward: sum dy, sum dy * hhat
-//   pointwise_grad_prologue: da in float32, and db = sum da
-// A work item is a channel's plane of one image (contiguous) or a chunk of positions (channels_last, all channels).
-// Reductions leave one partial per item and channel, in double, merged in order. Bound by memory, and by GELU's
-// 20 operations where the tensor is in cache.
+// Elementwise passes and per-channel reductions over an activation tensor; each element is read once:
+//   normalize                y = norm(act(a)) (+ residual)
+//   norm_backward            sum dy, sum dy * hhat
+//   pointwise_grad_prologue  da in float32, and db = sum da
+// A work item is one channel's plane of one image (contiguous) or all channels of a chunk of positions (channels_last).
+// Reductions leave one partial sum per item and channel, in double, which are added in order. Memory bounds these
+// passes, or GELU's 20 operations if the tensor is in cache.
 
-// `items` work items; in channels_last memory each is `rows` positions. `parts` partial sums a channel.
+// How a tensor is cut: the number of work items, the positions of an item (channels_last only), and the partial sums of
+// a channel.
 struct Split {
   int64_t items, rows, parts;
 };
@@ -20,14 +22,14 @@ inline int useful_threads(const Shape& s, int64_t cost, int threads) {
   return s.n * s.c * s.h * s.w * cost < 40000 ? 1 : threads;
 }
 
-// A few rows of channels_last memory at a time, so that neighbouring cache lines and the rows' pages are used together.
+// Rows of channels_last memory that are taken together: they share cache lines and pages.
 constexpr int64_t kRowsTogether = 16;
-// How far ahead of a vector to prefetch: the same channels of the next rows. Contiguous memory is read in order.
+// How far ahead of a vector to prefetch. channels_last: the same channels of the next rows. Contiguous: further along.
 inline int64_t rows_ahead(const Shape& s) { return s.channels_last ? kRowsTogether * s.c : 512; }
 
-// Calls f(offset, full, count, affine) for each vector of an item; `full` is Int<V> where count is V.
-// Between begin() and end(c, first) all vectors belong to channel c (contiguous) or to V channels from c on
-// (channels_last); `first` says whether it is the item's first end for c.
+// Calls f(offset, full, count, affine) for each vector of an item; `full` is Int<V> if count is V.
+// All vectors between begin() and end(c, first) belong to channel c (contiguous) or to the V channels from c on
+// (channels_last). `first` is true in the item's first end for c.
 template <typename Begin, typename F, typename End>
 inline void for_each_vector(const Shape& s, const Split& split, int64_t item, const float* table, Begin begin, F f,
                             End end) {
@@ -59,7 +61,7 @@ inline void for_each_vector(const Shape& s, const Split& split, int64_t item, co
   }
 }
 
-// Partial sums of several kinds: [kind][part][padded(C)], each written by one item.
+// Partial sums of several kinds, [kind][part][padded(C)]. One item writes each of them.
 struct Partials {
   double* data;
   int64_t parts, stride, channels;
@@ -83,7 +85,7 @@ struct Partials {
     to[0] = first ? sum.low : to[0] + sum.low;
     to[1] = first ? sum.high : to[1] + sum.high;
   }
-  // In order of images or of positions.
+  // Adds in the order of images or positions.
   double merged(int kind, int64_t c) const {
     double sum = 0;
     for (int64_t k = 0; k < parts; k++) sum += data[(kind * parts + k) * stride + c];
@@ -103,17 +105,17 @@ inline void store_some(T* p, Vec x, Int<N>, int count) {
     store_n(p, x, count);
   }
 }
-// 0 in lanes from count on, so that sums over lanes do not see them.
+// Sets the lanes from count on to 0, so that they add nothing to sums over lanes.
 inline Vec keep(Vec x, int count) {
   for (int i = count; i < V; i++) x[i] = 0.f;
   return x;
 }
 
-// Runs items(thread-safe) after the tables are filled, and finish(c) for each channel after that.
+// Fills the tables, then calls items(i) for each item, then finish(c) for each channel, all from several threads.
 template <typename Items, typename Finish>
 inline void run_items(const Shape& s, const Split& split, const Norm& norm, const Sums& sums, float* table, int threads,
                       bool finishes, Items items, Finish finish) {
-  // Small planes several at a time: threads that take turns at every few hundred values wait for each other.
+  // A thread takes several small planes at a time: fetching work every few hundred values makes threads wait.
   const int64_t values = s.n * s.c * s.h * s.w / split.items;
   const int64_t grain = larger(1, smaller(16384 / values, split.items / (8 * int64_t{threads})));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -200,7 +202,7 @@ int norm_backward(const NormBackward& p) {
               product.clear();
             },
             [&](int64_t at, auto full, int count, const Affine& f) {
-              // Absent lanes hold g = 0, and a finite h.
+              // Lanes beyond the tensor hold g = 0 and a finite h.
               const Vec g = load_some(dy + at, full, count);
               prefetch(dy + at, ahead);
               prefetch(a + at, ahead);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Depthwise convolution, forward and input gradient:
-//   y[c] = norm(act(sum_ij x[c, y + i - top, x + j - left] * w[c, i, j] + b[c])) (+ x),  dx = correlate(da, flipped w)
-// A work item is V channels of one image (or of a row tile of it). Its input goes once into a zero-padded float plane
-// [row][column][V] that stays in L2; a micro-kernel keeps T output columns and up to kMaxTaps weights in registers, so
-// 24 loads feed 144 FMAs (k = 9); finished rows pass through a dense strip in L1, where the epilogue runs before they
-// are scattered to memory. Bound by FMAs: k*k for each output, against 20 operations of GELU.
+//   y[c] = norm(act(sum_ij x[c, y + i - top, x + j - left] * w[c, i, j] + b[c])) (+ x)
+//   dx   = correlate(da, flipped w)
+// A work item is V channels of one image, or of a tile of its rows. Its input is copied once into a zero-padded float
+// plane [row][column][V], which stays in L2. A micro-kernel holds T output columns and up to kMaxTaps weights in
+// registers: 24 loads feed 144 FMAs (k = 9). Finished rows go to a dense strip in L1; the epilogue runs there and
+// scatters them to memory. FMAs bound it: k * k for each output, beside 20 operations of GELU.
 
 // T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. `row` is the plane's row stride in floats.
-// Sums of more than kSumTaps products are taken in parts, which keeps the rounding of large kernels small. For the same
-// end the bias's upper half comes last: a large bias at the start would round each product at its own scale. Its lower
-// half starts the sum: added last, it would round alike for all sums of a binade, and the channel's mean would be off.
+// Sums of more than kSumTaps products are added in parts, which keeps the rounding error of large kernels small. The
+// upper half of the bias is added last: a large bias at the start would round each product at the bias's scale. The
+// lower half starts the sum: added last, it would round alike for all sums of a binade and shift the channel's mean.
 constexpr int kSumTaps = 100;
 template <int KX, int T>
 void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
@@ -99,9 +100,9 @@ Convolve convolve_tile(int tile, int kx) {
 // Bytes of a padded plane that stay in L2 beside the output strip.
 constexpr int64_t kPlaneBytes = 512 * 1024;
 
-// How the rows of an image and the taps of a kernel row are cut; depends on the shape only.
+// How the rows of an image and the taps of a kernel row are cut. It depends on the shape only.
 struct Plan {
-  int kh, kw, top, left;  // of the correlation that runs, which is flipped for the input gradient
+  int kh, kw, top, left;  // of the correlation that runs: the input gradient's is flipped
   int64_t blocks, rows, row_tiles;
   int tile, column_tiles;  // output columns of a micro-tile, and how many cover a row
   int64_t columns;         // of the padded plane
@@ -138,7 +139,7 @@ struct Plan {
   int64_t strip_floats(int64_t w) const { return (strip_rows * w + tile) * V; }
 };
 
-// The weights of V channels as [tap][V], in reverse order where flipped.
+// The weights of V channels as [tap][V], in reverse order if flipped.
 inline void pack_weights(const Param& weight, int64_t channels, int taps, int64_t c0, bool flipped, float* to) {
   const Shape s = {1, channels, 1, taps, weight.dtype, false};
   const int count = static_cast<int>(smaller(V, channels - c0));
@@ -159,12 +160,13 @@ inline void zero(float* to, int64_t floats) { __builtin_memset(to, 0, static_cas
 // The input rows [first, last) that an item's plane holds.
 struct Window {
   int64_t first, last;
-  // The cursor to the start of input row y in the plane.
+  // A cursor at the start of input row y in the plane.
   Cursor row(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y) const {
     return {plane + ((y - y0 + plan.top) * plan.columns + plan.left) * V, 0, s.w, (plan.columns - s.w) * V};
   }
 };
-// For output rows [y0, y1); rows beyond the image become 0. A plane that always holds whole images keeps those it has.
+// The window for output rows [y0, y1). Sets the rows beyond the image to 0; a plane that always holds whole images has
+// them already.
 inline Window open_window(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y1) {
   const int64_t above = y0 - plan.top, below = y1 - plan.top + plan.kh - 1;
   const int64_t first = larger(above, 0), last = smaller(below, s.h);
@@ -176,8 +178,8 @@ inline Window open_window(const Plan& plan, const Shape& s, float* plane, int64_
 }
 
 constexpr int64_t kMostTogether = 4;
-// Blocks of V channels that an item takes together. In channels_last memory they are neighbours: rows of several blocks
-// in turn use whole pages and neighbouring cache lines, which a single block's stride wastes.
+// Blocks of V channels that an item takes together. In channels_last memory these are neighbours: reading the rows of
+// several blocks in turn uses whole pages and neighbouring cache lines, a single block would waste most of them.
 inline int64_t blocks_together(const Plan& plan, const Shape& s, int64_t bytes, int threads) {
   int64_t together = s.channels_last ? kMostTogether : 1;
   while (together > 1 && (together * bytes > kPlaneBytes ||
@@ -202,7 +204,7 @@ struct Item {
 };
 inline int channels_of(const Shape& s, int64_t c0) { return static_cast<int>(smaller(V, s.c - c0)); }
 
-// Calls f(block, first row, last row) for each block of a few rows before the next rows.
+// Calls f(block, first row, last row) for all blocks of a few rows, then of the next rows.
 template <typename F>
 inline void for_rows_of_blocks(const Shape& s, int64_t y0, int64_t y1, int blocks, F f) {
   const int64_t step = blocks == 1 ? y1 - y0 : larger(1, 32 / s.w);
@@ -211,8 +213,8 @@ inline void for_rows_of_blocks(const Shape& s, int64_t y0, int64_t y1, int block
   }
 }
 
-// Output row r; `from` is the plane's row that the first row of taps meets. Taps above and below the image are left out
-// (16x16, k = 9: a seventh of all). A tile that overruns the row is overwritten by the next row: rows go in order.
+// Output row r; `from` is the plane's row under the first row of taps. Taps above and below the image are left out
+// (16x16, k = 9: a seventh of all). A tile may overrun its row: the next row, computed later, overwrites that part.
 inline void convolve_row(const Plan& plan, const Shape& s, const float* from, int64_t r, const float* weights, Vec bias,
                          float* to) {
   const int64_t row = plan.columns * V, above = larger(0, plan.top - r);
@@ -225,7 +227,7 @@ inline void convolve_row(const Plan& plan, const Shape& s, const float* from, in
   }
 }
 
-// An item's input, in steps of a row of a block each.
+// Loads an item's input, one row of one block a step.
 template <typename T>
 inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const T* x) {
   const int64_t y0 = larger(0, item.y0 - plan.top), y1 = smaller(s.h, item.y1 + plan.kh - 1 - plan.top);
@@ -235,13 +237,13 @@ inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const 
   return Ahead(x + (item.n * s.c + item.c0) * hw + y0 * s.w, channels, positions, hw, steps);
 }
 
-// Runs the micro-kernels over the item's output rows, `ahead` a step with each; each block's strip goes through
-// finish(block, p0, p1, strip), then all blocks' strips through emit(block, p0, p1, strip); p are positions in the
-// image.
+// Runs the micro-kernels over the item's output rows, with a step of `ahead` for each row. Calls
+// finish(block, p0, p1, strip) for each block, then emit(block, p0, p1, strip) for all blocks. The strip holds
+// positions [p0, p1) of the image.
 template <typename Finish, typename Emit>
 inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const float* planes, const float* weights,
                           const float* biases, float* strips, Ahead ahead, Finish finish, Emit emit) {
-  // Of the shape alone, not of item.blocks: statistics are summed strip by strip.
+  // This must depend on the shape alone, not on item.blocks: statistics are summed strip by strip.
   const int64_t strip_rows = s.channels_last ? larger(1, plan.strip_rows / kMostTogether) : plan.strip_rows;
   for (int64_t r0 = item.y0; r0 < item.y1; r0 += strip_rows) {
     const int64_t r1 = smaller(r0 + strip_rows, item.y1);
@@ -263,8 +265,8 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
   }
 }
 
-// da of positions [p0, p1) into the cursor. Contiguous tensors are read along their channels, a run of each in turn
-// while the next one's is on its way, and da goes through a strip [channel][kStripRow] to the plane.
+// Writes da of positions [p0, p1) at the cursor. Contiguous tensors are read along their channels, a run of each in
+// turn, with the next run prefetched; da then goes through a strip [channel][kStripRow] to the plane.
 constexpr int64_t kGradStrip = 256, kStripRow = kGradStrip + V, kStripFloats = V * kStripRow;
 template <typename T, int A>
 inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affine& f, bool sums, int64_t n, int64_t c0,
@@ -315,7 +317,7 @@ inline void gather_gradient(const Shape& s, const T* dy, const T* a, const Affin
 
 inline int depthwise_threads(const Shape& s, int taps, int threads) { return useful_threads(s, taps + 4, threads); }
 
-// A forward call's tables: per channel the affine map and the bias, per block of channels the weights.
+// The tables of a forward call: for each channel the affine map and the bias, for each block of channels the weights.
 struct DepthwiseTables {
   int taps;
   int64_t stride;
@@ -340,7 +342,8 @@ struct DepthwiseTables {
   }
 };
 
-// One item of the forward; partials is [image, row tile][channel] in training. The item's planes, then its strips.
+// One item of the forward. In training, partials is [image, row tile][channel]. The memory holds the item's planes,
+// then its strips.
 template <typename T>
 inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const DepthwiseTables& tables, const Item& item,
                            const Ahead& ahead, int64_t together, float* planes, Moments* partials) {
@@ -428,7 +431,7 @@ int depthwise_forward(const DepthwiseForward& p) {
       const Item item(plan, s, i, together);
       with_dtype(s.dtype, [&](auto tag) {
         using T = decltype(tag);
-        // Threads take turns: what this one takes next is about so many items further.
+        // Threads take turns: this thread's next item is about so many items further.
         const Ahead ahead = i + threads < items
                                 ? input_of(plan, s, Item(plan, s, i + threads, together), static_cast<const T*>(p.x))
                                 : Ahead();

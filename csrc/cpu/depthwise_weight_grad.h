@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Weight gradient of the depthwise convolution: dw[c, i, j] = sum over n, y, x of da[y, x] * x[y + i - top, x + j -
-// left]; db = sum da. A work item is V channels of a group of images; x goes into a padded plane and da into a dense
-// one, as in depthwise.h, and for each kernel row up to 9 taps (or several rows of fewer) accumulate in registers over
-// a strip of rows that stays in L1: kGradTile da vectors in registers meet each x vector, 24 + 16 loads for 144 FMAs.
-// Contiguous 3x3 has too little to do for each transposed value: there lanes are columns, and a channel's x and da rows
-// meet as they lie in memory. The number of groups depends on the shape only; strips, images and groups are added in a
-// fixed order.
+// Weight gradient of the depthwise convolution:
+//   dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left];  db = sum da
+// A work item is V channels of a group of images. As in depthwise.h, x goes into a padded plane and da into a dense
+// one. A strip of rows stays in L1; over it, up to 9 taps of a kernel row (or several rows of fewer taps) accumulate in
+// registers. Each x vector meets kGradTile da vectors in registers: 24 + 16 loads for 144 FMAs.
+// Contiguous 3x3 would do too little with each transposed value: there, lanes are columns, and a channel's rows of x
+// and da are read as they lie in memory. The number of groups depends on the shape only; strips, images and groups are
+// added in a fixed order.
 
 // One row segment of T columns: acc[r][k] += da[o] * x[r][o + k]
 template <int RY, int KX, int T>
@@ -26,9 +27,9 @@ __attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const V
   }
 }
 
-// RY kernel rows of KX taps, over `rows` rows of w columns; `row` is x's stride in vectors, `taps` dw's row length.
-// Sums of more than kSumPositions products are taken in parts: equal products, of constant planes, round alike, and the
-// error of their sum grows with its length. A part is whole rows, or of a long row some tiles.
+// RY kernel rows of KX taps, over `rows` rows of w columns. `row` is x's stride in vectors, `taps` the length of a row
+// of dw. Sums of more than kSumPositions products are added in parts: the equal products of a constant plane round
+// alike, so that the error of their sum grows with its length. A part is some whole rows, or some tiles of a long row.
 constexpr int64_t kSumPositions = 32;
 static_assert(kSumPositions % kGradTile == 0, "a part of a row is whole tiles");
 template <int RY, int KX>
@@ -71,7 +72,7 @@ void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, 
 }
 using CorrelateRows = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int);
 
-// Kernel rows that share a pass, so that 6 to 10 independent accumulators hide the latency of FMA.
+// Kernel rows that share a pass: 6 to 10 independent accumulators hide the latency of FMA.
 constexpr int kernel_rows(int kx) { return kx >= 6 ? 1 : kx >= 4 ? 2 : kx == 3 ? 3 : 4; }
 
 template <int KX>
@@ -119,13 +120,13 @@ inline void correlate_strip(const float* x, int64_t row, const float* da, int64_
   }
 }
 
-// 3x3 along the rows of one channel of a contiguous tensor. A strip of da rows lies between two rows of zeros on either
-// side, each padded to vectors with zeros.
+// 3x3 along the rows of one channel of a contiguous tensor. A strip of da rows has two rows of zeros above and two
+// below; zeros pad each row to whole vectors.
 struct Rows3x3 {
   static constexpr int kTaps = 9;
   int64_t vectors, rows;  // of a row, and of a strip
   explicit Rows3x3(const Shape& s) : vectors(ceil_div(s.w, V)), rows(larger(1, smaller(s.h, 4096 / (vectors * V)))) {}
-  // Where padding to vectors costs less than transposing.
+  // Whether padding rows to vectors costs less than transposing.
   static bool fits(const Shape& s, int kh, int kw) {
     return kh == 3 && kw == 3 && !s.channels_last && ceil_div(s.w, V) * V * 2 <= s.w * 3;
   }
@@ -133,7 +134,7 @@ struct Rows3x3 {
   int64_t floats() const { return da_floats() + kTaps * V * V; }
 };
 
-// acc += an x row of w values times the strip's da rows below it, beside it (where `da` points) and above it.
+// acc += an x row of w values times the da rows of the strip below it, beside it (at `da`) and above it.
 template <typename T>
 VEC_INLINE void correlate_row(Vec (&acc)[Rows3x3::kTaps], const T* x, int64_t w, const float* da, int64_t row) {
   Vec left = splat(0.f), here = w >= V ? load(x) : load_n(x, static_cast<int>(w));
@@ -152,7 +153,7 @@ VEC_INLINE void correlate_row(Vec (&acc)[Rows3x3::kTaps], const T* x, int64_t w,
   }
 }
 
-// One channel of one image, to sums[tap * V]; returns its sum of da. What is zero in the buffer `da` stays so.
+// Adds one channel of one image to sums[tap * V]; returns its sum of da. The zeros in the buffer `da` stay zeros.
 template <typename T, int A>
 inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& plan, const Affine& f, int64_t channel,
                                 float* da, Vec* sums) {
@@ -253,7 +254,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   float* partials = aligned_floats(memory, groups * stride * taps);  // [group][block][tap][V]
   double* bias_partials = reinterpret_cast<double*>(memory);         // [group][channel]
   const int64_t plane_floats = plan.plane_floats(), da_floats = plan.rows * s.w * V;
-  // Positions of a strip: da and k rows of x stay in L1. A few strips make a sum, and dw is the sum of those.
+  // With strips of this size da and k rows of x stay in L1. A few strips make one partial sum; dw is the sum of those.
   const int64_t strip_rows = larger(1, 256 / s.w), strips_of_sum = larger(1, 1024 / (strip_rows * s.w));
   const bool along_rows = Rows3x3::fits(s, p.kh, p.kw);
   const int64_t own_floats = along_rows ? Rows3x3(s).floats() : plane_floats + da_floats + kStripFloats + taps * V;

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT
 // The product of panels in float32: C[m][n] += sum over k of A[m][k] * B[k][n].
-// A panels are [k][R] with R <= kGemmRows, B panels [k][kGemmColumns] (the last one narrower); packing reads either
-// orientation of any dtype, transposing V x V tiles in registers. The micro-kernel holds R x 2 vectors of C.
-// Sums run over at most kGemmDepth products before they are added to C, which keeps float32 sums short.
+// Panels of A are [k][R] with R <= kGemmRows, panels of B [k][kGemmColumns]; the last one may be narrower. Packing
+// reads either orientation of any dtype and transposes V x V tiles in registers. The micro-kernel holds R x 2 vectors
+// of C.
+// A sum runs over at most kGemmDepth products before it is added to C, which keeps float32 sums short.
 
 constexpr int kGemmRows = V == 16 ? 14 : V == 8 ? 6 : 4;
 constexpr int kGemmColumns = 2 * V;
 constexpr int64_t kGemmDepth = 256;
 static_assert(kGemmRows <= V, "a panel row of A is stored as one vector");
 
-// One k: right is a row of B, row r of A's column lies at a[r * STEP].
+// The products of one k: `right` is a row of B, row r of A's column is at a[r * STEP].
 template <int R, int NV, int STEP>
 VEC_INLINE void multiply_step(const float* a, const float* b, Vec (&acc)[R][NV]) {
   Vec right[NV];
@@ -30,7 +31,7 @@ VEC_INLINE void clear(Vec (&acc)[R][NV]) {
     for (int v = 0; v < NV; v++) acc[r][v] = splat(0.f);
   }
 }
-// Vector v of row r to c[r * row + v * vector], or added to it.
+// Stores vector v of row r at c[r * row + v * vector], or adds it there.
 template <int R, int NV>
 VEC_INLINE void put(const Vec (&acc)[R][NV], float* c, int64_t row, int64_t vector, bool add) {
 #pragma GCC unroll 16
@@ -71,8 +72,8 @@ inline void multiply_panels(const float* a, int rows, const float* b, int vector
   }
 }
 
-// The same with A as it lies in planes of V channels, A(r, k) at a[k / V * stride + r * V + k % V], and vector v of row
-// r of C at c[v * stride + r * V]: a product from planes to planes, which packs and copies nothing.
+// The same product from planes of V channels to planes of V channels, without packing or copying: A(r, k) is at
+// a[k / V * stride + r * V + k % V], vector v of row r of C at c[v * stride + r * V].
 template <int R, int NV>
 void multiply_planes(const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool add) {
   Vec acc[R][NV];
@@ -95,7 +96,7 @@ inline MultiplyPlanes multiply_planes_for(int rows, int vectors) {
   }
 }
 
-// M rows in panels of nearly equal height: panel i is rows [start(i), start(i + 1)).
+// M rows cut into panels of nearly equal height: panel i is rows [start(i), start(i + 1)).
 struct RowPanels {
   int64_t m, panels;
   explicit RowPanels(int64_t rows) : m(rows), panels(ceil_div(rows, kGemmRows)) {}
@@ -113,8 +114,8 @@ struct Operand {
   bool k_contiguous;
 };
 
-// Elements (i0 + [0, count), k in [k0, k1)), count <= V, to [k - k0][stride]; lanes from count on become 0, and a store
-// may reach beyond `stride`: in order of k the next one overwrites it, and the buffer ends V floats later.
+// Packs elements (i0 + [0, count), k in [k0, k1)), count <= V, to [k - k0][stride]. Lanes from count on become 0. A
+// store may reach beyond `stride`: the store of the next k overwrites that part, and the buffer ends V floats later.
 template <typename T>
 inline void pack(const Operand<T>& from, int64_t i0, int count, int64_t k0, int64_t k1, float* to, int64_t stride) {
   if (!from.k_contiguous) {
@@ -137,7 +138,7 @@ inline void pack(const Operand<T>& from, int64_t i0, int count, int64_t k0, int6
 #pragma GCC unroll 16
       for (int i = 0; i < V; i++) r[i] = i < count ? load_n(p + i * from.ld + k, depth) : splat(0.f);
     }
-    // The rows of the panel after this one: so many short runs are nothing that the hardware foresees.
+    // Prefetches the rows of the next panel: hardware does not foresee so many short runs.
 #pragma GCC unroll 16
     for (int i = 0; i < V; i++) {
       if (i < count) prefetch(p + (count + i) * from.ld, k);
@@ -152,7 +153,7 @@ inline void pack(const Operand<T>& from, int64_t i0, int count, int64_t k0, int6
   }
 }
 
-// Rows [m0, m1) as A panels of a RowPanels(m1 - m0); the panel of row m0 + s starts at to + s * depth.
+// Packs rows [m0, m1) as the A panels of a RowPanels(m1 - m0); the panel of row m0 + s starts at to + s * depth.
 template <typename T>
 inline void pack_rows(const Operand<T>& from, int64_t m0, int64_t m1, int64_t k0, int64_t k1, float* to) {
   const RowPanels panels(m1 - m0);
@@ -160,7 +161,7 @@ inline void pack_rows(const Operand<T>& from, int64_t m0, int64_t m1, int64_t k0
     pack(from, m0 + panels.start(i), panels.height(i), k0, k1, to + panels.start(i) * (k1 - k0), panels.height(i));
   }
 }
-// Columns [n0, n1) as one B panel.
+// Packs columns [n0, n1) as one B panel.
 template <typename T>
 inline void pack_column_panel(const Operand<T>& from, int64_t n0, int64_t n1, int64_t k0, int64_t k1, float* to) {
   const int vectors = vectors_of(n1 - n0);
@@ -173,7 +174,7 @@ template <typename T>
 inline void pack_columns(const Operand<T>& from, int64_t n0, int64_t n1, int64_t k0, int64_t k1, float* to) {
   int64_t n = n0;
   if (!from.k_contiguous) {
-    // All whole panels together, in the order of memory.
+    // Packs all whole panels together, in the order of memory.
     const int64_t whole = (n1 - n0) / kGemmColumns, stride = (k1 - k0) * kGemmColumns;
     n += whole * kGemmColumns;
     for (int64_t k = k0; k < k1; k++) {

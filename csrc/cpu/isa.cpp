@@ -18,7 +18,7 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
-// Every CPU with AVX2 has F16C, for which older compilers have no name here.
+// Every CPU with AVX2 has F16C. Older compilers have no name for it here.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 constexpr bool kX86 = true;
 #else
@@ -27,7 +27,7 @@ bool has_avx2() { return false; }
 constexpr bool kX86 = false;
 #endif
 
-// One growing block per slot and thread: a call's scratch does not pay for fresh pages.
+// One block per slot and thread. It only grows, so that most calls need no fresh pages for their scratch memory.
 struct Arena {
   void* block[2] = {nullptr, nullptr};
   size_t size[2] = {0, 0};
@@ -42,7 +42,7 @@ thread_local Arena arena;
 
 void advise_output(void* p, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Only pages that lie wholly inside; a hint, so failure is no error.
+  // Only pages that lie wholly inside. This is a hint: failure is no error.
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes) / kHuge * kHuge;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels for AVX2, FMA and F16C. Everything is in an anonymous namespace: objects for different instruction
-// sets share no inline code, of which the linker would keep one copy for every CPU.
+// The kernels for AVX2, FMA and F16C. Everything is in an anonymous namespace: if objects for different instruction
+// sets shared inline code, the linker would keep one copy of it for every CPU.
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 

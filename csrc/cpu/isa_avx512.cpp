@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The kernels for AVX-512 (F, BW, VL, DQ). Everything is in an anonymous namespace: objects for different instruction
-// sets share no inline code, of which the linker would keep one copy for every CPU.
+// The kernels for AVX-512 (F, BW, VL, DQ). Everything is in an anonymous namespace: if objects for different
+// instruction sets shared inline code, the linker would keep one copy of it for every CPU.
 #if defined(__x86_64__) || defined(__i386__)
-// GCC 12's own header trips over its deliberately undefined vectors (GCC bug 105593).
+// GCC 12 warns of the undefined vectors in its own header (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #ifndef __clang__

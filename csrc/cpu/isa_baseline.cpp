@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels for any CPU: the compiler's vector extensions. Everything is in an anonymous namespace: objects for
-// different instruction sets share no inline code, of which the linker would keep one copy for every CPU.
+// The kernels for any CPU, in the compiler's vector extensions. Everything is in an anonymous namespace: if objects for
+// different instruction sets shared inline code, the linker would keep one copy of it for every CPU.
 #ifdef __ARM_NEON
 #include <arm_neon.h>
 #endif

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// What csrc/cpu/module.cpp and the kernels of one instruction set agree on: plain structs, no torch, no STL.
-// The meaning of every field is that of the argument of the same name in convmixer_kernels/backends/reference.py.
-// Every kernel returns 0, or 1 when scratch memory could not be had; it runs on `threads` OpenMP threads and gives the
-// same bits for any number of them: work is split by shape only, and partial sums are merged in order.
+// The interface between csrc/cpu/module.cpp and the kernels of each instruction set: plain structs, no torch, no STL.
+// Every field means the same as the argument of that name in convmixer_kernels/backends/reference.py.
+// Every kernel returns 0, or 1 if there is no scratch memory. It runs on `threads` OpenMP threads and gives the same
+// bits for any number of them: work is split by shape only, and partial sums are merged in order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +19,7 @@ struct BFloat {
   uint16_t bits;
 };
 
-// An output of a parameter's kind; data is null if it is not wanted.
+// An output like a Param; data is null if the caller does not need it.
 struct MutableParam {
   void* data;
   int dtype;
@@ -32,7 +32,7 @@ struct Norm {
   bool present;
 };
 
-// An activation tensor's shape; dense, contiguous or channels_last. Never empty.
+// The shape of an activation tensor, which is contiguous or channels_last and never empty.
 struct Shape {
   int64_t n, c, h, w;
   int dtype;
@@ -45,7 +45,7 @@ struct Statistics {
   float* var;
 };
 
-// eval: y = norm(act(conv(x) + bias)) (+ x); training: y = a = conv(x) + bias, and statistics.
+// eval: y = norm(act(conv(x) + bias)) (+ x). training: y = a = conv(x) + bias, and statistics.
 struct DepthwiseForward {
   Shape shape;
   int kh, kw;
@@ -107,7 +107,7 @@ struct NormBackward {
   int threads;
 };
 
-// eval: y = norm(act(W x + bias)); training: y = a = W x + bias, and statistics. `shape` is y's.
+// eval: y = norm(act(W x + bias)). training: y = a = W x + bias, and statistics. `shape` is y's.
 struct PointwiseForward {
   Shape shape;
   int64_t c_in;
@@ -120,7 +120,7 @@ struct PointwiseForward {
   int threads;
 };
 
-// running = (1 - momentum) * running + momentum * new as nn.BatchNorm2d does, the variance unbiased; cannot fail.
+// running = (1 - momentum) * running + momentum * new, with the unbiased variance, as in nn.BatchNorm2d. Cannot fail.
 struct UpdateRunningStatistics {
   const float* mean;                       // of the batch, (C)
   const float* var;                        // biased
@@ -129,7 +129,7 @@ struct UpdateRunningStatistics {
   double momentum;
 };
 
-// da = dh * act'(a) into da, dx = W^T da, dw = da x^T, db = sum da. `shape` is dy's.
+// da = dh * act'(a), dx = W^T da, dw = da x^T, db = sum da. `shape` is dy's.
 struct PointwiseBackward {
   Shape shape;
   int64_t c_in;
@@ -140,14 +140,14 @@ struct PointwiseBackward {
   int activation;
   Norm norm;
   Sums sums;
-  float* da;  // workspace of dy's layout; unused where pointwise_is_narrow
-  void* dx;   // null: not wanted; so are dw and db
+  float* da;  // workspace of dy's layout; unused if pointwise_is_narrow
+  void* dx;   // null if not needed, like dw and db
   MutableParam dw, db;
   int threads;
 };
 
-// Both blocks of a mixer layer in evaluation; the shapes differ in their channels only. The z between them, depthwise.y
-// and pointwise.x, has no memory of its own.
+// Both blocks of a mixer layer in evaluation. Their shapes differ in the channels only. The tensor between them,
+// depthwise.y and pointwise.x, is never stored.
 struct MixerForward {
   DepthwiseForward depthwise;
   PointwiseForward pointwise;
@@ -165,25 +165,25 @@ struct Kernels {
   void (*update_running_statistics)(const UpdateRunningStatistics&);
   int (*pointwise_backward)(const PointwiseBackward&);
   bool (*pointwise_is_narrow)(int64_t c, int64_t c_in);
-  int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, each on the one before
-  bool (*mixer_fits)(const Shape& widest, int threads);             // whether mixer_forward beats calls for each block
+  int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, one after the other
+  bool (*mixer_fits)(const Shape& widest, int threads);             // whether that is faster than a call for each block
   void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);
 };
 
 extern const Kernels kAvx512, kAvx2, kBaseline;
 
-// The widest set that this CPU runs, or the one that CONVMIXER_CPU_ISA names. On failure null, with the reason in
-// *error (a static string).
+// The kernels of the widest set that this CPU runs, or of the one that CONVMIXER_CPU_ISA names. On failure null, and
+// *error is the reason (a static string).
 const Kernels* select_kernels(const char** error);
 // The names of the sets that this build has and this CPU runs, separated by commas.
 const char* supported_isas();
 
-// Asks for huge pages under a large output that is about to be written for the first time. Fresh memory costs a page
-// fault for each 4 KB otherwise, which took half of an evaluation block's time on a virtual machine.
+// Asks for huge pages for a large output before its first write. Otherwise fresh memory costs a page fault for each
+// 4 KB, which took half of an evaluation block's time on a virtual machine.
 void advise_output(void* p, size_t bytes);
 
-// Memory of the calling thread that lives until its next call with the same slot; 64-byte aligned; null on failure.
-// Slot 0: the caller's shared tables; slot 1: each thread's planes.
+// Memory of the calling thread, 64-byte aligned, valid until the thread's next call with the same slot; null on
+// failure. Slot 0 is for the caller's shared tables, slot 1 for each thread's planes.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace cpu

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
-// Both memory layouts meet the kernels as [position][V channels] float planes: gather and scatter convert on the way,
-// in registers (V x V transposes for contiguous), so that no tensor is ever permuted. And the per-channel tables.
+// Planes and per-channel tables. The kernels compute on float planes [position][V channels] for both memory layouts;
+// gather and scatter convert in registers (contiguous: V x V transposes), so that no tensor is ever permuted.
 
-// A destination or source of positions inside a padded plane: `width` columns, then a jump of `gap` floats.
+// A place in a padded plane: positions go on for `width` columns, then jump by `gap` floats.
 struct Cursor {
   float* p;
   int64_t column, width, gap;
 };
 inline Cursor dense(float* p) { return {p, 0, int64_t{1} << 60, 0}; }
 
-// Of each channel this many elements ahead: V channels are more streams, a plane apart, than the hardware follows.
+// Prefetch each channel this many elements ahead: V channels, a plane apart, are more streams than hardware follows.
 constexpr int64_t kAhead = 64;
 template <typename T>
 VEC_INLINE void prefetch(const T* p, int64_t ahead) {
@@ -17,7 +17,7 @@ VEC_INLINE void prefetch(const T* p, int64_t ahead) {
       reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) + static_cast<size_t>(ahead) * sizeof(T)));
 }
 
-// Brings rows of memory near, some lines at a time, while arithmetic leaves the memory idle.
+// Prefetches rows of memory, some lines at a time, while arithmetic leaves the memory idle.
 class Ahead {
   const char* row_ = nullptr;
   int64_t rows_ = 0, at_ = 0, bytes_ = 0, stride_ = 0, lines_ = 0;
@@ -41,8 +41,8 @@ class Ahead {
   }
 };
 
-// Positions [p0, p1) (y * W + x) of image n, channels [c0, c0 + cn), cn <= V; lanes from cn on are 0. Returns the
-// cursor to what follows.
+// Reads positions [p0, p1) (y * W + x) of image n, channels [c0, c0 + cn) with cn <= V; lanes from cn on are 0. Returns
+// the cursor behind them.
 template <typename T>
 inline Cursor gather(const Shape& s, const T* base, int64_t n, int64_t c0, int cn, int64_t p0, int64_t p1, Cursor to) {
   const int64_t hw = s.h * s.w;
@@ -92,7 +92,7 @@ inline Cursor gather(const Shape& s, const T* base, int64_t n, int64_t c0, int c
   return to;
 }
 
-// The inverse of gather, from a dense plane; adds `residual`, a tensor of the same layout, where it is not null.
+// The inverse of gather, from a dense plane. Adds `residual`, a tensor of the same layout, unless it is null.
 template <typename T>
 inline void scatter(const Shape& s, const float* from, const T* residual, T* base, int64_t n, int64_t c0, int cn,
                     int64_t p0, int64_t p1) {
@@ -142,8 +142,8 @@ inline void scatter(const Shape& s, const float* from, const T* residual, T* bas
 inline int64_t blocks_of(int64_t channels) { return ceil_div(channels, V); }
 inline int64_t padded(int64_t channels) { return blocks_of(channels) * V; }
 
-// y = (h - mean) * scale + shift, and dh = scale * (dy - offset - (h - mean) * slope); one value of each per channel.
-// A table is kRows rows of padded(C) floats.
+// y = (h - mean) * scale + shift and dh = scale * (dy - offset - (h - mean) * slope), with one value of each constant
+// per channel. A table is kRows rows of padded(C) floats.
 enum TableRow { kMean, kScale, kShift, kOffset, kSlope, kRows };
 struct Affine {
   Vec row[kRows];
@@ -192,18 +192,18 @@ VEC_INLINE Vec normalized(Vec a, const Affine& f, bool norm) {
   return norm ? fma(h - f.row[kMean], f.row[kScale], f.row[kShift]) : h;
 }
 
-// da; without `sums` the statistics were constants.
+// da. Without `sums` the statistics were constants.
 template <int A>
 VEC_INLINE Vec gradient(Vec dy, Vec a, const Affine& f, bool sums) {
   Vec h, d;
   activate_with_grad<A>(a, h, d);
   const Vec centred = sums ? fma(f.row[kMean] - h, f.row[kSlope], dy - f.row[kOffset]) : dy;
-  // 0 where relu is, whatever dh: as torch's threshold_backward.
+  // 0 if relu is 0, for any dh, as in torch's threshold_backward.
   if constexpr (A == kRelu) return a <= splat(0.f) ? splat(0.f) : centred * f.row[kScale];
   return centred * f.row[kScale] * d;
 }
 
-// Sums of each lane in double. Cancelling sums are compared with float64, so float partial sums stay very short.
+// Sums of each lane in double. Terms may cancel, so that partial sums in float must stay very short.
 struct LaneSums {
   DVec low, high;
   void clear() { low = high = DVec{}; }
@@ -220,7 +220,7 @@ struct LaneSums {
   }
 };
 
-// Sums of h and of (h - shift)^2 of each lane, in double throughout: beside a mean far from 0 or from the shift the
+// Sums of h and of (h - shift)^2 of each lane, in double throughout: if the mean is far from 0 or from the shift, the
 // squares are large and their differences small.
 struct LaneMoments {
   LaneSums sum, squares;
@@ -249,16 +249,16 @@ struct LaneMoments {
   }
 };
 
-// Partial statistics of a channel: its values' count, mean and M2 = sum (h - mean)^2.
+// Partial statistics of a channel: count, mean and M2 = sum (h - mean)^2 of its values.
 struct Moments {
   double count, mean, m2;
 };
-// From sums of h and of (h - shift)^2, both in double: the shift may be far from the mean, a border's value.
+// From the sums of h and of (h - shift)^2, both in double: the shift, a border's value, may be far from the mean.
 inline Moments moments(double count, double shift, double sum, double squares) {
   const double mean = sum / count;
   return {count, mean, squares - (mean - shift) * (mean - shift) * count};
 }
-// Chan, Golub and LeVeque's merge; of an infinite mean the weighted sum is infinite too, where a + delta would be NaN.
+// Chan, Golub and LeVeque's merge. The mean is a weighted sum: it stays infinite if one is, a + delta would be NaN.
 inline void merge(Moments& a, const Moments& b) {
   if (b.count == 0) return;
   const double total = a.count + b.count, delta = b.mean - a.mean;
@@ -267,7 +267,7 @@ inline void merge(Moments& a, const Moments& b) {
   a.count = total;
 }
 
-// Channel c's mean and biased variance out.
+// Stores the mean and the biased variance of channel c.
 inline void finish_statistics(const Statistics& s, int64_t c, const Moments& m) {
   s.mean[c] = static_cast<float>(m.mean);
   s.var[c] = static_cast<float>((m.m2 > 0 || m.m2 != m.m2) ? m.m2 / m.count : 0);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// A run of mixer layers in evaluation, image by image through all layers:
+// A run of mixer layers in evaluation. Each image goes through all layers before the next image:
 //   z = norm(act(depthwise(x))) + x,  x = norm(act(W z)),  and so on.
-// An image's activations stay in a core's L2, as planes [block of channels][position][V]: they are converted from the
-// tensor's layout once and back once a run, the depthwise convolution and the product both read and write planes, and
-// threads meet once a run. A single image's blocks and tiles are shared among the threads, which meet after every block
-// of the layers. Bound by FMAs. The bits are those of one call for each block.
+// An image's activations stay in a core's L2 as planes [block of channels][position][V]. They are converted from the
+// tensor's layout once a run, and back once; between, the depthwise convolution and the product read and write planes.
+// Each thread takes whole images. A single image is shared by all threads, which synchronise after every block of the
+// layers. FMAs bound it. The result has the bits of one call for each block.
 
-// Bytes of an image's planes; there are two sets of them in L2, beside the weights that stream through.
+// Most bytes of an image's planes. L2 holds two sets of them, and the weights stream through it.
 constexpr int64_t kMixerBytes = 1024 * 1024;
 
 // c: the most channels that an image has between layers.
@@ -14,7 +14,7 @@ bool mixer_fits(const Shape& s, int threads) {
   return (s.n >= threads || s.n == 1) && s.c * s.h * s.w * 4 <= kMixerBytes;
 }
 
-// One layer's tables, which begin at `memory`; both blocks as of one image.
+// The tables of one layer, which begin at `memory`. Both blocks have the shape of one image.
 struct MixerStage {
   DepthwiseForward depthwise;
   PointwiseForward pointwise;
@@ -43,8 +43,8 @@ struct MixerStage {
         upper(pointwise, memory) {}
 };
 
-// z of item i (of plan.blocks * plan.row_tiles) from x; `plane` is one padded plane whose margins are 0. A block's
-// planes are `stride` floats apart.
+// Computes z of item i (of plan.blocks * plan.row_tiles) from x. `plane` is one padded plane whose margins are 0. The
+// planes of neighbouring blocks are `stride` floats apart.
 template <typename T>
 inline void mixer_depthwise(const MixerStage& stage, int64_t i, const float* x, int64_t stride, float* plane,
                             float* z) {
@@ -79,7 +79,7 @@ inline void mixer_depthwise(const MixerStage& stage, int64_t i, const float* x, 
   });
 }
 
-// Tiles of y: column panel i / rows, row panel i % rows.
+// Tile i of y is column panel i / rows and row panel i % rows.
 inline int64_t mixer_tiles(const MixerStage& stage) {
   const Shape& s = stage.pointwise.shape;
   return RowPanels(s.h * s.w).panels * column_panels(s.c);
@@ -113,14 +113,14 @@ struct Cleared {
   int h, w;
 };
 
-// An image through all layers, by one thread or by all of a team, whose members each call this. `x` and `z` are the
-// team's; `plane` is each thread's own, null where it could not be had.
+// Runs an image through all layers, by one thread, or by a team of which every thread calls this. The team shares `x`
+// and `z`; each thread has its own `plane`, null if there was no memory.
 template <typename T>
 void mixer_image(const MixerForward* layers, int64_t count, char* tables, int64_t n, int64_t stride, bool team,
                  float* x, float* z, float* plane, int64_t plane_floats, Cleared& cleared, int& failed) {
   const Shape& s = layers[0].depthwise.shape;
   const Shape out = layers[count - 1].pointwise.shape;
-  // f(i) for i in [0, items), shared among the team.
+  // Calls f(i) for i in [0, items); the team shares the calls.
   const auto share = [&](int64_t items, auto f) {
     if (!team) {
       for (int64_t i = 0; i < items; i++) f(i);
@@ -154,7 +154,7 @@ void mixer_image(const MixerForward* layers, int64_t count, char* tables, int64_
   });
 }
 
-// Layer i's output is layer i + 1's input: of their addresses only the first x and the last y are used.
+// The output of layer i is the input of layer i + 1: only the addresses of the first x and the last y are used.
 int mixer_forward(const MixerForward* layers, int64_t count) {
   const Shape& s = layers[0].depthwise.shape;
   int64_t bytes = 0, most_blocks = blocks_of(s.c), plane_floats = 0, work = 0;
@@ -165,7 +165,7 @@ int mixer_forward(const MixerForward* layers, int64_t count) {
     plane_floats = larger(plane_floats, Plan(p.shape, p.kh, p.kw, false).plane_floats());
     work += p.kh * p.kw + layers[i].pointwise.shape.c;
   }
-  // A tile may overrun a block's end; and blocks that lay a multiple of 4 KB apart would share L1's sets.
+  // A tile may overrun a block's end. And blocks must not be a multiple of 4 KB apart: they would share L1's sets.
   const int64_t stride = (s.h * s.w + kMaxTile) * V, image_floats = most_blocks * stride;
   const int threads = useful_threads(s, static_cast<int>(work), layers[0].depthwise.threads);
   const bool team = s.n < threads;

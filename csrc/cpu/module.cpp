@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The Python binding of kernels.h, convmixer_kernels._cpu: no torch. Functions release the GIL; the caller keeps the
-// tensors alive.
+// The Python binding of kernels.h, convmixer_kernels._cpu, without torch. Functions release the GIL. The caller keeps
+// the tensors alive.
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -135,7 +135,7 @@ EvalBlock eval_block(const py::tuple& t) {
   return {param(0), param(2), {param(5), param(7), param(9), param(11), t[13].cast<double>(), t[4].cast<bool>()}};
 }
 
-// Each layer: activation, C_out, kH, kW, its depthwise and its pointwise block.
+// Each layer is: activation, C_out, kH, kW, its depthwise and its pointwise block.
 void mixer_forward(Address x, Address y, SHAPE, const py::list& layers, bool residual, int threads) {
   std::vector<MixerForward> runs;
   for (const py::handle& item : layers) {

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: MIT
 // The 1x1 convolution as a product of packed panels (gemm.h), with the block's epilogue on each tile while it is in L1:
-//   eval: y = norm(act(W x + b));  training: a = W x + b and statistics of act(a)
-// Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image, channels are a tile's rows. channels_last: Y[NHW][C_out] =
-// X[NHW][C_in] W^T, channels are its columns. The weights are packed once a call; a work item is a group of positions
-// whose input panels, up to kDepthChunk deep at a time, stay in L2 while the weights stream past. Bound by FMAs: C_in
-// an output, against GELU's 20 operations.
+//   eval      y = norm(act(W x + b))
+//   training  a = W x + b, and statistics of act(a)
+// Contiguous: Y[C_out][HW] = W X[C_in][HW] for each image; channels are the rows of a tile. channels_last:
+// Y[NHW][C_out] = X[NHW][C_in] W^T; channels are the columns. Each call packs the weights once. A work item is a group
+// of positions whose input panels, up to kDepthChunk deep at a time, stay in L2 while the weights stream past. FMAs
+// bound it: C_in for each output, beside 20 operations of GELU.
 
-// Of an item's packed input: its depth, and its bytes. Deeper products keep their sums in memory between chunks;
-// without chunks, positions would be so few that the weights' traffic, not FMAs, were the bound.
+// The most depth and bytes of an item's packed input. Deeper products go in chunks and keep their sums in memory
+// between them: without chunks an item would have so few positions that the weights' traffic, not FMAs, would bound it.
 constexpr int64_t kDepthChunk = 512, kItemBytes = 256 * 1024;
 static_assert(kDepthChunk % kGemmDepth == 0, "chunks must not change the order of sums");
 constexpr int64_t kTileFloats = kGemmRows * kGemmColumns;
 
 constexpr int64_t kLeastItems = 16;
 
-// How positions are cut into items; depends on the shape only.
+// How positions are cut into items. It depends on the shape only.
 struct Items {
   bool channels_last;
   int64_t images, positions;  // channels_last: one image of N*H*W positions
@@ -25,7 +26,7 @@ struct Items {
     positions = channels_last ? s.n * s.h * s.w : s.h * s.w;
     const int64_t unit = channels_last ? kGemmRows : kGemmColumns;
     const int64_t fit = smaller(larger(1, kItemBytes / (4 * smaller(depth, kDepthChunk) * unit)), 16);
-    // Equal items, and enough of them to share among threads; of a single image too.
+    // Items are equal, and enough for all threads even if there is a single image.
     const int64_t wanted =
         larger(ceil_div(positions, fit * unit), smaller(ceil_div(positions, unit), ceil_div(kLeastItems, images)));
     size = ceil_div(ceil_div(positions, wanted), unit) * unit;
@@ -34,7 +35,7 @@ struct Items {
   int64_t count() const { return images * per_image; }
 };
 
-// The packed input of an item, and with its tiles' sums all its memory.
+// Floats of an item's packed input, and of all its memory, which also holds the sums of its tiles.
 inline int64_t panel_floats(const Items& items, int64_t depth) {
   const int64_t floats = items.channels_last ? rows_floats(items.size, depth) : columns_floats(items.size, depth);
   return ceil_div(floats, 16) * 16;
@@ -47,16 +48,17 @@ inline int64_t item_floats(const Items& items, int64_t channels, int64_t depth) 
   return panel_floats(items, chunk) + tiles * kTileFloats;
 }
 
-// y[position][channel m] = sum over k of weight(m, k) * x(position, k) for all positions, handed tile by tile to
-//   begin(item, c0, count); tile(item, image, c0, count, p0, positions, floats, ld); end(item, c0, count)
-// with a tile's rows channels (contiguous) or positions (channels_last). Packed weights lie in `packed`.
+// y[position][channel m] = sum over k of weight(m, k) * x(position, k) for all positions. For each group of channels it
+// calls
+//   begin(item, c0, count); tile(item, image, c0, count, p0, positions, floats, ld) for each tile; end(item, c0, count)
+// The rows of a tile are channels (contiguous) or positions (channels_last). `packed` holds the packed weights.
 template <typename T, typename Begin, typename Tile, typename End>
 inline void product_item(const Items& items, int64_t item, int64_t channels, int64_t depth, const T* x,
                          const float* packed, float* panels, Begin begin, Tile tile, End end) {
   const int64_t image = item / items.per_image, p0 = item % items.per_image * items.size;
   const int64_t p1 = smaller(p0 + items.size, items.positions);
   const int64_t chunk = smaller(depth, kDepthChunk);
-  float* const sums = panels + panel_floats(items, chunk);  // of a tile after the other, if there are several chunks
+  float* const sums = panels + panel_floats(items, chunk);  // of all tiles, used if there are several chunks
   for (int64_t k0 = 0; k0 < depth; k0 += chunk) {
     const int64_t k1 = smaller(k0 + chunk, depth);
     const bool done = k1 == depth;
@@ -100,7 +102,7 @@ inline void product_item(const Items& items, int64_t item, int64_t channels, int
 inline int64_t packed_floats(bool channels_last, int64_t channels, int64_t depth) {
   return channels_last ? columns_floats(channels, depth) : rows_floats(channels, depth) + V;
 }
-// Panel `i` of the weights; weight(m, k) with either k or m contiguous. There are weight_panels of them.
+// Packs panel `i` of the weights, of weight_panels. weight(m, k) has k or m contiguous.
 inline int64_t weight_panels(bool channels_last, int64_t channels) {
   return channels_last ? column_panels(channels) : RowPanels(channels).panels;
 }
@@ -113,7 +115,7 @@ inline void pack_weight_panel(const Param& weight, int64_t ld, bool k_contiguous
       const int64_t n = i * kGemmColumns;
       pack_column_panel(from, n, smaller(n + kGemmColumns, channels), 0, depth, packed + n * depth);
     } else {
-      // Through a buffer: the last store of a panel reaches into the next one, which another thread may have packed.
+      // The last store of a panel reaches into the next one, which another thread may have packed: use a buffer.
       const RowPanels rows(channels);
       const int64_t m = rows.start(i);
       const int height = rows.height(i);
@@ -129,7 +131,7 @@ inline void pack_weight_panel(const Param& weight, int64_t ld, bool k_contiguous
 
 inline int pointwise_threads(const Shape& s, int64_t depth, int threads) { return useful_threads(s, depth, threads); }
 
-// A forward call's tables: per output channel the affine map and the bias, and the packed weights.
+// The tables of a forward call: for each output channel the affine map and the bias, and the packed weights.
 struct PointwiseTables {
   int64_t stride, depth, panels;
   float *table, *biases, *packed;
@@ -154,7 +156,7 @@ struct PointwiseTables {
   }
 };
 
-// One item of the forward; partials is [item][channel] in training.
+// One item of the forward. In training, partials is [item][channel].
 template <typename T>
 inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_t item, const PointwiseTables& tables,
                            float* panels, Moments* partials) {
@@ -165,7 +167,7 @@ inline void pointwise_item(const PointwiseForward& p, const Items& items, int64_
   T* y = static_cast<T*>(p.y);
   with_activation(p.activation, [&](auto act) {
     constexpr int A = decltype(act)::value;
-    // Of each channel of the current rows (contiguous) or lanes (channels_last).
+    // Statistics of each channel of the current rows (contiguous) or lanes (channels_last).
     LaneMoments sums[kGemmRows];
     double count = 0;
     const auto begin = [&](int64_t, int64_t, int) { count = 0; };

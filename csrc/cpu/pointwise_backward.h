@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Backward of the 1x1 convolution, from panels as pointwise.h packs them:
+// Backward of the 1x1 convolution, on panels as pointwise.h packs them:
 //   da = dh * act'(a) in float32, dx = W^T da, dw = da x^T, db = sum da
-// Few channels (narrow): a work item is a group of chunks of positions. A chunk's da stays in L2, where both products
-// and db find it; dy, a and x are read once. More: da is written once, and each product cuts the work in its own way.
-// Partial sums of dw and db are one for each group, added in order. Bound by FMAs.
+// If channels are few (narrow), a work item is a group of chunks of positions: a chunk's da stays in L2 for both
+// products and db, and dy, a and x are read once. Otherwise da is written once, and each product cuts the work in its
+// own way. Each group leaves one partial sum of dw and db; they are added in order. FMAs bound it.
 
-// A tile of dx: channels [c0, c0 + count) at positions [p0, p0 + positions) of an image (contiguous) or of all.
+// Stores a tile of dx: channels [c0, c0 + count) at positions [p0, p0 + positions) of an image (contiguous) or of all
+// images.
 template <typename T>
 inline void store_input_grad(const PointwiseBackward& p, T* dx, int64_t image, int64_t c0, int count, int64_t p0,
                              int positions, const float* c) {
@@ -25,7 +26,7 @@ inline void store_input_grad(const PointwiseBackward& p, T* dx, int64_t image, i
   }
 }
 
-// Row r of dw: the sum of the groups' partial sums [group][C_out][ldc], which is left in the first one.
+// Row r of dw: adds up the groups' partial sums [group][C_out][ldc] in the first one of them.
 inline void add_weight_grads(const PointwiseBackward& p, int64_t r, int64_t groups, float* partials, int64_t ldc) {
   float* sum = partials + r * ldc;
   for (int64_t g = 1; g < groups; g++) {
@@ -48,7 +49,7 @@ inline void add_weight_grads(const PointwiseBackward& p, int64_t r, int64_t grou
   });
 }
 
-// dx(position, k) = sum over m of da(position, m) * weight(m, k); da is float32.
+// dx(position, k) = sum over m of da(position, m) * weight(m, k), with da in float32.
 inline int pointwise_input_grad(const PointwiseBackward& p) {
   const Shape& s = p.shape;
   const Items items(s, s.c);
@@ -145,18 +146,18 @@ inline int pointwise_weight_grad(const PointwiseBackward& p) {
   return failed;
 }
 
-// Channels up to which a chunk's da and x, a group's dw and the weights fit together in L2.
+// The most channels for which a chunk's da and x, a group's dw and the weights fit in L2 together.
 constexpr int64_t kNarrow = 288;
-// Groups: enough to share among threads, few enough that adding their dw is little work.
+// Enough groups to share among threads, few enough that adding their dw is little work.
 constexpr int64_t kGroups = 16;
 
-// Positions [k0, k1) of an image (contiguous) or of all (channels_last).
+// Positions [k0, k1) of an image (contiguous) or of all images (channels_last).
 struct Chunk {
   int64_t image, k0, k1;
 };
 
-// The chunk's da as [channel][ld] (contiguous) or [position][ld] (channels_last); sums are added to db (C_out) unless
-// it is null.
+// Writes the chunk's da as [channel][ld] (contiguous) or [position][ld] (channels_last). Adds its sums to db (C_out)
+// unless that is null.
 template <typename T, int A>
 inline void chunk_gradient(const PointwiseBackward& p, const float* table, const Chunk& chunk, int64_t ld, float* da,
                            double* db) {
@@ -212,7 +213,7 @@ inline void chunk_gradient(const PointwiseBackward& p, const float* table, const
   }
 }
 
-// dx of a chunk.
+// Computes dx of a chunk.
 template <typename T>
 inline void chunk_input_grad(const PointwiseBackward& p, const Chunk& chunk, const float* da, int64_t ld,
                              const float* packed, float* panel, float* c) {
@@ -245,7 +246,7 @@ inline void chunk_input_grad(const PointwiseBackward& p, const Chunk& chunk, con
   }
 }
 
-// The chunk's da x^T into, or added to, a group's dw [C_out][ldc].
+// Writes the chunk's da x^T to a group's dw [C_out][ldc], or adds it.
 template <typename T>
 inline void chunk_weight_grad(const PointwiseBackward& p, const Chunk& chunk, const float* da, int64_t ld, float* right,
                               float* panel, float* dw, int64_t ldc, bool add) {

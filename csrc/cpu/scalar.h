@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Scalar conversions between float and the 16-bit types, for parameters and for the baseline's vectors: round to
-// nearest even, NaN stays NaN. Included inside each instruction set's anonymous namespace.
+// Scalar conversions between float and the 16-bit types, for parameters and for the baseline's vectors. They round to
+// nearest even and keep NaN. Each instruction set includes this file inside its anonymous namespace.
 
-// Vector code is inlined whatever its size: a call would spill the registers around it.
+// Vector code is always inlined: a call would spill the registers around it.
 #define VEC_INLINE __attribute__((always_inline)) inline
 
 inline float as_float(uint32_t bits) {
@@ -38,7 +38,7 @@ inline void narrow(float x, Half& y) {
   } else if (magnitude >= 0x477ff000) {
     half = 0x7c00;
   } else if (magnitude < 0x38800000) {
-    // Subnormal: the addition of 0.5 rounds at 2^-24, half's last place.
+    // Subnormal: adding 0.5 rounds at 2^-24, the last place of a half.
     half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
   } else {
     half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;

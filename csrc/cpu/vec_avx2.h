@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The vector type on AVX2 with FMA and F16C: 8 floats. Included inside the anonymous namespace of isa_avx2.cpp.
+// The vector type on AVX2 with FMA and F16C: 8 floats. isa_avx2.cpp includes it inside its anonymous namespace.
 
 constexpr int V = 8;
-// 16 registers: 8 accumulators, up to 6 weights, an input.
+// These tiles fill the 16 registers: 8 accumulators, up to 6 weights and one input.
 constexpr int kMaxTile = 8, kMaxTaps = 6, kGradTile = 4;
 constexpr int kTiles[] = {2, 4, 6, 7, 8};
 typedef float Vec __attribute__((vector_size(32), aligned(32), may_alias));
@@ -10,7 +10,7 @@ typedef int32_t IVec __attribute__((vector_size(32), aligned(32), may_alias));
 
 VEC_INLINE Vec splat(float x) { return (Vec)_mm256_set1_ps(x); }
 VEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-// Both return the second operand where either is NaN.
+// Both return the second operand if either is NaN.
 VEC_INLINE Vec vmin(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 VEC_INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The vector type on AVX-512: 16 floats. Included inside the anonymous namespace of isa_avx512.cpp.
+// The vector type on AVX-512: 16 floats. isa_avx512.cpp includes it inside its anonymous namespace.
 
 constexpr int V = 16;
-// Registers decide the tiles: 16 accumulators, up to 9 weights and one input.
+// These tiles fill the 32 registers: 16 accumulators, up to 9 weights and one input.
 constexpr int kMaxTile = 16, kMaxTaps = 9, kGradTile = 16;
 constexpr int kTiles[] = {4, 8, 10, 12, 14, 16};
 typedef float Vec __attribute__((vector_size(64), aligned(64), may_alias));
@@ -10,7 +10,7 @@ typedef int32_t IVec __attribute__((vector_size(64), aligned(64), may_alias));
 
 VEC_INLINE Vec splat(float x) { return (Vec)_mm512_set1_ps(x); }
 VEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-// Both return the second operand where either is NaN.
+// Both return the second operand if either is NaN.
 VEC_INLINE Vec vmin(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 VEC_INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 

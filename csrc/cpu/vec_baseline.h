@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The vector type anywhere: 4 floats in the compiler's vector extensions (SSE2, NEON); 16-bit floats in integer code.
-// Included inside the anonymous namespace of isa_baseline.cpp.
+// The vector type on any CPU: 4 floats in the compiler's vector extensions (SSE2, NEON). Integer code converts 16-bit
+// floats. isa_baseline.cpp includes it inside its anonymous namespace.
 
 constexpr int V = 4;
-// 16 registers (SSE2): 8 accumulators, up to 6 weights, an input.
+// These tiles fill SSE2's 16 registers: 8 accumulators, up to 6 weights and one input.
 constexpr int kMaxTile = 8, kMaxTaps = 6, kGradTile = 4;
 constexpr int kTiles[] = {2, 4, 6, 7, 8};
 typedef float Vec __attribute__((vector_size(16), aligned(16), may_alias));
@@ -15,7 +15,7 @@ VEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, 
 #else
 VEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
-// Both return the second operand where either is NaN.
+// Both return the second operand if either is NaN.
 VEC_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 VEC_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Loads and stores of fewer than V elements, through a buffer, where the instruction set has no masks.
+// Loads and stores of fewer than V elements through a buffer, for instruction sets without masks.
 
 template <typename T>
 VEC_INLINE Vec load_n(const T* p, int count) {

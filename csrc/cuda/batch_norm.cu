@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Batch norm after the activation, h = act(a), y = (h - mean) * gamma * rsqrt(var + eps) + beta (+ residual): the
-// passes around the convolutions. Contiguous and channels_last, any sizes; elementwise.cuh says what a block and a
-// thread own.
-//   merge_statistics  a warp owns a channel: Chan's merge of the convolution's partials in double
-//   normalize         reads a (and the residual), writes y; blocks at the end of the grid move running statistics, here
-//   because it is a forward's last launch: one that fails earlier has moved nothing
-//   norm_backward     reads dy and a: sum dy and sum dy * (h - mean) by part; then a warp owns a channel and adds up
-//   its parts
-// Bound: HBM for all but merge_statistics, whose bytes are a few percent of a pass.
+// Batch norm after the activation, with h = act(a): the passes around the convolutions, for contiguous and
+// channels_last tensors of any size. elementwise.cuh says what a block and a thread own.
+//   merge_statistics  a warp owns a channel and merges the convolution's partials in double, by Chan's formula
+//   normalize         y = (h - mean) * gamma * rsqrt(var + eps) + beta (+ residual); blocks at the end of the grid
+//                     update the running statistics. This is a forward's last launch: if an earlier one fails, the
+//                     statistics have not moved
+//   norm_backward     sum dy and sum dy * (h - mean) by part; then a warp owns a channel and adds up its parts
+// Bound: HBM. merge_statistics reads a few percent of the bytes of the others.
 #include "elementwise.cuh"
 
 namespace convmixer {
@@ -32,7 +31,7 @@ __device__ __forceinline__ void move_running(void* running, int dtype, int64_t c
   }
 }
 
-// Channel c of an update.
+// Updates channel c.
 __device__ __forceinline__ void move_running(const RunningUpdate& p, int64_t c) {
   if (c >= p.c) return;
   const double count = static_cast<double>(p.count), unbiased = count / (count > 1.0 ? count - 1.0 : 1.0);
@@ -45,7 +44,8 @@ __global__ void __launch_bounds__(32 * kChannelsPerBlock) merge_kernel(MergeStat
   const int lane = threadIdx.x % 32;
   if (c >= p.c) return;
   const float* partial = p.partials + c * p.partials_per_channel * 3;
-  // the mean first, then every part's own M2 and its distance from that mean: Chan's formula without a division a part
+  // the mean first, then each part's own M2 and its distance from that mean: Chan's formula, without a division per
+  // part
   double mean = 0.0, m2 = 0.0;
   for (int64_t i = lane; i < p.partials_per_channel; i += 32) {
     const double count = partial[i * 3];

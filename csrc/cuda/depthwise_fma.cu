@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with partial statistics of act(a), and dx = conv(da,
-// flipped w) (+ dy), in float32 arithmetic: contiguous and channels_last, float32 and 16-bit, any kernel. A block owns
-// a tile of outputs of one or several planes; a thread owns 4 x 8 outputs of it, keeps a window of 4 input rows in
-// registers and walks down the filter's rows: 32 kTaps FMAs for one new row and one row of weights.
-// Bound: issue slots. k = 9, 32x32, sm_90a SASS, an output: 81 FMAs, 5 to read rows and weights, 25 of erf-GELU and, by
-// estimate, 35 to place, fill and store, so that FMAs are at most 55 % (GELU) or 65 % (ReLU) of what issues. Bytes, 8
-// an output in float32, take about as long as the FMAs. Registers <= 128 let 4 blocks of 128 threads (channels_last: 2
-// of 256) share a multiprocessor, one filling while others compute.
+// The depthwise convolution in float32 arithmetic, for contiguous and channels_last, float32 and 16-bit, any kernel:
+//   eval  y = norm(act(conv(x) + bias)) (+ x)     train  a = conv(x) + bias, and partial statistics of act(a)
+//   input gradient  dx = conv(da, flipped w) (+ dy)
+// A block owns a tile of outputs of one or several planes. A thread owns 4 x 8 outputs of it, keeps a window of 4 input
+// rows in registers and walks down the filter's rows: 32 kTaps FMAs for one new row and one row of weights.
+// Bound: issue slots. By the sm_90a SASS for k = 9 at 32x32 an output takes 81 FMAs, 5 instructions to read rows and
+// weights, 25 for erf-GELU and, by estimate, 35 to place, fill and store: FMAs are at most 55 % (GELU) or 65 % (ReLU)
+// of the instructions. In float32 the 8 bytes of an output take about as long as its FMAs. At most 128 registers let 4
+// blocks of 128 threads (channels_last: 2 of 256) share a multiprocessor: one fills its tile while others compute.
 #include "depthwise_fma.cuh"
 
 namespace convmixer {
@@ -14,8 +15,8 @@ namespace {
 
 using namespace fma;
 
-// Where a block may use 227 KB, the tensor-core kernels' plans fit and 16-bit tensors do not come here: no code is
-// compiled for them.
+// If a block may use 227 KB, the tensor-core kernels' plans fit and take all 16-bit tensors: no 16-bit code is compiled
+// here.
 constexpr int64_t kAllPlansFit = 227 << 10;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100
 template <class T>
@@ -26,8 +27,8 @@ constexpr bool kCompiled = true;
 #endif
 bool can_launch(const Shape& s) { return s.dtype == kFloat32 || most_shared_of_block() < kAllPlansFit; }
 
-// Blocks on a multiprocessor that registers are held down for. GPUs with 100 KB of shared memory hold 3 of k = 9's
-// tiles, so that their 168 registers are free, and 128 would spill.
+// Blocks on a multiprocessor for which registers are limited. GPUs with 100 KB of shared memory hold only 3 tiles of
+// k = 9: there a thread may use 168 registers, and 128 would spill.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 template <class L>
 constexpr int kBlocks = L::kTaps == 9 && !L::kChannelsLast ? 3 : 512 / L::kThreads;
@@ -94,7 +95,7 @@ Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
         }
         if (static_cast<int64_t>(t.shared) > limit) continue;
         const int tile_planes = L::kChannelsLast ? t.images : t.images * t.channels;
-        // in FMAs: an output's own, 40 for its epilogue, and 25 for each element brought into shared memory
+        // the cost in FMAs: the output's own, 40 for its epilogue, and 25 for each element copied to shared memory
         const double cost =
             static_cast<double>(t.blocks()) * (static_cast<double>(t.threads) * kRows * kColumns * (taps + 40) +
                                                25. * tile_planes * L::kLanes * t.box.rows * t.box.columns);
@@ -114,7 +115,8 @@ Tiling tiling_of(const Shape& s, int kh, int kw, bool flipped) {
   return best;
 }
 
-// Weights with zeros around each row: contiguous [channel][i][tap], channels_last [i][tap][channel] with an odd pitch.
+// The weights with zeros around each row: contiguous [channel][i][tap], channels_last [i][tap][channel] with an odd
+// pitch.
 template <class L, bool kFlipped>
 __device__ __forceinline__ void fill_weights(float* to, const Param& weight, const Tiling& t, int c0,
                                              int64_t channels) {
@@ -131,7 +133,7 @@ __device__ __forceinline__ void fill_weights(float* to, const Param& weight, con
   }
 }
 
-// acc[r][q] = sum over taps; `row` is the first row of this thread's window, `weights` its channel's.
+// acc[r][q] = sum over the taps. `row` is the first row of this thread's window, `weights` are those of its channel.
 template <class L>
 __device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const float* row, int across,
                                          const float* weights, const Tiling& t) {
@@ -176,7 +178,7 @@ __device__ __forceinline__ void convolve(float (&acc)[kRows][kColumns], const fl
   }
 }
 
-// Sum of f(r, q) over a patch, in pairs: a chain of additions of small values to a large one would round alike 31
+// Sum of f(r, q) over a patch, added in pairs: a chain that adds small values to a large one would round alike 31
 // times.
 template <class F>
 __device__ __forceinline__ float patch_sum(const F& f) {
@@ -188,8 +190,8 @@ __device__ __forceinline__ float patch_sum(const F& f) {
   return (rows[0] + rows[1]) + (rows[2] + rows[3]);
 }
 
-// Sum of v over the threads of a channel, in a fixed order: `count` threads, this one is number `index` at `at`, others
-// `stride` apart.
+// Sum of v over the `count` threads of a channel, in a fixed order. This thread is number `index` and has its place at
+// `at`; the places of the others are `stride` apart.
 __device__ __forceinline__ float channel_sum(float v, float* scratch, int at, int stride, int index, int count) {
   int reach = 1;
   while (reach < count) reach *= 2;
@@ -203,7 +205,7 @@ __device__ __forceinline__ float channel_sum(float v, float* scratch, int at, in
   return scratch[index < count ? at - index * stride : 0];
 }
 
-// Where a thread's patch lies.
+// The place of a thread's patch.
 struct Patch {
   int across, down, image, channel;  // within the block
   int slot;                          // of the slots of its channel
@@ -281,22 +283,20 @@ struct Position {
   }
 };
 
-// ---- Inf and NaN: the zeros around a filter's rows multiply the neighbours of its taps
-// -------------------------------
-
+// Inf and NaN: the zeros around a filter's rows multiply the neighbours of its taps, and 0 * Inf is NaN.
 template <class L>
 __device__ __forceinline__ bool has_zeros(const Tiling& t) {
   return t.filter.kw != (L::kChunked ? static_cast<int>(t.by_row.divisor) : L::kTaps);
 }
-// trace + 0 * v: turns and stays NaN where a value is not finite.
+// trace + 0 * v: becomes NaN, and stays NaN, once a value is not finite.
 __device__ __forceinline__ float trace_finite(float trace, const float (&v)[kColumns]) {
 #pragma unroll
   for (int q = 0; q < kColumns; ++q) trace = fmaf(0.f, v[q], trace);
   return trace;
 }
 
-// Settles the thread's stored values of `out` that are NaN: f(sum of the filter's own taps, the patch's row and column,
-// the value's place). It finds everything again: the kernels have no register to keep for it.
+// Computes the thread's stored values of `out` that are NaN again, by f(sum of the filter's own taps, row and column in
+// the patch, place of the value). It recomputes every index: the kernels have no registers to keep them in.
 template <class T, class L, class F>
 __device__ __forceinline__ void settle_nan(T* out, const Shape& s, const Tiling& t, const float* weights, const F& f) {
   constexpr int kTap = L::kChannelsLast ? L::kLanes + 1 : 1;
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(L::kThreads, kBlocks<L>)
       trace = trace_finite(trace, acc[r]);
     }
   }
-  // the statistics are not settled: where a product is NaN, so is a value of the channel, or it is infinite
+  // the statistics need no second look: if a product is NaN, the channel has a value that is NaN or infinite
   if (trace != trace && has_zeros<L>(t)) settle_forward<T, L>(p, t, weights);
   dispatch_activation(p.activation, [&](auto act) {
 #pragma unroll

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Tiles of float32 in shared memory for the depthwise FMA kernels: their geometry, how they are filled, how a thread
-// reads rows.
-//   contiguous:    a tile is rows x columns of some planes; a lane is a position, its reads are LDS.128. The groups of
-//   4 columns
-//                  lie even ones first, then odd ones, so that threads 8 columns apart read neighbouring 16 bytes.
-//   channels_last: a tile is rows x columns x kLanes channels; a lane is a channel, nothing is transposed.
+// Tiles of float32 in shared memory for the depthwise FMA kernels: their geometry, how blocks fill them, how threads
+// read rows.
+//   contiguous     a tile is rows x columns of some planes. A lane is a position and reads by LDS.128. Of the groups of
+//                  4 columns, the even ones lie first, then the odd ones: threads 8 columns apart read neighbouring 16
+//                  bytes
+//   channels_last  a tile is rows x columns x kLanes channels. A lane is a channel; nothing is transposed
 // A thread owns a patch of kRows x kColumns outputs (forward, input gradient) or strips of kColumns columns (weight
 // gradient).
 #pragma once
@@ -22,8 +22,8 @@ namespace convmixer::fma {
 constexpr int kRows = 4;
 constexpr int kColumns = 8;
 
-// kTaps: taps of a row that a thread applies at once; 4 stands for any number of such chunks, others for one chunk of
-// rows up to kTaps.
+// kTaps: the taps of a row that a thread applies at once. 4 takes rows of any length, in chunks of 4; other values take
+// rows of up to kTaps taps, in one chunk.
 template <bool kLast, int kTaps_>
 struct Layout {
   static constexpr bool kChannelsLast = kLast;
@@ -32,10 +32,10 @@ struct Layout {
   static constexpr int kThreads = kLast ? 256 : 128;
   static constexpr int kLanes = !kLast ? 1 : kChunked ? 8 : 32;  // channels side by side
   static constexpr int kSlots = kThreads / kLanes;
-  // Floats from an even group of 4 columns to the next even one. 72, not 64: positions 8 columns apart meet in one
-  // warp.
+  // Floats from an even group of 4 columns to the next even one. 72, not 64: a warp has positions 8 columns apart,
+  // which would share a bank.
   static constexpr int kPair = !kLast ? 4 : kChunked ? 72 : 8 * kLanes;
-  // Columns of the window before the first tap of the first output, which make the window start at a multiple of 4.
+  // Columns of the window before the first tap of the first output: with them the window starts at a multiple of 4.
   static constexpr int kShift = kLast || kChunked ? 0 : (4 - (kTaps - 1) / 2 % 4) % 4;
   static constexpr int kUsed = kColumns + kTaps - 1;
   static constexpr int kGroups = (kShift + kUsed + 3) / 4;
@@ -44,7 +44,7 @@ struct Layout {
   static_assert(kTaps <= 9, "padding of one chunk is at most 4");
 };
 
-// The filter's place: padding above and left of the image, and zeros before the taps of each row in shared memory.
+// Where the filter lies: padding above and left of the image, and zeros before the taps of each row in shared memory.
 struct Filter {
   int kh, kw, top, pad, front, chunks;
 };
@@ -67,12 +67,12 @@ Filter filter_of(int kh, int kw, bool flipped) {
   return f;
 }
 
-// Rows and columns of a tile and its place in shared memory, in floats: a row is `pitch`, a plane `plane` apart.
+// Rows and columns of a tile and its layout in shared memory: rows are `pitch` floats apart, planes `plane` floats.
 struct Box {
   int rows, columns, pitch, plane, odd;
 };
 
-// `neighbours`: threads side by side in a row, each 8 columns further; the next thread is in the next plane.
+// `neighbours`: the threads side by side in a row, each 8 columns further. The thread after them is in the next plane.
 template <class L>
 Box box_of(int rows, int columns, int neighbours) {
   const int groups = (columns + 3) / 4, pairs = (groups + 1) / 2;
@@ -104,18 +104,19 @@ __device__ __forceinline__ int column_offset(const Box& box, int column) {
   return (column >> 3) * L::kPair + (column & 4 ? box.odd : 0) + (column & 3) * L::kLanes;
 }
 
-// An address and the way from its group of 4 columns to the next: together they reach every column of a window.
+// An address and the distance from its group of 4 columns to the next: together they reach every column of a window.
 struct Cursor {
   const float* at;
   int odd;
 };
-// Of patch `across` in a row, `group` groups further. The odd way is the same for all threads.
+// The cursor of patch `across` in a row, `group` groups further. The distance of odd groups is the same for all
+// threads.
 template <class L>
 __device__ __forceinline__ Cursor cursor(const float* row, const Box& box, int across, int group) {
   const bool flipped = group & 1;
   return {row + (across + (group >> 1)) * L::kPair + (flipped ? box.odd : 0), flipped ? L::kPair - box.odd : box.odd};
 }
-// Columns [0, N) from the cursor; for contiguous tiles N is a multiple of 4.
+// Reads columns [0, N) from the cursor; for contiguous tiles N is a multiple of 4.
 template <class L, int N>
 __device__ __forceinline__ void read_row(float (&row)[N], const Cursor& from) {
   if constexpr (L::kChannelsLast) {
@@ -131,7 +132,7 @@ __device__ __forceinline__ void read_row(float (&row)[N], const Cursor& from) {
   }
 }
 
-// ---- global memory: 4 neighbours, columns (contiguous) or channels (channels_last) ---------------------------------
+// Access to global memory by 4 neighbours: columns (contiguous) or channels (channels_last).
 
 struct Four {
   float v[4];
@@ -192,8 +193,8 @@ bool vectors(const Shape& s, std::initializer_list<const void*> tensors) {
   return ok;
 }
 
-// x itself. float32 is copied asynchronously, by 16 bytes or, where rows are off them, by 4: a float is always aligned,
-// and moving spans to their places (spans.cuh) would load and store once more what four short copies bring at once.
+// x itself. float32 is copied asynchronously, by 16 bytes or, if rows are not aligned to that, by 4: a float is always
+// aligned, and spans (spans.cuh) would need one more load and store to reach their places.
 template <class T>
 struct InputSource {
   static constexpr bool kAsync = sizeof(T) == 4;
@@ -214,9 +215,9 @@ struct InputSource {
 };
 
 // Per-channel constants of da = (offset + scale * dy + slope * (act(a) - mean)) * act'(a), in this order: x offset, y
-// mean, z slope, w scale. dy is scaled before the offset meets it: the difference of dy and a constant would round
-// alike for all dy of a binade, an error that grows with the number of elements in every sum of da. The square root is
-// the exact one: rsqrtf's 2 ulp would be the same in every element.
+// mean, z slope, w scale. dy is scaled before the offset is added: the difference of dy and a constant would round
+// alike for all dy of a binade, and in sums of da that error would grow with the number of elements. The square root is
+// exact: rsqrtf's error of 2 ulp would be the same in every element.
 __device__ __forceinline__ float4 gradient_constants(const Norm& norm, const Sums& sums, int64_t c, float count) {
   if (!norm.present) return make_float4(0.f, 0.f, 0.f, 1.f);
   const float rstd = 1.f / sqrtf(load_param(norm.var, c) + norm.eps);
@@ -268,7 +269,7 @@ struct GradientSource {
   }
 };
 
-// A source that adds up what the thread brings in. With 4 loads in flight the weight gradient spills on sm_80.
+// A source that adds up the values that the thread copies. With 4 loads in flight the weight gradient spills on sm_80.
 template <class Source>
 struct Summed : Source {
   static constexpr int kBatch = 2;
@@ -281,9 +282,6 @@ struct Summed : Source {
   }
 };
 
-// ---- filling
-// ---------------------------------------------------------------------------------------------------------
-
 // Where a tile lies: column and row of its corner (outside the image in the padding), first image and channel, planes.
 struct Place {
   int y, x;
@@ -291,14 +289,14 @@ struct Place {
   int images, channels;  // planes of the tile: image fastest; channels_last: kLanes channels
 };
 
-// a = q * b + r; no division where a < b, the common case
+// a = q * b + r, without a division if a < b, the common case
 __device__ __forceinline__ void split(int a, int b, int& q, int& r) {
   q = 0, r = a;
   if (a >= b) q = a / b, r = a - q * b;
 }
 
-// Fills the tile; zeros outside the image and in planes beyond the tensor. Ends before the barrier that the reader
-// needs.
+// Fills the tile, with zeros outside the image and in planes beyond the tensor. The caller must synchronise before it
+// reads.
 template <class L, class Source>
 __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& at, const Shape& shape, Source& source) {
   constexpr bool kLast = L::kChannelsLast;
@@ -372,10 +370,8 @@ __device__ __forceinline__ void fill(float* tile, const Box& box, const Place& a
   }
 }
 
-// ---- host ----------------------------------------------------------------------------------------------------------
-
-// Calls f(T(), Layout()) for a shape and a filter. Tensor cores serve the common 16-bit cases: the rest makes do with
-// chunks.
+// On the host: calls f(T(), Layout()) for a shape and a filter. Tensor cores take the common 16-bit cases; the others
+// use the layout with chunks.
 template <class T, class F>
 int dispatch_layout(const Shape& s, int kh, int kw, F&& f) {
   const auto layout = [&](auto last) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left] and db[c] = sum of da, in
-// float32 arithmetic: float32 tensors, contiguous and channels_last, any kernel. A block walks tiles of some
-// channels' images, x with its halo and da in shared memory, each read once. A thread owns a strip of 8 columns and
-// kFilterRows x kTaps taps in registers: going down it keeps kFilterRows rows of da and reads one row of x, 8 and 16
-// floats for 8 kFilterRows kTaps FMAs (216 for k = 9). At its end the block adds up its threads in order and leaves one
-// partial; a second launch adds up the partials in order. Bound: FMAs, 81 an element for k = 9; shared memory takes
-// half as long.
+// The depthwise weight gradient in float32 arithmetic, for float32 tensors, contiguous and channels_last, any kernel:
+//   dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left],  db[c] = sum of da
+// A block walks tiles of the images of some channels: x with its halo and da lie in shared memory and are read from
+// memory once. A thread owns a strip of 8 columns and holds kFilterRows x kTaps taps in registers. On its way down it
+// keeps kFilterRows rows of da and reads one row of x: 8 and 16 floats for 8 kFilterRows kTaps FMAs (216 for k = 9). At
+// the end the block adds up its threads in order and leaves one partial; a second launch adds up the partials in order.
+// Bound: FMAs, 81 an element for k = 9. Shared memory takes half as long.
 #include "depthwise_fma.cuh"
 
 namespace convmixer {
@@ -17,13 +17,13 @@ template <class L>
 constexpr int kFilterRows = L::kTaps == 5                  ? 5
                             : L::kTaps == 7 || L::kChunked ? 4
                                                            : 3;
-// Up to 168 registers: 3 blocks of 128 or 2 of 192 threads on a multiprocessor.
+// With up to 168 registers a multiprocessor runs 3 blocks of 128 or 2 of 192 threads.
 template <class L>
 constexpr int kThreads = L::kChannelsLast ? 192 : 128;
 template <class L>
 constexpr int kSlots = kThreads<L> / L::kLanes;
 
-// Units of a part: a thread adds as many sums, each of at most a few hundred values, in float32.
+// Most units of a part. A thread adds that many sums in float32, each of at most a few hundred values.
 constexpr int64_t kLongest = 32;
 
 struct Tiling {
@@ -79,7 +79,7 @@ Tiling tiling_of(const Shape& s, int kh, int kw) {
           }
           if (static_cast<int64_t>(t.shared) > limit) continue;
           fits = true;
-          // in FMAs: the taps with 12 for each row's reads, 25 for each element brought into shared memory
+          // the cost in FMAs: the taps, 12 for the reads of a row, 25 for each element copied to shared memory
           const double cost = static_cast<double>(t.units()) *
                               (static_cast<double>(t.threads) * t.strip_rows *
                                    (kColumns * kRowsOfFilter * L::kTaps + 12. * kRowsOfFilter) +
@@ -91,8 +91,8 @@ Tiling tiling_of(const Shape& s, int kh, int kw) {
     }
     if (best.threads != 0) break;
   }
-  // sixteen blocks a multiprocessor: several rounds of those that run at once; and no part so long that its float32
-  // sums would lose what the double sum of the parts keeps
+  // sixteen blocks a multiprocessor make several rounds of those that run at once; and no part is so long that its
+  // float32 sums lose what the double sum of the parts keeps
   const int64_t blocks = static_cast<int64_t>(best.channel_groups) * best.splits;
   const int64_t wanted = std::max(ceil_div(16 * multiprocessor_count(), blocks), ceil_div(best.units(), kLongest));
   best.parts = static_cast<int>(std::max<int64_t>(1, std::min(best.units(), wanted)));
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
   InputSource<T> x{static_cast<const T*>(p.x), vector};
   Summed<GradientSource<T, L::kChannelsLast>> da{
       {static_cast<const T*>(p.dy), static_cast<const T*>(p.a), constants, p.activation, p.sums.dy != nullptr, vector}};
-  // Row o: each thread's sum for its tap o; then 4 rows for the bias. In shared memory, so that filling needs few
-  // registers, and sums of units, so that no sum is long.
+  // Row o holds each thread's sum for its tap o; 4 rows for the bias follow. The sums are in shared memory, so that
+  // filling needs few registers, and each is of one unit at a time, so that no sum is long.
   float* const sums = da_tile + t.images * t.da.plane;
   const int pitch = blockDim.x + 1;
 #pragma unroll
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads<L>, 384 / kThreads<L>)
     if (c0 + channel >= s.c) continue;
     double sum = 0.;
     if constexpr (L::kChannelsLast) {
-      // a thread fills the same 4 channels throughout
+      // a thread always fills the same 4 channels
       for (int m = channel / 4; m < static_cast<int>(blockDim.x); m += L::kLanes / 4)
         sum += sums[(kOwned + channel % 4) * pitch + m];
     } else {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// y = norm(act(conv(x) + bias)) (+ x) in one launch, or a = conv(x) + bias with the statistics of act(a) (kernels.h).
-// 16-bit tensors: tensor cores (depthwise_mma.cuh); float32, and what does not fit, FMA units (depthwise_fma.cu).
+// y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with the statistics of act(a) (kernels.h), in one launch:
+// on tensor cores for 16-bit tensors (depthwise_mma.cuh), on FMA units for float32 and if that does not fit
+// (depthwise_fma.cu).
 #include "depthwise_mma_launch.cuh"
 
 namespace convmixer {

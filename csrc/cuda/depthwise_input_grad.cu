@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// dx = correlate(da, flipped weight) (+ dy) with da from dy, a and the statistics' gradients (kernels.h), in one
-// launch. 16-bit tensors: tensor cores (depthwise_mma.cuh); float32, and what does not fit, FMA units
+// dx = correlate(da, flipped weight) (+ dy), with da from dy, a and the statistics' gradients (kernels.h), in one
+// launch: on tensor cores for 16-bit tensors (depthwise_mma.cuh), on FMA units for float32 and if that does not fit
 // (depthwise_fma.cu).
 #include "depthwise_mma_launch.cuh"
 

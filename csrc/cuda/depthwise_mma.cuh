@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
-// Depthwise convolution on tensor cores, the engine of depthwise_forward.cu and depthwise_input_grad.cu. For each
-// kernel row i, 16 x 8 outputs are D += A_i T_i: A_i 16 rows of the input tile, T_i[p][q] = w[i][p - q - (8 S - 4 -
-// left)] banded. Output columns [8 t - 4, 8 t + 3] need the aligned blocks of 8 columns t - S .. t + S - 1 (S = 1, 2, 3
-// for kw <= 9, 25, 41): 16-byte copies land, without a column halo. A row of A is any row of any image: small images
-// share a block. SINGLE (W <= 32): the half tiles at both edges are one; its left half takes the last blocks, its right
-// half the first. Contiguous: a block of 4 warps owns a channel, a warp 16 rows x 8 NT columns at a time; 3 stages of
-// asynchronous copies. channels_last: a warp owns 1 or 2 channels; 8x8 transposes in registers lead to per-channel
-// planes and back. Bound: HBM, 305 cycles of an H100 SM for x + y of a 32x32 plane, where one instruction an output
-// is 8. By the sm_90a SASS at 32x32, k = 9, GELU: eval 30 an output (convolution 7, GELU and affine 9, residual 2, pack
-// and stage 2, store 4, copies and the rest 6), input gradient 42 (da 24).
+// Depthwise convolution on tensor cores, the engine of depthwise_forward.cu and depthwise_input_grad.cu.
+// For each kernel row i, 16 x 8 outputs are D += A_i T_i. A_i is 16 rows of the input tile, of any images: small images
+// share a block. T_i is a band: T_i[p][q] = w[i][p - q - (8 S - 4 - left)]. Output columns [8 t - 4, 8 t + 3] need the
+// blocks of 8 columns t - S .. t + S - 1 (S = 1, 2, 3 for kw <= 9, 25, 41), which are aligned for 16-byte copies and
+// need no column halo. SINGLE (W <= 32): one tile holds the half tiles of both edges; its left half takes the last
+// blocks, its right half the first.
+// Contiguous: a block of 4 warps owns a channel, a warp 16 rows x 8 NT columns at a time; 3 stages of asynchronous
+// copies. channels_last: a warp owns 1 or 2 channels; 8x8 transposes in registers make per-channel planes and undo
+// them. Bound: HBM, 305 cycles of an H100 SM for x and y of a 32x32 plane; one instruction an output takes 8 cycles. By
+// the sm_90a SASS at 32x32, k = 9, GELU, eval takes 30 an output (convolution 7, GELU and affine 9, residual 2, pack
+// and stage 2, store 4, copies and the rest 6), the input gradient 42 (da 24).
 #pragma once
 #include "../math.h"
 #include "device.cuh"
@@ -18,8 +19,9 @@ namespace mma {
 
 constexpr int kStages = 3;
 
-// ptxas keeps the contiguous kernel's largest form without spills from sm_90 on where rare work is called and an item's
-// position is kept, before sm_90 where the one is inline, the other found again, and a block has 128 registers.
+// The largest form of the contiguous kernel has no spills (ptxas) from sm_90 on if rare work is a call and the position
+// of an item is kept; before sm_90, if rare work is inline, the position is computed again, and a thread has 128
+// registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kFromSm90 = false;
 #define CONVMIXER_RARELY __forceinline__
@@ -28,7 +30,7 @@ constexpr bool kFromSm90 = true;
 #define CONVMIXER_RARELY __noinline__
 #endif
 
-// How a launch cuts its tensor; made by make_plan (depthwise_mma_launch.cuh), read by every thread.
+// How a launch cuts its tensor. make_plan (depthwise_mma_launch.cuh) makes it, every thread reads it.
 struct Plan {
   int n, c, h, w, kh, kw, top, left;   // top, left: padding of this pass (exchanged in the input gradient)
   int rows, images;                    // an item's output rows per image, and images
@@ -45,7 +47,7 @@ struct Plan {
   int64_t total;                  // values of the tensor
   int64_t item_step, plane_step;  // contiguous: bytes from an item's first plane to the next item's; of a plane
   int table_bytes;                // weights of one channel
-  int pieces;                     // 16-byte pieces of an item where every item is laid out alike, else 0
+  int pieces;                     // 16-byte pieces of an item if all items are laid out alike, else 0
   int items, splits;              // items per channel (group), and the most blocks that share them
   int64_t run;                    // contiguous: items of a block
   int strips, groups;             // 16-row strips and column groups of NT tiles of an item
@@ -57,7 +59,7 @@ struct Plan {
 struct Args {
   Plan plan;
   const void* x;  // (N, C, H, W) forward: x, input gradient: dy
-  const void* a;  // (N, C, H, W) input gradient: a, or null where da = dy
+  const void* a;  // (N, C, H, W) input gradient: a, or null if da = dy
   void* y;        // (N, C, H, W)
   Param weight;   // (C, 1, kH, kW)
   Param bias;     // (C)
@@ -68,7 +70,7 @@ struct Args {
   float* partials;  // (C, splits, 3)
 };
 
-// What a thread knows of its channel. Forward: y = act(v) * scale + shift; input gradient:
+// The constants of a channel. Forward: y = act(v) * scale + shift. Input gradient:
 // da = (scale * dy + shift + slope * act(a)) * act'(a).
 struct Affine {
   float bias, scale, shift, slope;
@@ -113,7 +115,7 @@ __device__ __forceinline__ uint32_t trace_finite16(uint32_t trace, uint4 v) {
   return trace_finite<T>(trace_finite<T>(trace_finite<T>(trace_finite<T>(trace, v.x), v.y), v.z), v.w);
 }
 
-// Position of an item: first image, first output row, first column of its tile 0 plus 4.
+// The position of an item: its first image, its first output row, the first column of its tile 0 plus 4.
 struct Item {
   int image, row, column;
 };
@@ -125,7 +127,7 @@ __device__ __forceinline__ Item locate(const Plan& plan, int item) {
           static_cast<int>(column_tile) * plan.tiles * 8};
 }
 
-// One output by the definition.
+// One output, computed by the definition.
 template <class T, bool GRAD, bool CL>
 __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, int x) {
   const Plan& q = p.plan;
@@ -161,10 +163,10 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
   return p.residual ? sum + at(p.x, y, x) : sum;
 }
 
-// Toeplitz matrices multiply a value also by zeros, so that one Inf or NaN spoils up to 16 S columns, the fast
-// activations turn Inf into NaN, and grad_through_block multiplies an infinite act(a) by a slope of 0. So the threads
-// look through the outputs of channel c, items first, first + step, ... below end, for NaN again and settle each one by
-// the definition; called only where a thread saw an output that is not finite.
+// Recomputes by the definition each output of channel c that is NaN, in items first, first + step, ... below end.
+// Called only if a thread saw an output that is not finite. An Inf or NaN in the input may spoil other outputs:
+// Toeplitz matrices multiply it by zeros in up to 16 S columns, the fast activations turn Inf into NaN, and
+// grad_through_block multiplies an infinite act(a) by a slope of 0.
 template <class T, bool GRAD, bool CL>
 __device__ CONVMIXER_RARELY void settle_nan(const Args& p, int c, int first, int end, int step, int lane, int lanes) {
   const Plan& q = p.plan;
@@ -184,8 +186,8 @@ __device__ CONVMIXER_RARELY void settle_nan(const Args& p, int c, int first, int
   }
 }
 
-// The weights of channel c as two tables of rows of 16 S + 8 values, the second shifted by one: the pair of T_i at
-// (p, q), (p + 1, q) is one aligned word, at index p - q + 7 of the first or the second by its parity.
+// The weights of channel c as two tables of rows of 16 S + 8 values, the second shifted by one. The pair of T_i at
+// (p, q), (p + 1, q) is one aligned word at index p - q + 7, of the table that has the right parity.
 template <class T, bool GRAD, int S>
 __device__ void build_table(T* table, const Args& p, int c, int rows, int lane, int lanes) {
   constexpr int length = 16 * S + 8;
@@ -211,14 +213,14 @@ __device__ __forceinline__ void load_toeplitz(uint32_t (&b)[2 * S], const T* tab
   for (int f = 0; f < 2 * S; ++f) b[f] = *reinterpret_cast<const uint32_t*>(pair + 8 * f);
 }
 
-// ---- a unit: 16 rows x NT tiles ------------------------------------------------------------------------------------
+// The functions below compute a unit, which is 16 rows x NT tiles.
 
 template <class T, int S, int NT, bool SINGLE>
 struct Unit {
   static constexpr int blocks = SINGLE ? NT : NT + 2 * S - 1;
   uint32_t quad[(blocks + 1) / 2][4];
 
-  // `address` is this lane's: row lane % 16 of the strip, block lane / 16.
+  // `address` is of this lane's row: row lane % 16 of the strip, block lane / 16.
   __device__ __forceinline__ void load(const unsigned char* address) {
 #pragma unroll
     for (int b = 0; b < blocks; b += 2) {
@@ -232,7 +234,7 @@ struct Unit {
       }
     }
   }
-  // d = c + sum over f in [from, to) of block (first + f) times fragment f; blocks outside of the tile are zero.
+  // d = c + sum over f in [from, to) of block (first + f) times fragment f. Blocks outside the tile are zero.
   template <int N>
   __device__ __forceinline__ void multiply(float (&d)[4], int first, int from, int to, const uint32_t (&b)[N],
                                            const float (&c)[4]) {
@@ -252,8 +254,8 @@ struct Unit {
       fresh = false;
     }
   }
-  // b are the 2 S fragments of a kernel row. SINGLE: acc[0] is the left half (right edge of the image) of tile 0, last
-  // the right half (left edge).
+  // b holds the 2 S fragments of a kernel row. SINGLE: acc[0] is the left half of tile 0 (right edge of the image),
+  // last is its right half (left edge).
   __device__ __forceinline__ void multiply_row(float (&acc)[NT][4], float (&last)[4], const uint32_t (&b)[2 * S]) {
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
@@ -267,7 +269,7 @@ struct Unit {
       }
     }
   }
-  // As multiply_row, into fresh accumulators that start at c.
+  // Like multiply_row, but the accumulators start at c.
   __device__ __forceinline__ void multiply_first_row(float (&acc)[NT][4], float (&last)[4], const uint32_t (&b)[2 * S],
                                                      const float (&c)[4]) {
 #pragma unroll
@@ -282,7 +284,7 @@ struct Unit {
       }
     }
   }
-  // acc += the input at the outputs' own positions, through the identity matrix.
+  // acc += the input at the positions of the outputs, by a product with the identity matrix.
   __device__ __forceinline__ void add_identity(float (&acc)[NT][4], int lane) {
     const int g = lane >> 2, t = lane & 3;
     const uint32_t lo = bit_cast<uint16_t>(from_float<T>(1.f)), hi = lo << 16;
@@ -339,7 +341,7 @@ __device__ __forceinline__ void convolve(float (&acc)[NT][4], const unsigned cha
   }
 }
 
-// act and affine of one unit's values in place.
+// Applies activation and affine map to one unit's values, in place.
 template <int NT>
 __device__ __forceinline__ void apply_block(float (&acc)[NT][4], const Affine& k, int act) {
   dispatch_activation(act, [&](auto code) {
@@ -350,8 +352,9 @@ __device__ __forceinline__ void apply_block(float (&acc)[NT][4], const Affine& k
   });
 }
 
-// Adds a unit's values, rounded as they are stored, to the thread's moments: their own mean and M2 first, then Chan's
-// merge. words[j][i] holds the pair acc[j][2 i], acc[j][2 i + 1]; bit 4 j + 2 i + e of `valid` says that it counts.
+// Adds a unit's values, rounded as they are stored, to the thread's moments: computes their own mean and M2, then
+// merges by Chan's formula. words[j][i] holds the pair acc[j][2 i], acc[j][2 i + 1]; a value counts if bit 4 j + 2 i +
+// e of `valid` is set.
 template <class T, int NT>
 __device__ __forceinline__ void add_moments(Moments& total, const uint32_t (&words)[NT][2], bool all, uint32_t valid,
                                             int act) {

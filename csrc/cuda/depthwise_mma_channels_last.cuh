@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The channels_last (N, H, W, C) kernel of depthwise_mma.cuh. A block of 8 warps owns G channels, G / 8 a warp, and the
 // items blockIdx.y, blockIdx.y + splits, ... A thread copies 8 pixels of 8 channels (16 bytes each) asynchronously to a
-// raw stage, transposes them in registers once they are there (the input gradient also reads a, which the copies have
-// brought into L2, and turns both into da on the way)
-// and writes 16 bytes of each of 8 channel planes; the next item's copies fly while this one is computed. A warp writes
-// its outputs over the rows of its plane that it no longer needs; the inverse transpose leads to 16-byte stores.
+// raw stage, transposes them in registers and writes 16 bytes to each of 8 channel planes. The input gradient also
+// reads a, which the copies have brought into L2, and computes da before it writes. The copies of the next item run
+// while this one is computed. A warp writes its outputs over rows of its plane that it no longer needs; the inverse
+// transpose makes 16-byte stores of them.
 #pragma once
 #include "depthwise_mma.cuh"
 
@@ -13,17 +13,17 @@ namespace mma {
 
 constexpr int kChannelsLastWarps = 8;
 
-// Eight pixels x eight channels of an item's input tile.
+// Eight pixels x eight channels of the input tile of an item.
 struct Octet {
   int plane, raw;  // byte offsets: in a channel's plane; of pixel 0 in the raw stage
   int64_t index;   // of pixel 0's first channel
   int channel;     // first channel within the block
-  int from, to;    // pixels inside of the image; empty where from >= to
+  int from, to;    // pixels inside of the image; none if from >= to
 };
 
 template <int G, int S, bool SINGLE, class F>
 __device__ __forceinline__ void for_each_octet(const Plan& plan, const Item& item, int c0, F&& f) {
-  // rows outside of [row_lo, row_lo + row_count) lie outside of the image
+  // rows outside [row_lo, row_lo + row_count) are outside the image
   const int total = plan.images * plan.tile_rows * plan.chunks * (G / 8);
   for (int q = threadIdx.x; q < total; q += 32 * kChannelsLastWarps) {
     uint32_t chunk, row;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_octet(unsigned char* raw, const T* from, co
   }
 }
 
-// Value by value from memory to the octet's place, as 8 pixels of each channel.
+// Copies value by value from memory to the octet's place, as 8 pixels of each channel.
 template <class T, int G>
 __device__ __forceinline__ void copy_transposed(unsigned char* to, const T* from, const Octet& o, int channels,
                                                 int pitch) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_octet(uint4 (&v)[8], const unsigned char* p
   transpose8(v);
 }
 
-// Values [from, to) of 8; the others become zero.
+// Keeps values [from, to) of 8; the others become zero.
 __device__ __forceinline__ uint4 keep_range(uint4 v, int from, int to) {
   const auto keep = [from, to](uint32_t w, int i) {
     return (i >= from && i < to ? w & 0xffffu : 0u) | (i + 1 >= from && i + 1 < to ? w & 0xffff0000u : 0u);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kChannelsLastWarps, 2) channels_last_kern
   unsigned char* const raw = planes + G * plan.tile_bytes;
   unsigned char* const tables = raw + plan.raw_bytes;
   Affine* const affines = reinterpret_cast<Affine*>(tables + G * plan.table_bytes);
-  // training: the moments of each lane of each channel
+  // training: each lane's moments of each channel
   Moments* const moments_of_lanes = reinterpret_cast<Moments*>(affines + G);
   const bool trains = !GRAD && p.partials != nullptr;
 

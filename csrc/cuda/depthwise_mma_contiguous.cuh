@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 // The contiguous (N, C, H, W) kernel of depthwise_mma.cuh. An item is some images of a channel, or a band of rows and
-// columns of one. As many blocks of 4 warps as run at once cut the items of all channels, channel by channel, into even
-// runs: a block that starts anew every 8 items costs a fifth of the time (H100). Three stages of the input tile: two in
-// flight while one is computed, into the next channel too; one barrier an item. The input gradient turns dy and a into
-// da in place, each thread the 16-byte pieces that it copied itself. Outputs go through a strip of shared memory to
-// 16-byte stores. W % 8 != 0, W even: the same tile, by copies and stores of 8 or 4 bytes. W odd: spans (spans.cuh),
-// two stages of them in flight, and one tile, to which a second barrier an item leads; neighbouring lanes store
-// neighbouring values. Even W stay with short copies: four of 4 bytes cost 16 instructions a piece, a span's way 35.
+// columns of one image. The grid has as many blocks of 4 warps as run at once. Each takes an equal run of the items of
+// all channels, channel by channel: starting a block anew every 8 items costs a fifth of the time (H100).
+// There are three stages of the input tile: two are being copied while one is computed, also across channels, with one
+// barrier an item. In the input gradient each thread turns dy and a into da in place, in the 16-byte pieces that it
+// copied. Outputs go through a strip of shared memory and are stored by 16 bytes.
+// If W is even but no multiple of 8, copies and stores have 8 or 4 bytes: four copies of 4 bytes cost 16 instructions a
+// piece, a span 35. If W is odd, spans (spans.cuh) are copied, in two stages, and then moved to one tile, which needs a
+// second barrier an item; neighbouring lanes store neighbouring values.
 #pragma once
 #include "depthwise_mma.cuh"
 #include "spans.cuh"
@@ -17,14 +18,14 @@ namespace mma {
 constexpr int kContiguousWarps = 4;
 constexpr int kSpanStages = kStages - 1;
 
-// Blocks of a multiprocessor that registers are held down for.
+// Blocks on a multiprocessor for which registers are limited.
 __host__ __device__ constexpr int contiguous_blocks(bool grad, int kernel_rows, bool from_sm_90) {
   return !grad && kernel_rows == 9 && from_sm_90 ? 5 : 4;
 }
 
 __host__ __device__ constexpr int round_up_to(int a, int b) { return (a + b - 1) / b * b; }
 
-// Bytes of a warp's output strip, 16 rows; the rows' pitch is an odd number of 16-byte pieces: no bank conflicts.
+// A warp's output strip of 16 rows. Its pitch is an odd number of 16-byte pieces, which avoids bank conflicts.
 template <int NT, bool SINGLE>
 struct OutputStrip {
   static constexpr int pieces = SINGLE ? NT : NT + 1;  // 16-byte pieces at multiples of 8 columns
@@ -32,13 +33,13 @@ struct OutputStrip {
   static constexpr int bytes = 16 * pitch;
 };
 
-// 16 bytes of an item's input, the same for every item where plan.pieces > 0: its image (8 bits), how many of the 8
-// values lie in the image (8 bits) and its place in the stage (16 bits); and its distance from the item's first plane
-// in bytes.
+// 16 bytes of an item's input. `place`: its image (8 bits), how many of its 8 values lie in the image (8 bits), its
+// place in the stage (16 bits). `distance`: bytes from the item's first plane. If plan.pieces > 0 they are the same for
+// every item.
 struct alignas(8) Piece {
   uint32_t place, distance;
 };
-// Pieces whose place is below this belong to the first `images` images.
+// The pieces of the first `images` images have a place below this.
 __device__ __forceinline__ uint32_t place_limit(int images) {
   return images > 255 ? 0xffffffffu : static_cast<uint32_t>(images) << 24;
 }
@@ -97,12 +98,10 @@ __device__ __forceinline__ void copy_piece(unsigned char* to, const T* from, int
   }
 }
 
-// ---- spans: W is odd ---------------------------------------------------------------------------------------------
-
-// A span of an item: all its rows of one image or, where it is a tile of columns, its part of one row.
+// For odd W, a span of an item: all its rows of one image or, if it is a tile of columns, its part of one row.
 struct Span {
   int64_t start;  // element
-  int length;     // 0: outside of the tensor
+  int length;     // 0: outside the tensor
 };
 template <int S, bool SINGLE>
 __device__ __forceinline__ Span span_of(const Plan& plan, const Item& item, int c, int index) {
@@ -129,7 +128,7 @@ __device__ __forceinline__ void copy_spans(const Plan& plan, const Item& item, i
   }
 }
 
-// From the spans to the tiles: x (dy) and, in the input gradient, da behind it.
+// Moves values from the spans to the tiles: x (dy) and, in the input gradient, da behind it.
 template <class T, int S, bool SINGLE>
 __device__ __forceinline__ void place_spans(const Plan& plan, const Item& item, int c, const unsigned char* raw,
                                             const unsigned char* raw_a, unsigned char* x_tile, unsigned char* da_tile,
@@ -164,9 +163,7 @@ __device__ __forceinline__ void place_spans(const Plan& plan, const Item& item, 
   }
 }
 
-// ---- stores --------------------------------------------------------------------------------------------------------
-
-// Values [from, to) of 8 staged outputs; both are multiples of the granule.
+// Stores values [from, to) of 8 staged outputs; both are multiples of the granule.
 template <class T>
 __device__ __forceinline__ void store_piece(T* to, uint4 v, int from, int end, int granule) {
   if (granule >= 4) {
@@ -195,13 +192,13 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
   const T* x = static_cast<const T*>(p.x);
   const T* a = static_cast<const T*>(p.a);
   const bool spans = plan.spans > 0;
-  // every item alike and aligned: copies and stores follow the list of pieces
+  // all items are alike and aligned: copies and stores follow the list of pieces
   const bool listed = plan.pieces > 0 && plan.granule == 8;
   unsigned char* const strips = shared + plan.strips_at;
   unsigned char* const strip_out = strips + warp * Strip::bytes;
   Piece* const pieces = reinterpret_cast<Piece*>(strips + kContiguousWarps * Strip::bytes);
   T* const table = reinterpret_cast<T*>(pieces + plan.pieces);
-  // in shared memory, as registers are short
+  // moments are in shared memory: registers are scarce
   const auto moments_of_thread = [&] {
     return reinterpret_cast<Moments*>(reinterpret_cast<unsigned char*>(table) + plan.table_bytes) + threadIdx.x;
   };
@@ -210,16 +207,16 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
   for (int i = 16 * threadIdx.x; i < to_clear; i += 16 * 32 * kContiguousWarps)
     store16(shared + i, make_uint4(0, 0, 0, 0));
   list_pieces<SINGLE>(plan, pieces);
-  // read where it is used: it would take registers from the main loop
+  // each use reads it from shared memory: kept, it would take registers from the main loop
   SHARED_ARRAY(Affine, affine_of_channel, 1);
   const Affine& affine = affine_of_channel[0];
-  // where this lane's pairs of row g go in the strip: tile j at 16 j, but tile 0 of SINGLE is split over both edges
+  // the place of this lane's pairs of row g in the strip: tile j at 16 j, but tile 0 of SINGLE is split over both edges
   uint32_t* const strip_pair = reinterpret_cast<uint32_t*>(strip_out + g * Strip::pitch + 4 * t + (SINGLE ? -8 : 8));
   uint32_t* const strip_pair0 = strip_pair + (SINGLE && t < 2 ? 4 * NT : 0);
-  // the tiles are clear: copies may land
+  // after this barrier the tiles are clear and copies may land
   __syncthreads();
 
-  // where every item is alike: the byte at which its first plane starts
+  // the byte at which an item's first plane starts, if all items are alike
   const auto first_plane = [&](int c, int item) { return item * plan.item_step + c * plan.plane_step; };
   const int64_t a_distance = transforms ? reinterpret_cast<intptr_t>(p.a) - reinterpret_cast<intptr_t>(p.x) : 0;
 
@@ -248,8 +245,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
     }
   };
 
-  // this block's run of items: from item `current` of channel c on, to before item `stop`, counted from channel c's
-  // first
+  // this block's run: the items from `current` to before `stop`, both counted from the first item of channel c
   int c, current, stop;
   {
     const int64_t first = blockIdx.x * plan.run, left = static_cast<int64_t>(plan.c) * plan.items - first;
@@ -257,7 +253,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
     current = static_cast<int>(first - static_cast<int64_t>(c) * plan.items);
     stop = current + static_cast<int>(min(plan.run, left));
   }
-  // the item `ahead` of the current one, in whatever channel
+  // copies the item `ahead` of the current one, which may belong to a later channel
   const auto copy_ahead = [&](int ahead, int stage) {
     if (current + ahead < stop) {
       int channel = c, item = current + ahead;
@@ -271,7 +267,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
   uint32_t trace = 0;
   int stage = 0;
   for (; stop > 0; ++c, current = 0, stop -= plan.items) {
-    // the first copies are on their way; every warp is done with the table of the channel before
+    // the first copies are under way; no warp reads the table of the channel before any more
     build_table<T, GRAD, S>(table, p, c, KH > 0 ? KH : plan.kh, threadIdx.x, 32 * kContiguousWarps);
     if (threadIdx.x == 0) affine_of_channel[0] = load_affine<T, GRAD>(p, c);
     __syncthreads();
@@ -290,7 +286,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
       unsigned char* const tile = x_tile + (transforms ? plan.a_offset : 0);
       cp_async_wait<kStages - 2>();
       if (spans) {
-        // every thread's pieces are there, and every warp is done with the tiles
+        // after this barrier all pieces are there, and every warp is done with the tiles
         __syncthreads();
         const unsigned char* const raw = shared + stage * plan.raw_bytes;
         place_spans<T, S, SINGLE>(plan, here(), c, raw, transforms ? raw + kSpanStages * plan.raw_bytes : nullptr,
@@ -306,7 +302,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
           store16(tile + offset, da);
         });
       }
-      // also: every warp is done with the stage that the next copy fills
+      // this barrier also tells that no warp reads the stage that the next copy fills
       __syncthreads();
       copy_ahead(kStages - 1, spans ? stage : stage == 0 ? kStages - 1 : stage - 1);
 
@@ -375,7 +371,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
         }
         if (spans) {
           const Item item = here();
-          // the strip's columns but the halves that are its neighbours'
+          // the strip's columns, without the halves that belong to its neighbours
           constexpr int kColumns = 8 * NT, kRows = 32 / kColumns;
           const int x = lane % kColumns + (SINGLE ? 0 : item.column + kColumns * static_cast<int>(group) - 4);
 #pragma unroll 4
@@ -428,7 +424,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
       stage = stage == (spans ? kSpanStages : kStages) - 1 ? 0 : stage + 1;
     }
 
-    // every warp is done with the table and the strips
+    // after this barrier no warp reads the table and the strips
     const int64_t before = static_cast<int64_t>(c) * plan.items;
     if (__syncthreads_or(!was_finite<T>(trace))) {
       const int first = static_cast<int>(max(int64_t(0), blockIdx.x * plan.run - before));
@@ -441,7 +437,7 @@ __global__ void __launch_bounds__(32 * kContiguousWarps, contiguous_blocks(GRAD,
       __syncthreads();
       if (threadIdx.x == 0) {
         for (int i = 1; i < kContiguousWarps; ++i) moments = merge(moments, of_warps[i]);
-        // this block's place among those that share the channel; who ends the channel clears the places left over
+        // this block's place among those that share the channel; the one that ends the channel clears unused places
         const int place = static_cast<int>(blockIdx.x - before / plan.run);
         float* const out = p.partials + static_cast<int64_t>(c) * plan.splits * 3;
         for (int i = place; i < (current == plan.items ? plan.splits : place + 1); ++i, moments = {0.f, 0.f, 0.f}) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Host side of depthwise_mma.cuh: how a tensor is cut into items, and which instantiation runs it. The plan depends on
-// the shape, so that the partials' number and the bits of the result do not depend on the GPU, with two exceptions:
-// channels_last takes 16 channels a block (32 bytes a pixel: a whole sector) only where two blocks' shared memory fits,
-// else 8; and a plan that needs more shared memory than the GPU has goes to the FMA kernels.
+// the shape, so that the number of partials and the bits of the result do not depend on the GPU. There are two
+// exceptions: channels_last takes 16 channels a block (32 bytes a pixel, a whole sector) if the shared memory of two
+// blocks fits, else 8; and if a plan needs more shared memory than the GPU has, the FMA kernels run.
 #pragma once
 #include "depthwise_mma_channels_last.cuh"
 #include "depthwise_mma_contiguous.cuh"
@@ -10,14 +10,14 @@
 namespace convmixer {
 namespace mma {
 
-// S: 16-column steps of the window. KH: kernel rows whose Toeplitz fragments live in registers; 0: any number,
-// fragments from shared memory. NT: tiles of 8 columns a warp computes at a time.
+// S: 16-column steps of the window. KH: kernel rows whose Toeplitz fragments are kept in registers; 0: any number of
+// rows, with fragments read from shared memory. NT: tiles of 8 columns that a warp computes at a time.
 struct Variant {
   int s, kh, nt, channels;
   bool single;
 };
 
-// False where no tensor-core kernel fits (float32, shared memory, grid).
+// False if no tensor-core kernel fits (float32, shared memory, grid).
 inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms, Plan& q, Variant& v) {
   if (s.dtype == kFloat32 || kh > 31 || kw > 31 || s.n > 1 << 28 || s.c > 1 << 28) return false;
   q = Plan();
@@ -38,7 +38,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.pitch = 16 * (q.chunks | 1);
   q.groups = q.tiles / v.nt;
 
-  // rows of an item: the whole image where it is small, else a band of a multiple of 16 rows
+  // rows of an item: the whole image if it is small, else a band of a multiple of 16 rows
   const int limit = s.channels_last ? 3328 : 12288;
   const int most = std::max(16, (limit / q.pitch - (kernel_rows - 1)) / 16 * 16);
   q.bands = (s.h + most - 1) / most;
@@ -48,7 +48,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.tile_rows = q.rows + kernel_rows - 1;
   q.plane_bytes = q.tile_rows * q.pitch;
 
-  // images of an item: as few as keep the rows of its strips, and the warps, 90 % busy
+  // images of an item: the fewest that keep the rows of its strips, and the warps, 90 % busy
   const int together = s.channels_last ? 2 : kContiguousWarps;
   q.images = 1;
   double best = 0;
@@ -65,7 +65,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
   q.row_count = whole ? q.rows : q.tile_rows;
   q.chunk_lo = whole && !v.single ? v.s : 0;
   q.chunk_count = whole ? blocks : q.chunks;
-  // every item alike: its 16-byte pieces are listed once
+  // all items are alike: the 16-byte pieces are listed once
   const int64_t reach = int64_t(q.images) * s.c * s.h * s.w;
   q.pieces = whole && !s.channels_last && reach < int64_t(1) << 31 ? q.images * q.row_count * q.chunk_count : 0;
   const int64_t image_groups = (s.n + q.images - 1) / q.images, items = image_groups * q.bands * q.column_tiles;
@@ -106,9 +106,9 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
     const int moments = grad ? 0 : 32 * kContiguousWarps * static_cast<int>(sizeof(Moments));
     q.shared_bytes =
         q.strips_at + kContiguousWarps * strip + q.pieces * static_cast<int>(sizeof(Piece)) + q.table_bytes + moments;
-    // all blocks that run at once, and no more
+    // as many blocks as run at once
     const int64_t memory = shared_of_multiprocessor(), by_memory = memory / (q.shared_bytes + kStaticShared);
-    // with so much memory it is sm_90 or sm_100; with less than sm_80's, memory holds 4 blocks or fewer
+    // with so much memory the GPU is sm_90 or sm_100; with less than sm_80 has, memory fits 4 blocks or fewer
     const int by_registers = contiguous_blocks(grad, v.kh, memory >= 200 * 1024);
     const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(by_registers, by_memory));
     q.run = ceil_div(items * s.c, enough_blocks(multiprocessor_count() * resident));
@@ -125,7 +125,7 @@ inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms
 inline uintptr_t address_bits(const Args& p) {
   return reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.y);
 }
-// How wide the tensors can be accessed: their innermost size and addresses decide.
+// The widest access that the tensors' innermost size and addresses allow.
 inline int widest_access(const Args& p, bool channels_last) {
   const uintptr_t bits = address_bits(p) | 2 * static_cast<uintptr_t>(channels_last ? p.plan.c : p.plan.w);
   return bits % 16 == 0 ? 8 : bits % 8 == 0 ? 4 : bits % 4 == 0 ? 2 : 1;

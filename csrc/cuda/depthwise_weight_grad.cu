@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// dw[c,0,i,j] = sum_{n,y,x} da[n,c,y,x] * xpad[n,c,y+i-top,x+j-left], db[c] = sum da, da from (dy, a) by the backward
-// of activation and batch norm; 16-bit tensors on tensor cores (float32 ones go to depthwise_fma_weight_grad.cu).
-//   contiguous, kernels up to 9x9:  warp_kernel, a warp owns a part of one channel's units (whole images, or tiles)
-//   else, and channels_last:        block_kernel, a block owns 1 to 8 channels and a part of their units
+// The depthwise weight gradient of 16-bit tensors on tensor cores (float32: depthwise_fma_weight_grad.cu):
+//   dw[c,0,i,j] = sum_{n,y,x} da[n,c,y,x] * xpad[n,c,y+i-top,x+j-left],  db[c] = sum da
+// with da from dy and a, by the backward of activation and batch norm.
+//   contiguous, kernels up to 9x9   warp_kernel: a warp owns a part of one channel's units (whole images, or tiles)
+//   all others                      block_kernel: a block owns 1 to 8 channels and a part of their units
 // Both leave float32 parts of dw and db in the workspace, which reduce_parts adds in order. x, dy and a are read once.
-// Bound: HBM, 459 cycles a 32x32 plane on H100 (bf16, k = 9). warp_kernel issues about 1700 instructions a warp and
-// plane, 430 cycles of an SM: da 22 an element with GELU, products 12 (72 mma, 54 ldmatrix.x4 a plane), copies 10, the
-// rest 9; shared memory is busy for 310 cycles, the tensor cores for about 150.
+// Bound: HBM, 459 cycles a 32x32 plane on an H100 (bf16, k = 9). warp_kernel issues about 1700 instructions a warp and
+// plane, 430 cycles of an SM: for an element 22 for da with GELU, 12 for products (72 mma, 54 ldmatrix.x4 a plane), 10
+// for copies, 9 for the rest. Shared memory is busy for 310 cycles, the tensor cores for about 150.
 #include <algorithm>
 #include <initializer_list>
 
@@ -17,13 +18,13 @@ namespace convmixer {
 namespace weight_grad {
 
 constexpr int kMostShared = 96 << 10;  // every supported GPU has it
-// Products that a float32 accumulator adds up before the sum of the parts in double takes over: tensor cores cut off
-// rather than round, an error that grows with their number.
+// Most products that a float32 accumulator adds up; beyond, the double sum of the parts adds. Tensor cores truncate
+// instead of rounding, an error that grows with the number of products.
 constexpr int kLongestChain = 1024;
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
-// Rows of an odd number of 16 bytes: the 8 rows of an ldmatrix matrix then lie in different banks.
+// A row pitch of an odd number of 16 bytes: the 8 rows of an ldmatrix matrix then lie in different banks.
 int odd_pitch(int columns) { return (columns / 8 | 1) * 8; }
 
 int log2_up(int v) {
@@ -32,7 +33,7 @@ int log2_up(int v) {
   return log;
 }
 
-// Whole images while they fit (the number with the fewest padding rows in the K steps), else tiles of rows.
+// A unit is whole images if they fit (as many as give the fewest padding rows in the K steps), else a tile of rows.
 template <class Bytes>
 void choose_rows(Plan& p, int64_t budget, const Bytes& bytes) {
   p.pack = 1;
@@ -64,18 +65,18 @@ void choose_columns(Plan& p, int widest) {
   p.col_tiles = FastDiv(div_up(p.w, p.tile_cols));
   const int tiles = div_up(p.tile_cols, 8);
   p.x_pitch = odd_pitch(8 * (tiles + 2 * p.blocks - 1));
-  // tiles = odd * 2^k, k <= 3: 2^(3 - k) rows fill the banks, the next ones exchange blocks
+  // with tiles = odd * 2^k, k <= 3, 2^(3 - k) rows fill the banks, and the next ones exchange blocks
   p.d_pitch = 8 * tiles;
   p.d_swizzle_mask = std::min(8, tiles & -tiles) - 1;
   p.d_swizzle_shift = 3 - log2_up(p.d_swizzle_mask + 1);
 }
 
-// Parts of a channel's units, of which one accumulator adds up `steps` products each, so that no chain is too long.
+// The number of parts of a channel's units, such that no accumulator adds up too many products; a unit has `steps`.
 int64_t parts_for(const Plan& p, int64_t wanted, int64_t steps) {
   return std::min<int64_t>({p.units, 65535, std::max(wanted, ceil_div(p.units * steps, kLongestChain))});
 }
 
-// together: the most neighbouring channels that an aligned access can take; 0: asynchronous copies.
+// together: the most neighbouring channels that one aligned access reads; 0: asynchronous copies.
 void plan_block_kernel(Plan& p, int together) {
   p.kernel = Kernel::kBlock;
   p.channels = 1;
@@ -86,8 +87,8 @@ void plan_block_kernel(Plan& p, int together) {
   const bool octets = together == kMaxChannels && p.channels == kMaxChannels && p.blocks == 1;
   p.channels_together = octets ? kMaxChannels : std::min(together, 2);
   choose_columns(p, p.channels_last ? 64 : 128);
-  // octets: a lies beside dy until da is made; two blocks on a multiprocessor with 164 KB
-  // asynchronous: two stages of that, or of spans beside it
+  // octets: a lies beside dy until da is computed; two blocks on a multiprocessor with 164 KB
+  // asynchronous copies: two stages of that, or of spans beside it
   const bool async = together == 0, spans = async && p.w % 8 != 0, whole = p.col_tiles.divisor == 1;
   const auto span_pitches = [&](int rows, int x_rows) {
     p.x_span = 8 * span_pieces(whole ? x_rows * p.w : std::min(p.w, p.x_pitch));
@@ -106,7 +107,7 @@ void plan_block_kernel(Plan& p, int together) {
                 return tiles + 4 * images * ((whole ? 1 : x_rows) * p.x_span + 2 * (whole ? 1 : rows) * p.d_span);
               });
   if (spans) {
-    // of one image where the unit is several
+    // of one image if the unit has several
     span_pitches(p.tile_rows, p.x_rows / p.pack);
     p.x_raw = (whole ? p.pack : p.x_rows) * p.x_span;
     p.d_raw = p.pack * (whole ? 1 : p.tile_rows) * p.d_span;
@@ -153,10 +154,10 @@ void plan_warp_kernel(Plan& p, bool direct, bool wide) {
     p.d_span = span(p.tile_rows);
     p.x_lanes_log2 = log2_up(div_up(p.w, kQuad));
     p.span_lanes_log2 = std::min(5, log2_up(p.d_span / 8));
-    // a lane reads up to three words from a row's last quad on
+    // a lane reads up to three words beyond the start of a row's last quad
     p.warp_elements = tiles + 2 * p.pack * (p.x_span + 2 * p.d_span) + 8;
   }
-  // warps of a channel: 2.6 full GPUs of them in all
+  // warps of a channel: all of them together fill the GPU 2.6 times
   const int64_t steps = int64_t(p.d_rows / 16) * div_up(p.tile_cols, 8);
   const int64_t warps = parts_for(p, ceil_div(int64_t(42) * multiprocessor_count(), p.c), steps);
   p.slices = warps >= 4 ? 4 : warps >= 2 ? 2 : 1;
@@ -185,7 +186,7 @@ bool aligned(int bytes, std::initializer_list<const void*> tensors) {
   return true;
 }
 
-// alignment: of the tensors' addresses, in bytes; it does not change the result's bits beyond the order of sums.
+// alignment: of the tensors' addresses, in bytes. It changes nothing but the order of sums.
 Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
   Plan p = {};
   p.n = shape.n, p.c = shape.c, p.h = shape.h, p.w = shape.w, p.kh = kh, p.kw = kw;
@@ -208,7 +209,7 @@ Plan make_plan(const Shape& shape, int kh, int kw, int alignment) {
   return p;
 }
 
-// dw and db: the parts' sums in order, one thread for each tap.
+// Adds up the parts of dw and db in order, one thread for each tap.
 __global__ void __launch_bounds__(256) reduce_parts(const float* __restrict__ partials, int parts, int64_t channels,
                                                     int taps, void* dw, int dw_dtype, void* db, int db_dtype) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The depthwise weight gradient for every shape, kernel size and layout: a block owns `channels` channels and every
-// parts-th unit of images, loads x, computes da on the way into shared memory, and its warps split the kernel rows
-// (groups), the channels, and the K steps and column tiles (slices). One part of dw and db per block. Contiguous
-// tensors are copied asynchronously, one unit ahead of the one at work: to their places where W % 8 == 0, else as spans
-// (spans.cuh); channels_last ones are read by 4 bytes of 2 channels or, for kernels up to 9x9, by 16 bytes of 8, which
-// an 8x8 transpose in registers turns into columns.
+// The depthwise weight gradient for every shape, kernel size and layout. A block owns `channels` channels and every
+// parts-th unit of images and leaves one part of dw and db. It loads x and computes da on the way into shared memory;
+// its warps share the kernel rows (groups), the channels, and the K steps and column tiles (slices).
+// Contiguous tensors are copied asynchronously, one unit ahead: to their places if W % 8 == 0, else as spans
+// (spans.cuh). channels_last tensors are read by 4 bytes of 2 channels or, for kernels up to 9x9, by 16 bytes of 8
+// channels, which an 8x8 transpose in registers turns into columns.
 #pragma once
 #include "depthwise_weight_grad_tile.cuh"
 #include "spans.cuh"
@@ -13,11 +13,11 @@ namespace convmixer {
 namespace weight_grad {
 
 constexpr int kMaxChannels = 8;
-// Warps of a block: enough for all kernel rows of two channels. Two blocks on a multiprocessor, one for wide kernels.
+// Warps of a block: enough for all kernel rows of two channels. A multiprocessor runs two blocks, for wide kernels one.
 constexpr int max_warps(int blocks) { return blocks == 1 ? 8 : 12; }
 
 // A thread moves two columns of CHANNELS neighbouring channels (1, or 2 of a channels_last tensor) at a time, always
-// the same channels. values[k] receives those of channel k: the left column's in the low half.
+// the same channels. values[k] receives the two of channel k, the left column in the low half.
 template <int CHANNELS, class T>
 __device__ __forceinline__ void load_columns(const T* source, int64_t column_stride, bool left, bool right,
                                              uint32_t (&values)[CHANNELS]) {
@@ -32,10 +32,10 @@ __device__ __forceinline__ void load_columns(const T* source, int64_t column_str
   }
 }
 
-// Pairs of columns that a thread has loaded before it uses the first, of x and of dy and a.
+// Pairs of columns of x, and of dy and a, that a thread loads before it uses the first.
 constexpr int kBatchX = 4, kBatchD = 3;
 
-// x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
+// Loads x's rows of the unit, with `shift` columns left of its first and zeros outside the image.
 template <int CHANNELS, class T>
 __device__ __forceinline__ void load_x(const Plan& p, const Unit& u, const T* x, int first, int step, T* tile) {
   constexpr int BATCH = CHANNELS == 1 ? kBatchX : 3;  // 4 of two channels spill beside the accumulators (sm_80)
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_x(const Plan& p, const Unit& u, const T* x,
   }
 }
 
-// da of the unit, zeros in the padding rows and columns; db collects this thread's sums.
+// Computes da of the unit, with zeros in the padding rows and columns. Adds this thread's sums to db.
 template <int CHANNELS, class T>
 __device__ __forceinline__ void load_da(const Plan& p, const Unit& u, const GradInput& g,
                                         const GradCoefficients* coefficients, const T* dy, const T* a, int first,
@@ -121,9 +121,9 @@ __device__ __forceinline__ void load_da(const Plan& p, const Unit& u, const Grad
   }
 }
 
-// ---- octets: 8 columns of 8 neighbouring channels, of channels_last tensors with 16-byte groups of channels --------
+// Octets are 8 columns of 8 neighbouring channels of a channels_last tensor with 16-byte groups of channels.
 
-// v[k]: the columns of channel k; those outside [from, to) are zero. `source` is column 0's first channel.
+// v[k]: the columns of channel k; those outside [from, to) are zero. `source` is the first channel of column 0.
 template <class T>
 __device__ __forceinline__ void load_octet(const T* source, int64_t column_stride, int from, int to, uint4 (&v)[8]) {
 #pragma unroll
@@ -146,7 +146,7 @@ __device__ __forceinline__ void load_x_octets(const Plan& p, const Unit& u, cons
   }
 }
 
-// dy or a, zeros in the padding rows and columns.
+// Loads dy or a, with zeros in the padding rows and columns.
 template <class T>
 __device__ __forceinline__ void load_d_octets(const Plan& p, const Unit& u, const T* d, T* tile) {
   const int chunks = p.d_pitch / 8, rows = u.images * u.rows, count = round_up(rows, 16) * chunks;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void load_d_octets(const Plan& p, const Unit& u, cons
   }
 }
 
-// da of one channel in dy's place, 8 columns at a time, by the threads `first`, first + step, ...
+// Computes da of one channel in dy's place, 8 columns at a time: this thread takes `first`, first + step, ...
 template <class T>
 __device__ __forceinline__ void finish_da(const Plan& p, const Unit& u, const GradInput& g, GradCoefficients k,
                                           int first, int step, T* d_tile, const T* a_tile, float& db) {
@@ -187,9 +187,8 @@ __device__ __forceinline__ void finish_da(const Plan& p, const Unit& u, const Gr
   }
 }
 
-// ---- asynchronous copies: contiguous tensors with W % 8 == 0, one channel a block -----------------------------------
-
-// x, dy and a of a unit on their way to their places; zeros beside the image and in the padding rows.
+// Starts the copies of x, dy and a of a unit to their places, with zeros beside the image and in the padding rows: for
+// contiguous tensors with W % 8 == 0, one channel a block.
 template <class T>
 __device__ __forceinline__ void copy_async(const Plan& p, const Unit& u, const T* x, const T* dy, const T* a, T* x_tile,
                                            T* d_tile, T* a_tile) {
@@ -215,11 +214,10 @@ __device__ __forceinline__ void copy_async(const Plan& p, const Unit& u, const T
   }
 }
 
-// ---- spans: contiguous tensors with W % 8 != 0, one channel a block -------------------------------------------------
-
-// Equally long spans of a unit: all rows of an image or, of a tile of columns, one row's part.
+// Spans are for contiguous tensors with W % 8 != 0, one channel a block. All spans of a unit are equally long: all rows
+// of an image or, of a tile of columns, one row's part.
 struct Spans {
-  int64_t start;  // the first one's first element
+  int64_t start;  // the first element of the first span
   int rows, columns;
 };
 __device__ __forceinline__ Spans x_spans(const Plan& p, const Unit& u, int64_t plane) {
@@ -230,7 +228,7 @@ __device__ __forceinline__ Spans x_spans(const Plan& p, const Unit& u, int64_t p
 __device__ __forceinline__ Spans d_spans(const Plan& p, const Unit& u, int64_t plane) {
   return {plane + u.image * p.strides.image + int64_t(u.y0) * p.w + u.c0, u.rows, u.cols};
 }
-// Of the span that holds row `row` of image `image`: its number, and its first element.
+// The span that holds row `row` of image `image`: its number and its first element.
 __device__ __forceinline__ int span_index(const Plan& p, int image, int row) {
   return p.col_tiles.divisor == 1 ? image : row;
 }
@@ -256,7 +254,7 @@ __device__ __forceinline__ void copy_spans(const Plan& p, const Spans& s, int im
   }
 }
 
-// `count` <= 8 values, then zeros, of row `row` (counted over the images) from the span's column `column` on.
+// `count` <= 8 values of row `row` (counted over the images) from the span's column `column` on, then zeros.
 template <class T>
 __device__ __forceinline__ uint4 load_row(const Plan& p, const Spans& s, const T* raw, int pitch, int image, int row,
                                           int column, int count) {
@@ -265,7 +263,7 @@ __device__ __forceinline__ uint4 load_row(const Plan& p, const Spans& s, const T
   return load_from_span(raw + index * pitch, (int(span_start(p, s, index)) & 7) + above + column, count);
 }
 
-// From the spans to the tiles; zeros beside the image and in the padding rows.
+// Moves values from the spans to the tiles, with zeros beside the image and in the padding rows.
 template <class T>
 __device__ __forceinline__ void place_spans(const Plan& p, const Unit& u, int64_t plane, bool has_a, const T* raw,
                                             T* x_tile, T* d_tile, T* a_tile) {
@@ -304,7 +302,7 @@ template <class T, int BLOCKS, int CHANNELS>
 __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
     block_kernel(const Plan p, const Arguments<T> g) {
   constexpr int ROWS = warp_kernel_rows(BLOCKS);
-  // channels of which a thread makes da
+  // channels for which a thread computes da
   constexpr int OWN = CHANNELS == kMaxChannels || CHANNELS == 0 ? 1 : CHANNELS;
   DYN_SHARED(T, shared);
   SHARED_ARRAY(GradCoefficients, coefficients, kMaxChannels);
@@ -315,7 +313,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
 
   const int lane = threadIdx.x & 31;
   const int warp = threadIdx.x >> 5;
-  // read again for each unit: kept in registers, the roles would make others spill
+  // read again for each unit: kept in registers, the roles would make other values spill
   SHARED_ARRAY(Role, roles, max_warps(BLOCKS));
   if (lane == 0) {
     const int first_row = warp % p.groups * ROWS, rest = warp / p.groups;
@@ -327,13 +325,13 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
   for (int i = threadIdx.x; i < p.x_pitch; i += blockDim.x) zeros[i] = from_float<T>(0.f);
   if (int(threadIdx.x) < channels) coefficients[threadIdx.x] = grad_coefficients(g.grad, first_channel + threadIdx.x);
 
-  // while making da, `sharers` threads work on an element's channels
+  // while da is computed, `sharers` threads work on the channels of an element
   const int sharers = p.channels / OWN, own = threadIdx.x % sharers * OWN;
   const int first = own < channels ? threadIdx.x / sharers : 1 << 28, step = blockDim.x / sharers;
 
   float acc[ROWS][BLOCKS][4] = {};
   float db[OWN] = {};
-  // asynchronous copies: the unit after the one at work is on its way to the other stage
+  // asynchronous copies: the next unit is copied to the other stage
   int stage = 0;
   const int64_t plane = int64_t(blockIdx.x) * p.strides.channel;
   const auto copy = [&](int index, int to) {
@@ -369,7 +367,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
         d_tiles = x_tiles + p.x_plane;
       }
       stage ^= 1;
-      // each thread turns into da what it copied or placed itself
+      // each thread computes da where it copied or placed dy and a itself
       finish_da(p, u, g.grad, coefficients[0], threadIdx.x, blockDim.x, d_tiles, d_tiles + p.d_plane, db[0]);
     } else if constexpr (CHANNELS == kMaxChannels) {
       const int64_t start = int64_t(blockIdx.x) * kMaxChannels;
@@ -414,7 +412,7 @@ __global__ void __launch_bounds__(32 * max_warps(BLOCKS), BLOCKS == 1 ? 2 : 1)
                 p.skew, role.kernel_rows, lane);
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    // over the lanes with the same channels
+    // sums over the lanes with the same channels
     for (int o = 16; o >= sharers; o >>= 1) db[k] += __shfl_xor_sync(0xffffffffu, db[k], o);
     if (lane < sharers) db_parts[warp * kMaxChannels + own + k] = db[k];
   }

@@ -14,7 +14,7 @@
 namespace convmixer {
 namespace weight_grad {
 
-// Output-column tiles of 8 whose B fragments a warp holds while it walks the kernel rows.
+// Tiles of 8 output columns whose B fragments a warp holds while it walks the kernel rows.
 constexpr int kColumnTiles = 4;
 
 // M blocks of 16 window columns, kernel rows of one warp, zero columns left of the image, by kernel width.
@@ -40,7 +40,7 @@ struct Plan {
   Strides strides;
   int blocks;       // M blocks of the window
   int shift, skew;  // zero columns on the left; p - q of tap 0
-  int pack;         // whole images of one unit, 1 where planes are tiled
+  int pack;         // whole images of one unit, 1 if planes are tiled
   int tile_rows, tile_cols;
   FastDiv row_tiles, col_tiles;
   int units;              // packs * row_tiles * col_tiles
@@ -61,7 +61,7 @@ struct Plan {
   // block kernel, W % 8 != 0: a unit's spans of x and of dy in shared memory (x_raw = 0: none); by pieces of a span
   int x_raw, d_raw;
   FastDiv x_pieces, d_pieces;
-  uint32_t row_magic;  // row / tile_rows as (row * row_magic) >> 20 where pack > 1, else 0
+  uint32_t row_magic;  // row / tile_rows is (row * row_magic) >> 20 if pack > 1; else 0
 };
 
 // One block pass: `images` planes' rows y0 .. y0 + rows and columns c0 .. c0 + cols, and the input rows they need.
@@ -85,17 +85,17 @@ __device__ __forceinline__ Unit unit_at(const Plan& p, int index) {
   return u;
 }
 
-// Where 8-column block `block` of a dy, a or da row starts: rows of tiles lie densely, and exchanging blocks by row
+// The start of 8-column block `block` of a row of dy, a or da. Rows of tiles lie densely; exchanging blocks by row
 // keeps the 8 rows of an ldmatrix matrix in different banks.
 __device__ __forceinline__ int d_offset(const Plan& p, int row, int block) {
   return row * p.d_pitch + (block ^ ((row >> p.d_swizzle_shift) & p.d_swizzle_mask)) * 8;
 }
 
-// The image of a unit's row (0 where planes are tiled).
+// The image of a unit's row (0 if planes are tiled).
 __device__ __forceinline__ int image_of(const Plan& p, int row) { return int(uint32_t(row) * p.row_magic >> 20); }
 
-// The row of the K step whose address a lane gives to ldmatrix for x, as element offset into the x tile. The matrices'
-// order (rows 0-7 of columns 0-7, rows 0-7 of columns 8-15, then rows 8-15) is that of mma's A operand.
+// The row of the K step whose address a lane gives to ldmatrix for x, as an element offset into the x tile. The
+// matrices come in the order of mma's A operand: rows 0-7 of columns 0-7, rows 0-7 of columns 8-15, then rows 8-15.
 struct LaneRow {
   int y, limit;  // kernel row i of the warp pairs with image row y + i, which is not zero if unsigned(y + i) < limit
   int offset;    // of row y, in the lane's column block of tile 0
@@ -112,14 +112,14 @@ __device__ __forceinline__ LaneRow lane_row(const Plan& p, const Unit& u, int k_
 }
 
 // acc[i] += X_i^T * dA for the warp's kernel rows, over TILES neighbouring column tiles of one K step. Rows outside the
-// image, and kernel rows that the warp does not have, are read from the zeros.
+// image, and kernel rows that the warp does not have, come from the row of zeros.
 template <class T, int TILES, int BLOCKS, int ROWS>
 __device__ __forceinline__ void accumulate(float (&acc)[ROWS][BLOCKS][4], const uint32_t (&b)[TILES][2], const T* x,
                                            const T* zeros, LaneRow row, int pitch) {
   constexpr int kLast = TILES + 2 * BLOCKS - 3;  // pairs of 8-column blocks start at 0 .. kLast
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
-    // without this, ptxas has so many rows in flight that registers spill
+    // without this barrier ptxas keeps so many rows in flight that registers spill
     if (i == ROWS / 2) __syncwarp();
     const T* source = unsigned(row.y + i) < unsigned(row.limit) ? x + (row.offset + i * pitch) : zeros;
     uint32_t pair[kLast + 1][4];
@@ -127,7 +127,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[ROWS][BLOCKS][4], const 
     for (int s = 0; s <= kLast; ++s) {
       if (s % 2 == 0 || s == kLast) ldmatrix_x4_trans(pair[s], source + 8 * s);
     }
-    // an odd pair lies in its neighbours' registers: shared memory is busier than the register file
+    // an odd pair comes from its neighbours' registers: shared memory is busier than the register file
 #pragma unroll
     for (int s = 1; s < kLast; s += 2) {
       pair[s][0] = pair[s - 1][1], pair[s][1] = pair[s + 1][0];
@@ -141,18 +141,18 @@ __device__ __forceinline__ void accumulate(float (&acc)[ROWS][BLOCKS][4], const 
   }
 }
 
-// The row of the K step whose address a lane gives to ldmatrix for dy, a or da, as element offset into their tiles.
+// The row of the K step whose address a lane gives to ldmatrix for dy, a or da, as an element offset into their tiles.
 struct LaneFragment {
   int offset, swizzle, half;  // half: the lanes 16 .. 31 read the second tile of a pair
 };
 
 __device__ __forceinline__ LaneFragment lane_fragment(const Plan& p, int row, bool padding, int lane) {
-  // a padding row is read from a row of zeros
+  // a padding row comes from a row of zeros
   return {padding ? 0 : row * p.d_pitch, padding ? 0 : (row >> p.d_swizzle_shift) & p.d_swizzle_mask, lane >> 4};
 }
 
 // B fragments of `tiles` neighbouring column tiles from `first_tile` on. The second tile of the last pair may lie
-// behind the row: what is read for it (up to 16 bytes behind the tile) is not used.
+// behind the row: nothing uses the up to 16 bytes that are read there.
 template <class T>
 __device__ __forceinline__ void load_fragments(const T* tile, const LaneFragment& lane, int first_tile, int tiles,
                                                uint32_t (&b)[kColumnTiles][2]) {
@@ -166,8 +166,8 @@ __device__ __forceinline__ void load_fragments(const T* tile, const LaneFragment
   }
 }
 
-// accumulate for a number of tiles known at run time, 1 .. kColumnTiles. Fewer than all are taken one by one: two tiles
-// alone would share too little to pay for more code.
+// accumulate() for a number of tiles known at run time, 1 .. kColumnTiles. Fewer than all are taken one by one: two
+// tiles alone would share too little to pay for more code.
 template <class T, int BLOCKS, int ROWS>
 __device__ __forceinline__ void accumulate_tiles(int tiles, float (&acc)[ROWS][BLOCKS][4],
                                                  const uint32_t (&b)[kColumnTiles][2], const T* x, const T* zeros,
@@ -187,7 +187,8 @@ __device__ __forceinline__ void accumulate_tiles(int tiles, float (&acc)[ROWS][B
   }
 }
 
-// The warp's taps from its G: taps[i * kw + j] = sum_q G_i[q + j + skew][q]. scratch: BLOCKS * 128 floats of the warp.
+// Computes the warp's taps from its G: taps[i * kw + j] = sum_q G_i[q + j + skew][q]. scratch: BLOCKS * 128 floats of
+// the warp.
 template <int BLOCKS, int ROWS>
 __device__ __forceinline__ void diagonal_sums(const float (&acc)[ROWS][BLOCKS][4], float* scratch, float* taps, int kw,
                                               int skew, int kernel_rows, int lane) {
@@ -212,9 +213,8 @@ __device__ __forceinline__ void diagonal_sums(const float (&acc)[ROWS][BLOCKS][4
   }
 }
 
-// ---- da, the gradient of the convolution's output ----------------------------------------------------------------
-
-// da = (scale * dy + offset + slope * act(a)) * act'(a): batch norm's backward folded for one channel.
+// da, the gradient of the convolution's output: da = (scale * dy + offset + slope * act(a)) * act'(a), with batch
+// norm's backward folded into the constants of a channel.
 struct GradCoefficients {
   float scale, offset, slope;
 };
@@ -251,7 +251,7 @@ __device__ __forceinline__ GradCoefficients grad_coefficients(const GradInput& g
   return k;
 }
 
-// offset is k.offset, or 0 where dy and a are padding zeros (then da = 0).
+// offset is k.offset, or 0 if dy and a are padding zeros (then da = 0).
 template <int ACT>
 __device__ __forceinline__ float grad_of(const GradInput& g, const GradCoefficients& k, float offset, float dy,
                                          float a) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The depthwise weight gradient of contiguous tensors for kernels up to 9x9: each warp works alone on units of one
-// channel, with two units in flight, so that nothing but its own asynchronous copies makes it wait. dy and a go raw
-// through ldmatrix into B fragments; da is computed on them in registers: once an element, for no second trip through
-// shared memory. Rows that allow it (W % 4 == 0) are copied to their place in the tiles; others as the aligned span
-// that covers the unit's rows, and moved to their place inside shared memory. Direct: 128 registers, four blocks (16
-// warps, 56 KB each for 32x32 planes) on a multiprocessor of 228 KB.
+// The depthwise weight gradient of contiguous tensors for kernels up to 9x9. Each warp works alone on units of one
+// channel, with two units in flight, so that it waits for its own asynchronous copies only. ldmatrix reads dy and a
+// into B fragments; da is computed on them in registers, once an element, without a second trip through shared memory.
+// If W % 4 == 0 (direct), rows are copied to their place in the tiles. Otherwise the aligned span that covers the
+// unit's rows is copied, and its values move to their place inside shared memory. Direct takes 128 registers: four
+// blocks (16 warps, 56 KB each for 32x32 planes) run on a multiprocessor of 228 KB.
 #pragma once
 #include "depthwise_weight_grad_tile.cuh"
 #include "spans.cuh"
@@ -26,10 +26,9 @@ __device__ __forceinline__ Tiles<T> tiles_at(const Plan& p, T* start) {
   return {start, start + p.x_rows * p.x_pitch, start + p.x_rows * p.x_pitch + p.d_rows * p.d_pitch};
 }
 
-// ---- direct copies, W % 4 == 0 -----------------------------------------------------------------------------------
-
-// `rows` rows by 2^lanes_log2 lanes each: chunks of SIZE elements from image column `first` on, zeros outside the
-// image. place(row, column): where the chunk goes that starts `column` columns behind the first.
+// Direct copies, for W % 4 == 0: copies `rows` rows, each by 2^lanes_log2 lanes, in chunks of SIZE elements from image
+// column `first` on, with zeros outside the image. place(row, column) is the place of the chunk that starts `column`
+// columns behind the first.
 template <int SIZE, class T, class Place>
 __device__ __forceinline__ void copy_rows(const Plan& p, const T* source, int rows, int first, int chunks,
                                           int lanes_log2, int lane, const Place& place) {
@@ -60,7 +59,7 @@ template <class T>
 __device__ __forceinline__ void copy_unit(const Plan& p, const Arguments<T>& g, const Unit& u, int channel,
                                           const Tiles<T>& to, int lane) {
   const int64_t plane = (u.image * p.c + channel) * (int64_t(p.h) * p.w);
-  // where units are whole rows, the zeros left of x_first stay
+  // if units are whole rows, the zeros left of x_first stay
   copy_rows<kQuad>(p, g.x + plane + int64_t(u.x0) * p.w, u.images * u.x_rows, u.c0 - p.shift + p.x_first, p.x_chunks,
                    p.x_lanes_log2, lane,
                    [&](int row, int column) { return to.x + row * p.x_pitch + p.x_first + column; });
@@ -74,10 +73,8 @@ __device__ __forceinline__ void copy_unit(const Plan& p, const Arguments<T>& g, 
   }
 }
 
-// ---- span copies, any W and alignment (full-width units) -----------------------------------------------------------
-
-// Each image's `rows` full rows as the 16-byte chunks that cover them; chunk 0 holds the first element. The tensor ends
-// at `end`.
+// Span copies, for any W and alignment and units of full width: copies each image's `rows` rows as the 16-byte chunks
+// that cover them. Chunk 0 holds the first element. The tensor ends at `end`.
 template <class T>
 __device__ __forceinline__ void copy_spans(const Plan& p, const T* source, const T* end, int images, int rows,
                                            T* target, int pitch, int lane) {
@@ -106,7 +103,7 @@ __device__ __forceinline__ void copy_unit_spans(const Plan& p, const Arguments<T
   }
 }
 
-// Rows from the spans to place(row, column), four elements a lane, zeros behind the last column.
+// Moves rows from the spans to place(row, column), four elements a lane, with zeros behind the last column.
 template <class T, class Place>
 __device__ __forceinline__ void place_rows(const Plan& p, const T* source, const T* spans, int span, int rows,
                                            int image_rows, int lane, const Place& place) {
@@ -143,10 +140,8 @@ __device__ __forceinline__ void place_unit(const Plan& p, const Arguments<T>& g,
   if (g.a != nullptr) place_d_rows(p, g.a + d_start, spans + p.pack * p.d_span, u, to.a, lane);
 }
 
-// ---- da in fragments ---------------------------------------------------------------------------------------------
-
-// b = da from the raw fragments of dy and a, for `rows` of the K step and `columns` of the tiles, 0 in the padding:
-// there dy and a are 0, so that without the offset da is 0 too.
+// b = da from the fragments of dy and a, for `rows` of the K step and `columns` of the tiles, 0 in the padding: dy and
+// a are 0 there, so that da is 0 too if the offset is left out.
 template <int ACT, bool FULL, class T>
 __device__ __forceinline__ void grad_fragments(const GradInput& g, const GradCoefficients& k, int rows, int columns,
                                                int tiles, uint32_t (&b)[kColumnTiles][2],
@@ -169,7 +164,7 @@ __device__ __forceinline__ void grad_fragments(const GradInput& g, const GradCoe
   }
 }
 
-// One unit that lies in shared memory: da, G += x^T da, db += da.
+// Computes da, G += x^T da and db += da of one unit in shared memory.
 template <class T, int ROWS>
 __device__ __forceinline__ void compute_unit(const Plan& p, const GradInput& g, const GradCoefficients& k,
                                              const Unit& u, const Tiles<T>& from, const T* zeros,
@@ -210,14 +205,14 @@ __device__ __forceinline__ void compute_unit(const Plan& p, const GradInput& g, 
   }
 }
 
-// DIRECT: two units of tiles. Otherwise two units of spans, and one of tiles.
+// DIRECT: shared memory holds two units of tiles. Otherwise two units of spans, and one of tiles.
 template <class T, bool DIRECT, int ROWS>
 __global__ void __launch_bounds__(32 * kWarpKernelWarps, DIRECT ? 4 : 3)
     warp_kernel(const Plan p, const Arguments<T> g) {
   DYN_SHARED(T, shared);
   SHARED_ARRAY(float, db_parts, kWarpKernelWarps);
   const int lane = threadIdx.x & 31;
-  // the broadcast tells the compiler that a warp does not diverge on it
+  // the broadcast tells the compiler that the value is the same in all lanes of a warp
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0);
   // `slices` warps share a channel
   const int own_channel = blockIdx.x * p.channels + warp / p.slices;

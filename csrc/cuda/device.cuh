@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Device primitives: the only file that knows whether nvcc or the host emulation (tests/emulation/cuda_emu.h) compiles
-// it, and the only one with inline PTX. Kernels include this and use these wrappers and plain CUDA C++: launches
-// through LAUNCH, shared memory through SHARED_ARRAY and DYN_SHARED, no implicit warp-synchronous code.
+// Device primitives. Only this file knows whether nvcc or the host emulation (tests/emulation/cuda_emu.h) compiles it,
+// and inline PTX is here and in device_hopper.cuh only. Kernels use these wrappers and plain CUDA C++: they launch by
+// LAUNCH, declare shared memory by SHARED_ARRAY and DYN_SHARED, and have no implicit warp-synchronous code.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,8 +19,8 @@
 
 namespace convmixer {
 
-// ---- matrix loads: lane 8 m + i holds the address of row i (16 bytes, aligned) of the 8x8 matrix m; element (i, j)
-// goes to lane 4 i + j / 2, half j % 2 of r[m]; .trans exchanges i and j.
+// Matrix loads. Lane 8 m + i holds the address of row i (16 bytes, aligned) of the 8x8 matrix m; element (i, j) goes to
+// lane 4 i + j / 2, half j % 2 of r[m]. .trans exchanges i and j.
 __device__ __forceinline__ uint32_t smem_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -57,16 +57,17 @@ __device__ __forceinline__ void ldmatrix_x1_trans(uint32_t (&r)[1], const void* 
                : "r"(smem_u32(p))
                : "memory");
 }
-// Transpose of the 8x8 16-bit matrix that the warp holds in fragment layout.
+// Transposes the 8x8 16-bit matrix that the warp holds in fragment layout.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t a) {
   uint32_t d;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(d) : "r"(a));
   return d;
 }
 
-// ---- d += a b on tensor cores, float32 accumulation. With g = lane / 4, t = lane % 4:
-// m16n8k16: a[i] = A[g + 8 (i & 1)][2 t + 8 (i >> 1) + {0, 1}], b[i] = B[2 t + 8 i + {0, 1}][g],
-//           d[i] = D[g + 8 (i >> 1)][2 t + (i & 1)].   m16n8k8 takes a[0], a[1] and b[0] of that.
+// d += a b on tensor cores, with float32 accumulation. With g = lane / 4 and t = lane % 4:
+//   m16n8k16  a[i] = A[g + 8 (i & 1)][2 t + 8 (i >> 1) + {0, 1}],  b[i] = B[2 t + 8 i + {0, 1}][g],
+//             d[i] = D[g + 8 (i >> 1)][2 t + (i & 1)]
+//   m16n8k8   takes a[0], a[1] and b[0] of that
 #define CONVMIXER_MMA16816(type, name)                                                                                \
   __device__ __forceinline__ void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],             \
                                            const float (&c)[4], type) {                                               \
@@ -95,7 +96,7 @@ __device__ __forceinline__ void mma1688(float (&d)[4], uint32_t a0, uint32_t a1,
   mma1688(d, a0, a1, b, d, tag);
 }
 
-// ---- asynchronous copy of B (4, 8 or 16) bytes: reads only the first `bytes` of them and zero-fills the rest.
+// Copies B (4, 8 or 16) bytes asynchronously: the first `bytes` of them from memory, the rest as zeros.
 template <int B>
 __device__ __forceinline__ void cp_async(void* dst, const void* src, int bytes = B) {
   static_assert(B == 4 || B == 8 || B == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -113,7 +114,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
-// 16 bytes to an aligned address in one access: the compiler splits plain uint4 stores where several follow each other.
+// Stores 16 bytes to an aligned address in one access: the compiler splits plain uint4 stores that follow each other.
 __device__ __forceinline__ void store16_global(void* p, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -129,7 +130,7 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];\n" ::"l"(__cvta_generic_to_global(p)));
 }
 
-// ---- approximations: relative error 2^-22 (ex2), 1 ulp (rcp); subnormals are flushed.
+// Approximations with a relative error of 2^-22 (ex2) and 1 ulp (rcp). Subnormals are flushed.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -162,7 +163,7 @@ inline int64_t most_shared_of_block() {
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
   return cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? n : 48 * 1024;
 }
-// The number of blocks that a plan wants before a block takes several items; the emulation may ask for fewer.
+// The number of blocks from which on a plan gives a block several items. The emulation may lower it.
 inline int64_t enough_blocks(int64_t blocks) { return blocks; }
 // Shared memory of a multiprocessor of the current device, for all its blocks.
 inline int64_t shared_of_multiprocessor() {
@@ -181,17 +182,17 @@ inline int64_t shared_of_multiprocessor() {
 
 namespace convmixer {
 
-// ---- shared memory: static arrays of a kernel that has dynamic shared memory too are smaller than this, and count
-// -----
+// More than the static shared arrays of any kernel that has dynamic shared memory too. Both count towards a block's
+// limit.
 constexpr int kStaticShared = 1024;
 inline int64_t max_dynamic_shared() { return most_shared_of_block() - kStaticShared; }
-// Lets `kernel` use `bytes` of dynamic shared memory; 48 KB with the static arrays need no asking.
+// Allows `kernel` to use `bytes` of dynamic shared memory. Up to 48 KB with the static arrays are always allowed.
 template <class K>
 inline cudaError_t set_dynamic_shared(K kernel, size_t bytes) {
   return bytes + kStaticShared <= 48 * 1024 ? cudaSuccess : ask_for_dynamic_shared(kernel, bytes);
 }
 
-// ---- conversions; rounding is to nearest even ----------------------------------------------------------------------
+// Conversions round to nearest even.
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -218,7 +219,7 @@ __device__ __forceinline__ To bit_cast(const From& from) {
   return to;
 }
 
-// Two 16-bit values in a register: the first in the low half.
+// Two 16-bit values in a register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi);
 template <>
@@ -239,7 +240,7 @@ template <>
 __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t v) {
   return make_float2(bit_cast<float>(v << 16), bit_cast<float>(v & 0xffff0000u));
 }
-// trace + 0 * v: a pair that turns and stays NaN once a value was not finite.
+// trace + 0 * v: a half of the pair becomes NaN, and stays NaN, once a value is not finite.
 template <class T>
 __device__ __forceinline__ uint32_t trace_finite(uint32_t trace, uint32_t v);
 template <>
@@ -272,16 +273,14 @@ struct DtypeOf<__nv_bfloat16> {
   static constexpr int value = kBFloat16;
 };
 
-// ---- memory
-// ---------------------------------------------------------------------------------------------------------- Element
-// `i` of a per-channel vector or weight, `otherwise` where the tensor is None.
+// Element `i` of a per-channel vector or weight; `otherwise` if the tensor is None.
 __device__ __forceinline__ float load_param(const Param& p, int64_t i, float otherwise = 0.f) {
   if (p.data == nullptr) return otherwise;
   if (p.dtype == kFloat32) return static_cast<const float*>(p.data)[i];
   if (p.dtype == kFloat16) return to_float(static_cast<const __half*>(p.data)[i]);
   return to_float(static_cast<const __nv_bfloat16*>(p.data)[i]);
 }
-// As load_param, rounded to the activations' dtype: what the convolution multiplies with.
+// Like load_param, rounded to the activations' dtype, as the convolution uses it.
 template <class T>
 __device__ __forceinline__ float load_param_as(const Param& p, int64_t i, float otherwise = 0.f) {
   return to_float(from_float<T>(load_param(p, i, otherwise)));
@@ -296,13 +295,13 @@ __device__ __forceinline__ void store_param(void* data, int dtype, int64_t i, fl
   }
 }
 
-// 16 bytes at an address that is a multiple of 16; "stream" for data that is used once.
+// 16 bytes at an address that is a multiple of 16. The "stream" form is for data that is used once.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 __device__ __forceinline__ uint4 load16_stream(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ void store16_stream(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
-// V values of 16 bytes together as float32.
+// The V values of 16 bytes as float32.
 template <class T>
 struct Vec16 {
   static constexpr int size = 16 / sizeof(T);
@@ -352,11 +351,9 @@ __device__ __forceinline__ void transpose8(uint4 (&r)[8]) {
   }
 }
 
-// ---- integers
-// --------------------------------------------------------------------------------------------------------
 inline __host__ __device__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Quotient and remainder by a run-time constant for 0 <= n < 2^31 (Granlund and Montgomery, PLDI 1994, figure 4.1).
+// Quotient and remainder by a run-time constant, for 0 <= n < 2^31 (Granlund and Montgomery, PLDI 1994, figure 4.1).
 struct FastDiv {
   uint32_t divisor, multiplier, shift;
   FastDiv() = default;
@@ -372,7 +369,7 @@ struct FastDiv {
   }
 };
 
-// Sum over a warp; every lane gets it, in one fixed order.
+// The sum over a warp, in a fixed order; every lane gets it.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// What sm_90a has beside device.cuh: barriers in shared memory that count bytes, the tensor memory accelerator (TMA),
-// and products of a warp group (wgmma) from shared memory. Inline PTX lives here and in device.cuh alone. kTmaSwizzle:
-// a box row is 128 bytes, and its 16-byte piece c of row r lies at c ^ (r % 8), r counted from a multiple of 1024
-// bytes; wgmma reads that layout.
+// Primitives of sm_90a: barriers in shared memory that count bytes, the tensor memory accelerator (TMA), and products
+// of a warp group (wgmma) from shared memory. Inline PTX is here and in device.cuh only.
+// kTmaSwizzle: a box row is 128 bytes; its 16-byte piece c of row r lies at c ^ (r % 8), with r counted from a multiple
+// of 1024 bytes. wgmma reads that layout.
 #pragma once
 #include "device.cuh"
 
@@ -27,19 +27,19 @@ using TensorMap = CUtensorMap;
 __device__ __forceinline__ void barrier_init(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(smem_u32(b)), "r"(arrivals) : "memory");
 }
-// Behind the initialisation of all barriers, before a __syncthreads: TMA sees them.
+// Makes initialised barriers visible to TMA: call it after the initialisation of all, before a __syncthreads.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
 }
 __device__ __forceinline__ void barrier_arrive(Barrier* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(smem_u32(b)) : "memory");
 }
-// Arrives, and expects `bytes` of asynchronous copies in this phase.
+// Arrives and adds `bytes` to the asynchronous copies that this phase waits for.
 __device__ __forceinline__ void barrier_arrive_expect(Barrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(smem_u32(b)), "r"(bytes) : "memory");
 }
-// Returns when phase number `phase` of the barrier has ended: the first is 0, and -1 ended before. The hardware knows
-// its parity alone, so the caller must know that no later phase has ended and that the one before has.
+// Returns when phase number `phase` of the barrier has ended. The first is 0; phase -1 has always ended. The hardware
+// sees only the parity: the caller must know that the phase before has ended, and that no later one has.
 __device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t phase) {
   uint32_t done;
   do {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t phase) {
                  : "memory");
   } while (done == 0);
 }
-// __syncthreads for `threads` threads, by a number from 1 to 15.
+// __syncthreads for `threads` threads, on the hardware barrier of a number from 1 to 15.
 __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(N));
 }
 
-// A box of a tensor to shared memory, zeros outside of the tensor; completes the box's bytes on the barrier.
+// Copies a box of a tensor to shared memory, with zeros outside the tensor, and counts its bytes on the barrier.
 __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, Barrier* b, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -71,14 +71,14 @@ __device__ __forceinline__ void tma_load(void* dst, const TensorMap& map, Barrie
       : "memory");
 }
 
-// ---- wgmma: d[64 x 128] += a[64 x 16] b[16 x 128] by 4 warps; warp w holds rows 16 w.. as mma.sync's results
+// wgmma: d[64 x 128] += a[64 x 16] b[16 x 128] by 4 warps. Warp w holds rows 16 w to 16 w + 15, as mma.sync's results.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 template <int N>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
 }
-// Behind wgmma_wait: no read or copy of d may move above it, which the compiler cannot know (PTX ISA: a register of a
+// Call it after wgmma_wait: it keeps the compiler from moving a read or copy of d above that (PTX ISA: a register of a
 // product under way must not be accessed).
 __device__ __forceinline__ void wgmma_results(float (&d)[16][4]) {
 #pragma unroll
@@ -107,10 +107,8 @@ CONVMIXER_WGMMA(__half, "f16")
 #undef CONVMIXER_D4
 #endif
 
-// ---- host ----------------------------------------------------------------------------------------------------------
-
-// Whether the current device runs sm_90a code that this build holds for `kernel`; asked once for each device and type
-// of kernel, which all are built for the same architectures.
+// On the host: whether the current device runs sm_90a code and this build has it for `kernel`. The answer is cached for
+// each device and type of kernel: all are built for the same architectures.
 template <class K>
 inline bool has_hopper_code(K kernel) {
   constexpr int kDevices = 64;
@@ -121,7 +119,7 @@ inline bool has_hopper_code(K kernel) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaFuncAttributes code{};
-    // what was compiled for sm_80 or sm_90, without the a, is a trap of a few registers
+    // code that was compiled for sm_80 or sm_90, without the a, is a trap, which takes few registers
     const bool found = major == 9 && minor == 0 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess &&
                        code.ptxVersion >= 90 && code.numRegs >= 128;
     known[device] = found ? 1 : -1;
@@ -129,8 +127,8 @@ inline bool has_hopper_code(K kernel) {
   return known[device] > 0;
 }
 
-// A tensor of 16-bit values by extents and strides (innermost first; bytes, of dimensions 1 and 2) in boxes of 64 x
-// rows.
+// Describes a tensor of 16-bit values in boxes of 64 x rows, by its extents (innermost first) and its strides (in
+// bytes, of dimensions 1 and 2).
 inline cudaError_t make_tensor_map(TensorMap& map, bool bfloat16, const void* data, const int64_t (&size)[3],
                                    const int64_t (&stride)[2], int rows) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -165,11 +163,13 @@ inline cudaError_t make_tensor_map(TensorMap& map, bool bfloat16, const void* da
 
 namespace convmixer {
 
-// wgmma's description of an operand in shared memory, 128-byte swizzle (PTX ISA 9.7.15.5.1.2, "matrix descriptor": bits
-// 0-13 address, 16-29 leading and 32-45 stride byte offset, each in 16 bytes, 49-51 base offset, 62-63 swizzle = 1).
-// K contiguous, ((8, m), (8, 2)) : ((64, SBO), (1, 8)): `stride` = 1024 bytes from 8 rows to the next 8, `lead` unused,
-// 1 by convention; 16 values of K further is 32 bytes further. Columns contiguous, ((8, 8, m), (8, k)) :
-// ((1, 8, LBO), (64, SBO)): `lead` = bytes from 64 columns to the next 64, `stride` = from 8 values of K to the next 8.
+// wgmma's descriptor of an operand in shared memory with 128-byte swizzle (PTX ISA 9.7.15.5.1.2, "matrix descriptor"):
+// bits 0-13 address, 16-29 leading and 32-45 stride byte offset, each in 16 bytes, 49-51 base offset, 62-63 swizzle =
+// 1.
+//   K contiguous        ((8, m), (8, 2)) : ((64, SBO), (1, 8)). `stride` = 1024 bytes from 8 rows to the next 8. `lead`
+//                       is unused, 1 by convention. 16 values of K further is 32 bytes further.
+//   columns contiguous  ((8, 8, m), (8, k)) : ((1, 8, LBO), (64, SBO)). `lead` = bytes from 64 columns to the next 64,
+//                       `stride` = bytes from 8 values of K to the next 8.
 // The base offset is 0 because every pattern of 1024 bytes begins at a multiple of 1024.
 __device__ __forceinline__ uint64_t wgmma_operand(const void* p, int lead, int stride) {
   return (uint64_t(1) << 62) | uint64_t(stride >> 4) << 32 | uint64_t(lead >> 4) << 16 | (smem_u32(p) & 0x3ffff) >> 4;

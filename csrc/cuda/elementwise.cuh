@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
 // One pass over activation tensors with per-channel constants and per-channel sums: the skeleton of batch_norm.cu and
 // pointwise.cu.
-//   contiguous:    a block owns one channel's images of one part; its threads walk the planes in aligned 16-byte
-//   windows. channels_last: a block owns up to 32 vectors of channels and one part of the rows (n, h, w); a thread owns
-//   one 16-byte vector
-//                  of channels and walks the rows.
-// Both keep two windows of each tensor on their way per thread, take elements one by one where a window crosses the
-// edge of a plane (or where addresses or C allow no vectors), and leave one partial per channel and part: nothing here
-// depends on the order of blocks. Bound: bytes, at 3 to 45 instructions an element.
+//   contiguous     a block owns one channel's images of one part; its threads walk the planes in aligned 16-byte
+//   windows channels_last  a block owns up to 32 vectors of channels and one part of the rows (n, h, w); a thread owns
+//                  one 16-byte vector of channels and walks the rows
+// A thread has two windows of each tensor in flight. It takes elements one by one if a window crosses the edge of a
+// plane, or if addresses or C allow no vectors. A block leaves one partial per channel and part: nothing depends on the
+// order of blocks. Bound: bytes, at 3 to 45 instructions an element.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +21,7 @@ namespace convmixer::elementwise {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 2;      // windows of each tensor that a thread has on their way while it computes one
+constexpr int kAhead = 2;      // windows of each tensor that a thread has in flight while it computes one
 constexpr int kMaxLanes = 32;  // vectors of channels across a channels_last block
 
 template <class T>
@@ -35,8 +34,8 @@ struct Geometry {
   int64_t channels, parts, blocks;
   int64_t items, items_per_part;  // contiguous: windows of one channel's planes; channels_last: rows
   int64_t plane, windows;         // contiguous: H * W, windows of one plane
-  int64_t images_step;            // contiguous: kThreads windows further is images_step planes ...
-  int windows_step;               // ... and windows_step windows further
+  int64_t images_step;            // contiguous: kThreads windows are images_step planes ...
+  int windows_step;               // ... and windows_step windows
   int lanes;                      // channels_last: vectors of channels across a block, a power of two
   int64_t groups;                 // channels_last: blocks across the channels
   bool vectors;                   // 16-byte accesses are aligned
@@ -57,9 +56,9 @@ inline int64_t groups_of(const Shape& s) {
   return (s.c + channels - 1) / channels;
 }
 
-// Enough parts to fill a large GPU several times over, and enough elements in each to hide its reduction; but never so
-// few that a thread adds more than 8 windows (contiguous) or 64 rows (channels_last) in float32: from there on sums
-// are double, so that errors do not grow with N.
+// Makes enough parts to fill a large GPU several times, with enough elements in each to hide its reduction; and so many
+// that a thread adds at most 8 windows (contiguous) or 64 rows (channels_last) in float32. Sums of parts are double, so
+// that errors do not grow with N.
 inline int64_t parts_of(const Shape& s) {
   const int64_t count = s.n * s.h * s.w;
   if (s.channels_last) {
@@ -95,9 +94,7 @@ inline Geometry geometry(const Shape& s, std::initializer_list<const void*> tens
   return g;
 }
 
-// ---- 16-byte windows ----------------------------------------------------------------------------------------------
-
-// Elements [first, last) of the window at element `base` belong to this thread; none where last <= first.
+// A window is 16 bytes. This thread owns elements [first, last) of the window at element `base`, or none.
 struct Place {
   int64_t base;
   int first, last;
@@ -145,14 +142,14 @@ __device__ __forceinline__ Affine affine(const Norm& norm, int64_t c) {
   return {load_param(norm.mean, c), load_param(norm.weight, c, 1.f) * rstd(norm, c), load_param(norm.bias, c)};
 }
 
-// act(a), and act'(a) beside it, at the accuracy that results of type T keep.
+// act(a), and below act'(a) too, at the accuracy that results of type T keep.
 template <int ACT, class T>
 __device__ __forceinline__ float activate(float a) {
   if constexpr (sizeof(T) == 4) {
     return activation<ACT>(a);
   } else {
     const float h = fast_activation<ACT>(a);
-    // the fast form makes NaN of +inf
+    // the fast form turns +inf into NaN
     return ACT == kGelu && a > 100.f ? a : h;
   }
 }
@@ -167,9 +164,7 @@ __device__ __forceinline__ ValueAndGrad activate_and_grad(float a) {
   }
 }
 
-// ---- statistics ---------------------------------------------------------------------------------------------------
-
-// What a block leaves for one channel: moments (count, mean, M2) in float32, or totals in double.
+// The partial statistics of one channel that a block leaves: moments (count, mean, M2) in float32, or totals in double.
 template <class Op>
 struct Partial {
   static constexpr int kSize = Op::kMoments ? 3 : Op::kStats;
@@ -194,7 +189,7 @@ struct Partial {
   }
 };
 
-// What a thread sums for one channel: Op::kStats values an element, as moments (then kStats is 1) or as plain totals.
+// The sums of one channel in a thread: Op::kStats values an element, as moments (then kStats is 1) or as plain totals.
 template <class Op>
 struct ChannelSums {
   static constexpr int kStats = Op::kStats;
@@ -202,7 +197,7 @@ struct ChannelSums {
   double wide[kStats + 1] = {};
   Moments moments = {0.f, 0.f, 0.f};
 
-  // float32 tensors: a thread's total moves to double every few elements, so that it stays as exact as a pairwise sum
+  // float32 tensors: a thread's total is added to a double every few elements, which is as exact as a pairwise sum
   __device__ __forceinline__ void flush() {
     if constexpr (Op::kWide) {
 #pragma unroll
@@ -214,7 +209,7 @@ struct ChannelSums {
   template <int kSize>
   __device__ __forceinline__ void add(const float (&value)[kStats + 1][kSize], const Place& at) {
     if constexpr (Op::kMoments) {
-      // the window's own moments in two passes, then one merge: no cancellation, one division a window
+      // computes the window's own moments in two passes, then merges: no cancellation, and one division a window
       const int count = at.last - at.first;
       if (count <= 0) return;
       float sum = 0.f;
@@ -252,10 +247,8 @@ struct ChannelSums {
   }
 };
 
-// ---- the two kernels ----------------------------------------------------------------------------------------------
-
-// The output and stats of one window; channel(j) is the channel of its j-th element. One choice of the activation a
-// window.
+// The output and statistics of one window; channel(j) is the channel of its j-th element. The activation is chosen once
+// a window.
 template <int ACT, class T, class Op, class ChannelOf>
 __device__ __forceinline__ uint4 compute_as(const Op& op, const ChannelOf& channel, uint4 a, uint4 b,
                                             float (&stats)[Op::kStats + 1][Window<T>::kSize]) {
@@ -287,7 +280,7 @@ __device__ __forceinline__ uint4 compute(const Op& op, const ChannelOf& channel,
   }
 }
 
-// A thread's windows on their way from memory: pushed at the back, computed kAhead steps later.
+// The windows that a thread has in flight: pushed at the back, computed kAhead steps later.
 template <class T, class Op>
 struct Pipeline {
   Place at[kAhead + 1];
@@ -307,7 +300,7 @@ struct Pipeline {
   }
 };
 
-// Blocks behind g.blocks, a thread a channel: what an operation has to do beside the tensor.
+// Blocks behind g.blocks do an operation's work outside the tensor, a thread a channel.
 template <class Op>
 __device__ __forceinline__ bool update(const Op& op, const Geometry& g) {
   if constexpr (Op::kUpdates) {
@@ -319,7 +312,7 @@ __device__ __forceinline__ bool update(const Op& op, const Geometry& g) {
   return false;
 }
 
-// One block: channel blockIdx.x % C, part blockIdx.x / C, so that blocks that run together read neighbouring planes.
+// The block of channel blockIdx.x % C and part blockIdx.x / C: blocks that run together read neighbouring planes.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
   if (update(op, g)) return;
@@ -373,8 +366,8 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Op op, Geometry g) {
   }
 }
 
-// One block: channels group * lanes * kSize and on, part blockIdx.x / groups; thread: vector tid % lanes, row tid /
-// lanes.
+// The block of the channels from group * lanes * kSize on and part blockIdx.x / groups. A thread has vector tid % lanes
+// and row tid / lanes.
 template <class T, class Op>
 __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
   if (update(op, g)) return;
@@ -426,7 +419,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
   }
 
   if constexpr (Op::kStats > 0) {
-    // shared[row][value][j][lane]: neighbouring lanes write and read neighbouring words
+    // shared is [row][value][j][lane]: neighbouring lanes write and read neighbouring words
     using P = Partial<Op>;
     SHARED_ARRAY(typename P::Value, shared, kThreads * kSize * P::kSize);
     const int stride = g.lanes * kSize;
@@ -444,10 +437,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(Op op, Geometry g) {
       P merged{};
       const auto value = [&](int r, int s) { return shared[(r * P::kSize + s) * stride + i]; };
       if constexpr (Op::kMoments) {
-        // the common mean first: up to 256 merges one after the other would add up their rounding
+        // computes the common mean first: up to 256 merges, one after the other, would add up their rounding
         double n = 0.0, sum = 0.0, m2 = 0.0;
         for (int r = 0; r < rows; ++r) n += value(r, 0), sum += static_cast<double>(value(r, 0)) * value(r, 1);
-        // a quotient in double by one Newton step
+        // one Newton step makes the quotient exact to double
         double inverse = 1.f / fmaxf(static_cast<float>(n), 1.f);
         inverse *= 2.0 - n * inverse;
         const double mean = sum * inverse;
@@ -483,8 +476,6 @@ __device__ __forceinline__ Partial<Op> add_parts(const Partial<Op>* partials, in
   return total;
 }
 
-// ---- host ---------------------------------------------------------------------------------------------------------
-
 template <class T, class Op>
 int launch(const Op& op, const Shape& shape, std::initializer_list<const void*> tensors, void* stream) {
   Geometry g = geometry(shape, tensors);
@@ -502,7 +493,7 @@ int launch(const Op& op, const Shape& shape, std::initializer_list<const void*> 
   return static_cast<int>(cudaGetLastError());
 }
 
-// f(T()) for the type that a Dtype names.
+// Calls f(T()) for the type that a Dtype names.
 template <class F>
 int with_type(int dtype, F&& f) {
   switch (dtype) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The launchers that csrc/cuda/*.cu define and csrc/cuda/module.cpp binds: plain C++, no CUDA header, no torch.
-// The meaning of every argument is that of the primitive of the same name in convmixer_kernels/backends/reference.py.
+// Every argument means the same as in the primitive of that name in convmixer_kernels/backends/reference.py.
 // A launcher enqueues on `stream`, never synchronises or allocates, and returns a cudaError_t as int (0 is success).
-// Scratch memory comes from the caller, its size from the *_workspace function beside the launcher (bytes).
+// The caller provides scratch memory; the *_workspace function beside the launcher gives its size in bytes.
 #pragma once
 #include <cstdint>
 
@@ -17,8 +17,8 @@ struct Norm {
   bool present;
 };
 
-// An activation tensor's shape; dense, contiguous or channels_last. Never empty. depthwise_forward and
-// depthwise_input_grad take contiguous 16-bit tensors that start at multiples of 16 bytes.
+// The shape of an activation tensor, which is contiguous or channels_last and never empty. Contiguous 16-bit tensors of
+// depthwise_forward and depthwise_input_grad start at multiples of 16 bytes.
 struct Shape {
   int64_t n, c;
   int h, w;
@@ -26,11 +26,12 @@ struct Shape {
   bool channels_last;
 };
 
-// ---- depthwise_forward.cu -----------------------------------------------------------------------------------------
-// partials == null (eval):  y = norm(act(conv(x) + bias)) (+ x)
-// partials != null (train): y = a = conv(x) + bias rounded to the dtype, and for each channel
-//   partials[(c * P + p) * 3 + {0, 1, 2}] = count, mean, M2 of act(a) over the p-th part of that channel's N*H*W
-//   values, with P = depthwise_forward_partials(...); norm.present is false and residual is false.
+// depthwise_forward.cu
+//   partials == null (eval)   y = norm(act(conv(x) + bias)) (+ x)
+//   partials != null (train)  y = a = conv(x) + bias rounded to the dtype, and for each channel
+//                             partials[(c * P + p) * 3 + {0, 1, 2}] = count, mean, M2 of act(a) over the p-th part of
+//                             the channel's N*H*W values, with P = depthwise_forward_partials(...);
+//                             norm.present and residual are false
 struct DepthwiseForward {
   Shape shape;
   int kh, kw;
@@ -46,7 +47,7 @@ struct DepthwiseForward {
 int64_t depthwise_forward_partials(const Shape& shape, int kh, int kw);
 int depthwise_forward(const DepthwiseForward& p, void* stream);
 
-// ---- depthwise_input_grad.cu --------------------------------------------------------------------------------------
+// depthwise_input_grad.cu
 struct DepthwiseInputGrad {
   Shape shape;
   int kh, kw;
@@ -61,8 +62,8 @@ struct DepthwiseInputGrad {
 };
 int depthwise_input_grad(const DepthwiseInputGrad& p, void* stream);
 
-// ---- depthwise_weight_grad.cu -------------------------------------------------------------------------------------
-// dw (C, 1, kH, kW) in dw_dtype, db (C) in db_dtype or null; two launches: partials, then one ordered reduction.
+// depthwise_weight_grad.cu
+// dw (C, 1, kH, kW) in dw_dtype, db (C) in db_dtype or null, in two launches: partials, then one ordered reduction.
 struct DepthwiseWeightGrad {
   Shape shape;
   int kh, kw;
@@ -81,16 +82,16 @@ struct DepthwiseWeightGrad {
 int64_t depthwise_weight_grad_workspace(const Shape& shape, int kh, int kw);
 int depthwise_weight_grad(const DepthwiseWeightGrad& p, void* stream);
 
-// ---- depthwise_fma.cu: float32 arithmetic on FMA units; float32 tensors, and, but for the weight gradient, 16-bit
-// ones where no tensor-core kernel fits
+// depthwise_fma.cu, depthwise_fma_weight_grad.cu: float32 arithmetic on FMA units, for float32 tensors. The forward and
+// the input gradient also take 16-bit tensors that no tensor-core kernel fits.
 int64_t depthwise_forward_fma_partials(const Shape& shape, int kh, int kw);
 int depthwise_forward_fma(const DepthwiseForward& p, void* stream);
 int depthwise_input_grad_fma(const DepthwiseInputGrad& p, void* stream);
 int64_t depthwise_weight_grad_fma_workspace(const Shape& shape, int kh, int kw);
 int depthwise_weight_grad_fma(const DepthwiseWeightGrad& p, void* stream);
 
-// ---- batch_norm.cu ------------------------------------------------------------------------------------------------
-// Chan's merge of P partials a channel, in order; mean and biased var (C) float32.
+// batch_norm.cu
+// Merges P partials a channel, in order, by Chan's formula; mean and biased var are (C) float32.
 struct MergeStatistics {
   int64_t c, partials_per_channel, count;  // count = N * H * W
   const float* partials;
@@ -99,7 +100,7 @@ struct MergeStatistics {
 };
 int merge_statistics(const MergeStatistics& p, void* stream);
 
-// running = (1 - momentum) * running + momentum * new as nn.BatchNorm2d does, the variance unbiased.
+// running = (1 - momentum) * running + momentum * new, with the unbiased variance, as in nn.BatchNorm2d.
 struct RunningUpdate {
   int64_t c, count;    // count = N * H * W; c = 0: nothing to do
   const float* mean;   // of the batch, (C)
@@ -124,7 +125,7 @@ struct Normalize {
 };
 int normalize(const Normalize& p, void* stream);
 
-// sum dy and sum dy * hhat: two launches, reduce and finish
+// sum dy and sum dy * hhat, in two launches: reduce and finish
 struct NormBackward {
   Shape shape;
   const void* dy;
@@ -138,7 +139,7 @@ struct NormBackward {
 int64_t norm_backward_workspace(const Shape& shape);
 int norm_backward(const NormBackward& p, void* stream);
 
-// ---- pointwise_gemm.cu --------------------------------------------------------------------------------------------
+// pointwise_gemm.cu
 // The whole pointwise block in one launch; eval and train as in DepthwiseForward, with
 // P = pointwise_forward_partials(...), which depends on the device.
 struct PointwiseForward {
@@ -151,17 +152,17 @@ struct PointwiseForward {
   Norm norm;
   void* y;  // (N, C_out, H, W)
   float* partials;
-  bool hopper;  // wgmma and TMA where device, shape and alignment allow them
+  bool hopper;  // use wgmma and TMA if device, shape and alignment allow it
 };
-// Whether `hopper` makes a difference here.
+// Whether device, shape and alignment allow `hopper`.
 bool pointwise_runs_hopper(const Shape& shape, int64_t c_out, const void* x, const void* weight);
 int64_t pointwise_forward_partials(const Shape& shape, int64_t c_out, const void* x, const void* weight, bool hopper);
 int pointwise_forward(const PointwiseForward& p, void* stream);
 
-// ---- pointwise_weight_grad.cu -------------------------------------------------------------------------------------
+// pointwise_weight_grad.cu
 // dw (C_out, C_in, 1, 1) in dw_dtype = sum over images and pixels of da x, by wgmma: products, then one ordered sum.
-// Contiguous 16-bit tensors of the same dtype at multiples of 16 bytes, H * W a multiple of 64, on a GPU with sm_90a's
-// code in this build: elsewhere the size of the workspace is 0. It depends on the device.
+// It takes contiguous 16-bit tensors of the same dtype at multiples of 16 bytes, with H * W a multiple of 64, on a GPU
+// for which this build has sm_90a's code; otherwise the size of the workspace is 0. The size depends on the device.
 struct PointwiseWeightGrad {
   Shape shape;  // x's
   int64_t c_out;
@@ -174,9 +175,9 @@ struct PointwiseWeightGrad {
 int64_t pointwise_weight_grad_workspace(const Shape& shape, int64_t c_out);
 int pointwise_weight_grad(const PointwiseWeightGrad& p, void* stream);
 
-// ---- mixer.cu -----------------------------------------------------------------------------------------------------
-// depthwise_forward and pointwise_forward in one launch, in eval, for narrow networks; false where it cannot run, by
-// the device too. The tiles of pixels are its blocks.
+// mixer.cu
+// depthwise_forward and pointwise_forward of an eval layer of a narrow network, in one launch. mixer_fits is false if
+// it cannot run with this shape or on this device. A block computes one of mixer_tiles tiles of pixels.
 struct MixerForward {
   Shape shape;  // x's
   int64_t c_out;
@@ -196,7 +197,7 @@ bool mixer_fits(const Shape& shape, int64_t c_out, int kh, int kw);
 int64_t mixer_tiles(const Shape& shape);
 int mixer_forward(const MixerForward& p, void* stream);
 
-// ---- pointwise.cu -------------------------------------------------------------------------------------------------
+// pointwise.cu
 // Statistics of act(a), partials as in DepthwiseForward, over the result of a torch GEMM.
 struct PointwiseStatistics {
   Shape shape;
@@ -207,7 +208,7 @@ struct PointwiseStatistics {
 int64_t pointwise_statistics_partials(const Shape& shape);
 int pointwise_statistics(const PointwiseStatistics& p, void* stream);
 
-// da = dh * act'(a), written once in the tensors' dtype for torch's GEMMs, and db = sum da (null: not wanted).
+// da = dh * act'(a), written once in the tensors' dtype for torch's GEMMs, and db = sum da unless db is null.
 struct PointwiseGradPrologue {
   Shape shape;
   const void* dy;
@@ -223,7 +224,6 @@ struct PointwiseGradPrologue {
 int64_t pointwise_grad_prologue_workspace(const Shape& shape);
 int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream);
 
-// ---- device properties --------------------------------------------------------------------------------------------
 const char* error_string(int error);
 int toolkit_version();  // CUDART_VERSION: 1000 * major + 10 * minor
 int device_count(int* count);

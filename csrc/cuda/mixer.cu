@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Launcher of a narrow network's mixer layer in one kernel (mixer.cuh), and where it can run.
+// Launcher of the kernel that computes a narrow network's mixer layer (mixer.cuh), and the conditions for it.
 #include "mixer.cuh"
 
 namespace convmixer {
@@ -7,7 +7,7 @@ namespace {
 
 int depth_of(int64_t channels) { return static_cast<int>(ceil_div(channels, mixer::kDepth)) * mixer::kDepth; }
 
-// Values in the widest aligned access to rows of w values.
+// The number of values in the widest aligned access to rows of w values.
 int granule_of(const void* data, int w) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(data) | 2 * static_cast<uintptr_t>(w);
   return bits % 16 == 0 ? 8 : bits % 8 == 0 ? 4 : 1;
@@ -35,8 +35,7 @@ int launch_as(const mixer::Args& p, void* stream) {
 }  // namespace
 
 bool mixer_fits(const Shape& s, int64_t c_out, int kh, int kw) {
-  // a place in a plane is 32 bits wide; the kernel has no static arrays, so that all of a block's shared memory is its
-  // own
+  // a place in a plane has 32 bits; the kernel has no static arrays, so that it may use all of a block's shared memory
   return s.dtype != kFloat32 && !s.channels_last && std::max(kh, kw) <= mixer::kTaps &&
          std::max(s.c, c_out) <= mixer::kMostChannels && static_cast<int64_t>(s.h) * s.w < 1 << 30 && s.n < 1 << 30 &&
          mixer::shared_bytes(depth_of(s.c)) <= most_shared_of_block();

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: MIT
 // A whole mixer layer of narrow networks in evaluation, 16-bit, contiguous, kernels up to 9 x 9, C and C_out <= 256:
 //   z = norm(act(depthwise(x) + bias)) (+ x), rounded;   y = norm(act(weight z + bias))
-// A block of 16 warps owns 16 x 16 pixels of an image. First a warp owns a channel at a time: its 24 x 24 patch of x by
-// asynchronous copies, the next one's under way once this one's fragments are read, z of all channels to shared memory;
-// then 128 output channels at a time, a warp 32 of them x 4 rows, the weight in three stages of 32 values of K.
-// Products of depthwise_mma.cuh, but m = 8 rows of two tiles of 8 columns, every other row: the fragments of kernel row
-// i + 1 are those of row i of the rows below, and 40 matrices are read where 16 rows of 8 columns would read 72.
-// Bound: shared memory in the first part (81 cycles a channel, 38 instructions a value), the tensor core in the second,
-// issue in the epilogue (19 an output); 163 KB at C = 256, one block a multiprocessor.
+// A block of 16 warps owns 16 x 16 pixels of an image. First it computes z of all channels in shared memory: a warp
+// takes a channel at a time, whose 24 x 24 patch of x is copied asynchronously while the channel before is computed.
+// Then it computes y for 128 output channels at a time: a warp takes 32 of them x 4 rows; the weight comes in three
+// stages of 32 values of K.
+// z takes the products of depthwise_mma.cuh, but m is 8 rows, every other one, of two tiles of 8 columns: so kernel row
+// i + 1 shares its fragments with kernel row i of the rows below, and 40 matrices are read instead of the 72 that 16
+// rows of 8 columns would read.
+// Bound: shared memory for z (81 cycles a channel, 38 instructions a value), the tensor core for y's products, issue
+// slots for the epilogue (19 an output). 163 KB at C = 256, one block a multiprocessor.
 #pragma once
 #include "depthwise_mma.cuh"
 #include "pointwise_mma.cuh"
@@ -18,7 +20,7 @@ constexpr int kTile = 16;  // rows and columns of pixels
 constexpr int kPixels = kTile * kTile;
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kMostChannels = 256;
-constexpr int kTaps = 9, kHalo = kTaps / 2;    // smaller kernels lie in the middle of zeros
+constexpr int kTaps = 9, kHalo = kTaps / 2;    // zeros surround smaller kernels
 constexpr int kPatchRows = kTile + kTaps - 1;  // even rows first, then odd ones: every other row without bank conflicts
 constexpr int kPatchPitch = 2 * (kTile + 8);
 constexpr int kPatchBytes = kPatchRows * kPatchPitch;
@@ -49,13 +51,14 @@ inline int shared_bytes(int depth) {
   return depth * kRowBytes + kWorkBytes + kMostChannels * static_cast<int>(sizeof(Constants));
 }
 
-// Piece 16 h + 8 s + g of a row of z (before its swizzle) is row 2 g + s of the tile, columns 8 h to 8 h + 7.
+// Piece 16 h + 8 s + g of a row of z, before the swizzle, is row 2 g + s of the tile, columns 8 h to 8 h + 7.
 struct Position {
   int row, column;
 };
 __device__ __forceinline__ Position position_of(int piece) { return {2 * (piece % 8) + piece / 8 % 2, piece / 16 * 8}; }
 
-// The values of z that Toeplitz matrices or the fast activation made NaN, by the definition (as mma::settle_nan).
+// Recomputes by the definition the values of z that Toeplitz matrices or the fast activation made NaN, like
+// mma::settle_nan.
 template <class T>
 __device__ __noinline__ void settle_nan(const Args& p, unsigned char* z, int n, int y0, int x0) {
   const mma::Plan& q = p.depthwise.plan;
@@ -71,16 +74,14 @@ __device__ __noinline__ void settle_nan(const Args& p, unsigned char* z, int n, 
   }
 }
 
-// ---- z -------------------------------------------------------------------------------------------------------------
-
-// A lane's part of the patches and tables of a warp's channels, in their order.
+// A lane's part of the patches and tables of a warp's channels, one channel after the other.
 template <class T>
 struct Patch {
   static constexpr int kEach = (kPieces + 31) / 32, kTapsEach = (kTaps * kTaps + 31) / 32;
   const Args& p;
   unsigned char* memory;  // the warp's patch, then its table
   int y0, x0, lane;
-  uint32_t offset[kEach], inside;  // of a piece in its plane; bit i: it is in the image
+  uint32_t offset[kEach], inside;  // of a piece in its plane; bit i: piece i is in the image
   int place[kTapsEach];            // of a tap in the table, -1: none
   float taps[kTapsEach];
   const T* plane;             // of the next channel
@@ -115,7 +116,7 @@ struct Patch {
     const int w = p.depthwise.plan.w;
     return piece < kPieces && y >= 0 && y < p.depthwise.plan.h && column >= 0 && column < w ? y * w + column : -1;
   }
-  // Values and taps of the next channel.
+  // Copies the values and loads the taps of the next channel.
   __device__ __forceinline__ void copy() {
     unsigned char* const to = memory + 8 * lane;
     if (p.depthwise.plan.granule >= 4) {
@@ -128,7 +129,7 @@ struct Patch {
       const int w = p.depthwise.plan.w;
 #pragma unroll 1
       for (int i = 0; i < kEach; ++i) {
-        // found again: an index at run time would take `offset` out of its registers
+        // computed again: an index at run time would move `offset` from registers to memory
         const int source = source_of(lane + 32 * i);
         if (source < 0) continue;
         const int left = w - source % w;
@@ -161,8 +162,8 @@ struct Patch {
   }
 };
 
-// A of kernel row i for the rows s, s + 2, ... of the tile, by s + i: columns 0 to 15 of the left tile, then of the
-// right one. The block of columns 8 to 15 is read twice: putting it twice in place takes more instructions than that.
+// a[s + i] is A of kernel row i for the rows s, s + 2, ... of the tile: columns 0 to 15 of the left tile, then of the
+// right one. The block of columns 8 to 15 is read twice, which takes fewer instructions than copying it in registers.
 struct Fragments {
   uint32_t a[kTaps + 1][4];
 
@@ -174,14 +175,14 @@ struct Fragments {
   }
 };
 
-// z of the tile, all channels; the returned trace is NaN where a value was not finite.
+// Computes z of the tile for all channels. The returned trace is NaN if a value was not finite.
 template <class T>
 __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, unsigned char* memory,
                                               const Constants* constants, int n, int y0, int x0) {
   const int channels = p.depthwise.plan.c, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   int c = threadIdx.x / 32;
   Patch<T> patch(p, memory, n, c, y0, x0);
-  // column q of the products with this is the input's column q + kHalo: the residual
+  // column q of a product with this matrix is the input's column q + kHalo: it adds the residual
   const uint32_t low = bit_cast<uint16_t>(from_float<T>(1.f)), high = low << 16;
   const uint32_t identity[2] = {2 * t == g + 4 ? low : (2 * t + 1 == g + 4 ? high : 0u),
                                 2 * t + 4 == g ? low : (2 * t + 5 == g ? high : 0u)};
@@ -197,7 +198,7 @@ __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, u
     for (int i = 0; i < kTaps; ++i)
       mma::load_toeplitz<T, 1>(toeplitz[i], reinterpret_cast<const T*>(memory + kPatchBytes), i, lane);
     const Fragments inputs(memory);
-    // every lane has read the patch and the table
+    // after this all lanes have read the patch and the table
     __syncwarp();
     if (c + kWarps < channels) patch.copy();
     const Constants k = constants[c];
@@ -226,10 +227,8 @@ __device__ __forceinline__ uint32_t compute_z(const Args& p, unsigned char* z, u
   return trace;
 }
 
-// ---- y -------------------------------------------------------------------------------------------------------------
-
-// A stage of the weight: 32 values of K of 128 rows, 64 bytes a row, piece (row, i) at i ^ (row / 2 % 4); zeros beyond
-// the matrix. Calls in the order of the products: K first, then rows.
+// Copies a stage of the weight: 32 values of K of 128 rows, 64 bytes a row, piece (row, i) at i ^ (row / 2 % 4), zeros
+// beyond the matrix. Calls follow the order of the products: K first, then rows.
 template <class T, bool ALIGNED>
 struct WeightCopy {
   const Args& p;
@@ -257,7 +256,7 @@ struct WeightCopy {
   }
 };
 
-// Lane t of four gives w[j] to lane j, and gets w[s] of lane s in the place s.
+// Of four lanes, lane t gives w[j] to lane j; it gets w[t] of lane s in place s.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {
@@ -271,7 +270,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// The first `count` of 8 values.
+// Stores the first `count` of 8 values.
 template <class T>
 __device__ __forceinline__ void store_pixels(T* y, const uint32_t (&w)[4], int count, int granule) {
   if (granule == 8) {
@@ -316,7 +315,7 @@ __device__ __forceinline__ void store_y(const Args& p, float (&acc)[2][8][4], co
     transpose_quad(words[0]);
     transpose_quad(words[1]);
     T* const to = first + 8 * k * plane;
-    // two rows further are the pixels of the other four tiles
+    // the pixels of the other four tiles are two rows further
     if (8 * k < left && 0 < rows) store_pixels(to, words[0], min(w - x, 8), p.y_granule);
     if (8 * k < left && 2 < rows) store_pixels(to + 2 * w, words[1], min(w - x, 8), p.y_granule);
     __syncwarp();
@@ -334,7 +333,7 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
 
   const int a_row = warp / 4 * 32 + lane % 16;
   const unsigned char* const a_first = stages + a_row * 64;
-  // rows 4 (warp % 4) + 0, 1 and + 2, 3 of the tile; both columns' pieces by one ldmatrix
+  // rows 4 (warp % 4) + 0, 1 and + 2, 3 of the tile; one ldmatrix reads the pieces of both columns
   const unsigned char* const b_first = z + lane % 16 * kRowBytes + lane / 16 * 256;
   const int b_piece = warp % 4 * 2;
   int stage = 0;
@@ -347,12 +346,12 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       cp_async_wait<kStages - 2>();
-      // also: every warp has read the stage that the next copy fills
+      // this barrier also tells that all warps have read the stage that the next copy fills
       __syncthreads();
       copy(stage == 0 ? kStages - 1 : stage - 1);
       const unsigned char* const weight = a_first + stage * kStageBytes;
       stage = stage == kStages - 1 ? 0 : stage + 1;
-      // this warp's rows are beyond the matrix
+      // this warp's rows lie beyond the matrix
       if (row >= p.pointwise.c_out) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half, from += 16 * kRowBytes) {
@@ -376,8 +375,6 @@ __device__ __forceinline__ void compute_y(const Args& p, const unsigned char* z,
   }
 }
 
-// ---- kernel --------------------------------------------------------------------------------------------------------
-
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, 1) mixer_kernel(const __grid_constant__ Args p) {
   DYN_SHARED(unsigned char, shared);
@@ -398,12 +395,12 @@ __global__ void __launch_bounds__(kThreads, 1) mixer_kernel(const __grid_constan
   const uint32_t trace = compute_z<T>(p, z, work + thread / 32 * kWarpBytes, constants, n, y0, x0);
 
   const pointwise::Channel k = pointwise::load_channel(p.pointwise, thread);
-  // every warp is done with its patch and the constants, and has written its part of z
+  // after this no warp reads its patch or the constants, and z is complete
   const bool settles = __syncthreads_or(!was_finite<T>(trace));
   if (thread < kMostChannels)
     constants[thread] = {k.bias, k.norm.scale, fmaf(-k.norm.mean, k.norm.scale, k.norm.shift)};
   if (settles) settle_nan<T>(p, z, n, y0, x0);
-  // begins with a barrier behind the first copies
+  // starts the first copies, then synchronises
   compute_y<T, ALIGNED>(p, z, work, constants, n, y0, x0);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The Python binding of kernels.h: one function per launcher. Compiled by the host compiler only; the caller keeps
+// The Python binding of kernels.h: one function per launcher, compiled by the host compiler only. The caller keeps
 // every tensor alive and owns all memory. With CONVMIXER_EMULATED it binds the same kernels compiled for the CPU
-// (tests/emulation); the GIL, held throughout, then also guards the emulator's global state.
+// (tests/emulation). Functions hold the GIL, which then also guards the emulator's global state.
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -61,7 +61,7 @@ void merge_statistics(int64_t c, int64_t partials_per_channel, int64_t count, Ad
   check("merge_statistics", convmixer::merge_statistics(p, at(stream)));
 }
 
-// C, N * H * W, the batch's mean and var, the running ones (0: none) with their dtypes, momentum
+// C, N * H * W, the batch's mean and var, running mean and var (0: none) with their dtypes, momentum
 using UpdateOf = std::tuple<int64_t, int64_t, Address, Address, Address, int, Address, int, double>;
 
 void normalize(SHAPE, Address a, int activation, NORM, Address residual, Address y, const py::tuple& updates,
@@ -170,7 +170,7 @@ void define(py::module_& m) {
   m.def("pointwise_grad_prologue", &pointwise_grad_prologue);
   m.def("pointwise_weight_grad", &pointwise_weight_grad);
 
-  // sizes of scratch memory: partials a channel, or bytes
+  // sizes of scratch memory: the number of partials a channel, or bytes
   m.def("depthwise_forward_partials",
         [](SHAPE, int kh, int kw) { return convmixer::depthwise_forward_partials(SHAPE_VALUE, kh, kw); });
   m.def("depthwise_weight_grad_workspace",

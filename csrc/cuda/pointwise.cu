@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT
-// What surrounds torch's GEMM in the pointwise block, one pass each; elementwise.cuh says what a block and a thread
-// own.
+// The passes before and after torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
 //   pointwise_statistics       count, mean, M2 of act(a), by part; it only reads
-//   pointwise_grad_prologue    da = dh * act'(a), dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M) or, in
-//   eval,
-//                              gamma * rstd * dy, written once for the GEMMs; db = sum da by part, then a warp a
-//                              channel
+//   pointwise_grad_prologue    da = dh * act'(a), written once for the GEMMs, with
+//                              dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M), in eval gamma * rstd *
+//                              dy; db = sum da by part, then a warp adds up the parts of a channel
 // Bound: HBM (two or three accesses an element).
 #include "elementwise.cuh"
 
@@ -37,8 +35,8 @@ template <class T>
 struct GradPrologueOp {
   static constexpr int kInputs = 2, kStats = 1;
   static constexpr bool kMoments = false, kWrites = true, kWide = sizeof(T) == 4, kUpdates = false;
-  // dh = offset + scale * dy + slope * (h - mean). dy is scaled before the offset meets it: the difference of dy and a
-  // constant rounds alike for all dy of a binade, an error that grows with their number in db (depthwise_fma.cuh).
+  // dh = offset + scale * dy + slope * (h - mean). dy is scaled before the offset is added: the difference of dy and a
+  // constant would round alike for all dy of a binade, an error that grows with their number in db (depthwise_fma.cuh).
   struct Channel {
     float mean, scale, offset, slope;
   };

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The epilogue of the pointwise block's tensor-core GEMMs, from accumulators in the layout of mma.sync's and wgmma's
-// results (a warp: m16 tiles x n8 tiles, a thread 4 values of each) to y or to a and statistics; pointwise_tile.cuh has
-// the formulas. contiguous: rows = channels, columns = pixels; channels_last: rows = pixels, columns = channels.
-// 14 instructions an output in eval (GELU 10 of them), about 20 in training, by the SASS for sm_80 and sm_90a.
+// The epilogue of the pointwise block's tensor-core GEMMs: it turns accumulators into y, or into a and statistics;
+// pointwise_tile.cuh has the formulas. Accumulators have the layout of mma.sync's and wgmma's results: a warp holds m16
+// tiles x n8 tiles, a thread 4 values of each. contiguous: rows are channels, columns pixels. channels_last: rows are
+// pixels, columns channels. An output takes 14 instructions in eval (GELU 10 of them), about 20 in training, by the
+// SASS for sm_80 and sm_90a.
 #pragma once
 #include "pointwise_tile.cuh"
 
@@ -27,7 +28,7 @@ struct Warps {
   static __device__ __forceinline__ int part(int warp) { return LAST ? warp / WN : warp % WN; }
 };
 
-// A tile's constants and sums by channel of the tile, and each warp's results on their way to memory.
+// A tile's constants and sums for each of its channels, and each warp's results before they are stored.
 template <class W>
 struct Epilogue {
   unsigned char results[W::kThreads / 32][16 * W::MT * W::kPitch];
@@ -63,7 +64,7 @@ struct WarpTile {
       each([](float a, int) { return elementwise::activate<decltype(code)::value, T>(a); });
     });
   }
-  // Results to the warp's own staging, rounded; KEEP: back into v as rounded.
+  // Writes results, rounded, to the warp's own staging. KEEP: also writes the rounded values to v.
   template <class T, bool KEEP>
   __device__ __forceinline__ void stage(unsigned char* results) {
     unsigned char* at = results + g * W::kPitch + 4 * t;
@@ -83,7 +84,7 @@ struct WarpTile {
     __syncwarp();
   }
 
-  // Moments of the warp's channels over its pixels. FULL: all of them exist, else the first `pixels` of the tile.
+  // Moments of the warp's channels over its pixels. FULL: all pixels exist, else the first `pixels` of the tile.
   template <bool FULL>
   __device__ __forceinline__ void statistics(Moments (&moments)[W::kChannels], int pixels) const {
     constexpr int R = LAST ? 2 * NT : 2 * MT, kValues = LAST ? 2 * MT : 2 * NT;  // channels, values a channel
@@ -125,7 +126,7 @@ struct WarpTile {
   }
 };
 
-// A warp's staged results to y: 16 bytes a lane, or element by element, two columns a lane.
+// Stores a warp's staged results in y: 16 bytes a lane, or element by element, two columns a lane.
 template <class T, class W>
 __device__ __forceinline__ void store_results(const Args& p, const unsigned char* results, int64_t row,
                                               int64_t column) {
@@ -134,7 +135,7 @@ __device__ __forceinline__ void store_results(const Args& p, const unsigned char
   const int64_t rows = W::LAST ? p.pixels : p.c_out, columns = W::LAST ? p.c_out : p.pixels;
   const int64_t stride = W::LAST ? p.c_out : p.plane;
   const auto at = [&](int64_t n) { return W::LAST ? n : locate_pixel(n, p.c_out, p.plane).offset; };
-  // from the staged row to the tile's
+  // from the staged row to the row of the tile
   const auto below = [](int r) { return W::kStep == 16 ? r : r / 16 * W::kStep + r % 16; };
   T* y = static_cast<T*>(p.y) + row * stride;
   const int count = clamp_count(rows - row, W::kStep * W::MT);
@@ -154,8 +155,8 @@ __device__ __forceinline__ void store_results(const Args& p, const unsigned char
   }
 }
 
-// The end of a tile, by the kThreads threads of its warps: `thread` is the caller's number among them, `sync` their
-// barrier. Begins with a barrier, behind which `shared` is theirs.
+// Ends a tile. The kThreads threads of its warps call it: `thread` is the caller's number among them, `sync` their
+// barrier. It begins with a barrier; after that nothing else may use `shared`.
 template <class T, class W, class Sync>
 __device__ __forceinline__ void finish_tile(const Args& p, const Tile& tile, WarpTile<W>& acc, Epilogue<W>& shared,
                                             int thread, const Sync& sync) {

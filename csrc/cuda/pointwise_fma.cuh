@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The pointwise block for float32 tensors on FMA units; pointwise_tile.cuh has the formulas. Rows = weight's channels,
-// columns = pixels in both layouts. A block of 16 x 16 threads owns a tile of 128 x 128 results, a thread 8 x 8 of them
-// in registers: rows 4 ty + {0..3} and 64 + that, columns likewise. Four stages of 8 values of K, [K][row] and
-// [K][column] in shared memory: asynchronous copies of single values transpose on the way, at any size and alignment.
-// Bound: FMA. By the SASS for sm_80 and sm_90a 603 to 605 instructions for 8 values of K, of them 512 FFMA, 32 LDS.128
-// and 8 LDGSTS.32: 85 % of the peak at most. 128 registers, two blocks a multiprocessor, no spills.
+// The pointwise block for float32 tensors on FMA units; pointwise_tile.cuh has the formulas. In both layouts rows are
+// the weight's channels and columns are pixels. A block of 16 x 16 threads owns a tile of 128 x 128 results, a thread
+// 8 x 8 of them in registers: rows 4 ty + {0..3} and 64 + that, columns likewise. Shared memory has four stages of 8
+// values of K, as [K][row] and [K][column]: asynchronous copies of single values transpose on the way, at any size and
+// alignment.
+// Bound: FMA. By the SASS for sm_80 and sm_90a, 8 values of K take 603 to 605 instructions, of them 512 FFMA, 32
+// LDS.128 and 8 LDGSTS.32: at most 85 % of the peak. 128 registers, two blocks a multiprocessor, no spills.
 #pragma once
 #include "pointwise_tile.cuh"
 
@@ -14,11 +15,11 @@ constexpr int kFmaThreads = 256;
 constexpr int kFmaTile = 128;
 constexpr int kFmaStages = 4;
 constexpr int kFmaDepth = 8;
-constexpr int kFmaPitch = kFmaTile + 4;  // floats: the copies of 8 values of K and 4 rows fall on 32 banks
+constexpr int kFmaPitch = kFmaTile + 4;  // floats: the copies of 8 values of K and 4 rows use 32 banks
 constexpr int kFmaStage = 2 * kFmaDepth * kFmaPitch;
 
-// (rows, K) with K contiguous: a thread copies one value of K of every 32nd row. Each call copies the next kFmaDepth
-// values of K; what does not exist becomes zero without an access.
+// Copies (rows, K) with K contiguous: a thread copies one value of K of every 32nd row. Each call copies the next
+// kFmaDepth values of K; values beyond the matrix become zero without an access.
 struct FmaRowsCopy {
   const float* source;
   int64_t step;
@@ -42,7 +43,7 @@ struct FmaRowsCopy {
   }
 };
 
-// (K, pixels) of a contiguous tensor: a thread copies one pixel of every other value of K.
+// Copies (K, pixels) of a contiguous tensor: a thread copies one pixel of every other value of K.
 struct FmaPlanesCopy {
   const float* source;
   int64_t step;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
     }
   }();
   const int steps = (p.c_in + kFmaDepth - 1) / kFmaDepth;
-  // past the last step it writes zeros
+  // past the last step this writes zeros
   const auto copy = [&](int stage) {
     float* at = shared + stage * kFmaStage;
     copy_a(at);
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) acc[i][j] += bias;
   }
-  // 0: bias is added; eval: activation and norm, then stores; train: stores, then activation and statistics
+  // first adds the bias; eval: activation and norm, then stores; train: stores, then activation and statistics
   const auto activate = [&] {
     dispatch_activation(p.activation, [&](auto code) {
 #pragma unroll
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2) fma_kernel(Args p) {
       m2[i] = fmaf(d, d, m2[i]);
     }
   }
-  // the 16 lanes of a row of threads hold all pixels of their channels
+  // together the 16 lanes of a row of threads hold all pixels of their channels
   const int mine = merge_lanes<8, 1, 16>(mean, m2, count);
   if (tx < 8 && row + row_of(mine) < p.c_out) store_partial(p, row + row_of(mine), tile.pixel, {count, mean[0], m2[0]});
 }

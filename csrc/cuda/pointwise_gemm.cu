@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Launcher of the pointwise block's forward in one kernel: pointwise_wgmma.cuh (16-bit on sm_90a), pointwise_mma.cuh
-// (16-bit), pointwise_fma.cuh (float32).
+// Launcher of the kernels that compute the pointwise block's forward in one launch: pointwise_wgmma.cuh (16-bit on
+// sm_90a), pointwise_mma.cuh (16-bit), pointwise_fma.cuh (float32).
 #include "pointwise_fma.cuh"
 #include "pointwise_mma.cuh"
 #include "pointwise_wgmma.cuh"
@@ -10,14 +10,14 @@ namespace {
 
 using pointwise::Args;
 
-// m16 and n8 tiles of a warp: results of 128 x 128 a block, or of 64 x 64 where those would leave multiprocessors idle
-// or where operands are not 16-byte aligned and come value by value.
+// m16 and n8 tiles of a warp: a block computes 128 x 128 results, or 64 x 64 if those would leave multiprocessors idle,
+// or if operands are not 16-byte aligned and are copied value by value.
 struct Plan {
   bool last, aligned, hopper, large;
   int tile;
 };
 
-// H = W = 1: the formats agree, and pixels lie as rows.
+// If H = W = 1 the two formats agree, and pixels lie as rows.
 bool lies_as_rows(const Shape& s) { return s.channels_last || static_cast<int64_t>(s.h) * s.w == 1; }
 
 bool operands_aligned(const Shape& s, const void* x, const void* weight) {

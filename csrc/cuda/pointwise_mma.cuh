@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
 // The pointwise block for 16-bit tensors on tensor cores (mma.sync m16n8k16, float32 accumulation); pointwise_tile.cuh
-// has the formulas. contiguous: rows = weight's channels, columns = pixels, x is [K][columns] and ldmatrix transposes
-// it; channels_last: rows = pixels, columns = channels, both operands are [.][K]. A block of 2 x 2 warps owns a tile of
-// 32 MT x 16 NT results, a warp 16 MT x 8 NT of them in registers; three stages of 32 values of K by cp.async.
+// has the formulas.
+//   contiguous     rows are the weight's channels, columns pixels; x is [K][columns], and ldmatrix transposes it
+//   channels_last  rows are pixels, columns channels; both operands are [.][K]
+// A block of 2 x 2 warps owns a tile of 32 MT x 16 NT results, a warp 16 MT x 8 NT of them in registers. cp.async fills
+// three stages of 32 values of K.
 // Bound: the tensor core. By the SASS for sm_80 and sm_90a a warp of 128 x 128 tiles issues 142 to 149 instructions for
-// 32 values of K, of them 64 HMMA, 16 LDSM.x4 and 8 LDGSTS.128; shared memory moves 48 KB a block meanwhile, 384 cycles
-// against 512 of HMMA on sm_80. 14 instructions an output in the eval epilogue (GELU 10), about 20 in training. 253 to
-// 255 registers, two blocks a multiprocessor: the epilogue of one overlaps the products of the other. No spills.
+// 32 values of K, of them 64 HMMA, 16 LDSM.x4 and 8 LDGSTS.128. Meanwhile shared memory moves 48 KB a block: 384 cycles
+// beside 512 of HMMA on sm_80. With 253 to 255 registers and no spills a multiprocessor runs two blocks: the epilogue
+// of one overlaps the products of the other.
 #pragma once
 #include "pointwise_epilogue.cuh"
 
@@ -16,10 +18,10 @@ constexpr int kMmaThreads = 128;
 constexpr int kStages = 3;
 constexpr int kDepth = 32;  // values of K in a stage
 
-// ---- from memory to a stage: 16-byte pieces, swizzled so that the eight rows of an ldmatrix fall on all banks
-// --------
+// Copies to a stage write 16-byte pieces, swizzled so that the eight rows of an ldmatrix use all banks.
 
-// Eight 16-bit values of which the first `count` exist, consecutive in memory, but for a jump where a plane ends.
+// Eight 16-bit values, of which the first `count` exist. They are consecutive in memory up to the end of a plane;
+// `jump` leads to the next plane.
 template <class T>
 __device__ __forceinline__ uint4 gather(const T* at, int count, int64_t position, int64_t plane, int64_t jump) {
   T v[8];
@@ -34,8 +36,8 @@ __device__ __forceinline__ uint4 gather(const T* at, int count, int64_t position
   return r;
 }
 
-// (rows, K) with K contiguous: 64 bytes a row, piece (row, c) at c ^ (row / 2 % 4); a thread owns one piece of every
-// 32nd row. Each call copies the next kDepth values of K; what does not exist becomes zero without an access.
+// Copies (rows, K) with K contiguous: 64 bytes a row, piece (row, c) at c ^ (row / 2 % 4). A thread owns one piece of
+// every 32nd row. Each call copies the next kDepth values of K; values beyond the matrix become zero without an access.
 template <class T, int ROWS, bool ALIGNED>
 struct RowsCopy {
   static constexpr int kBytes = ROWS * 2 * kDepth;
@@ -68,8 +70,8 @@ struct RowsCopy {
   }
 };
 
-// (K, columns) with columns contiguous: 2 COLUMNS bytes a row, piece (row, c) at c ^ (row % 8); a thread owns one
-// column of pieces. Calls as above.
+// Copies (K, columns) with columns contiguous: 2 COLUMNS bytes a row, piece (row, c) at c ^ (row % 8). A thread owns
+// one column of pieces. Calls as above.
 template <class T, int COLUMNS, bool ALIGNED>
 struct PlanesCopy {
   static constexpr int kBytes = COLUMNS * 2 * kDepth;
@@ -105,10 +107,7 @@ struct PlanesCopy {
   }
 };
 
-// ---- from a stage to registers
-// -----------------------------------------------------------------------------------------
-
-// Fragments of the 16 values of K number `half` of a stage.
+// The fragments of half number `half` of a stage, 16 values of K.
 template <int MT, int NT, bool LAST>
 __device__ __forceinline__ void load_fragments(const unsigned char* a_stage, const unsigned char* b_stage, int half,
                                                int row, int column, uint32_t (&a)[MT][4], uint32_t (&b)[NT][2]) {
@@ -133,9 +132,6 @@ __device__ __forceinline__ void load_fragments(const unsigned char* a_stage, con
   }
 }
 
-// ---- kernel
-// -------------------------------------------------------------------------------------------------------------
-
 template <int MT, int NT, bool LAST>
 using MmaWarps = Warps<MT, NT, 2, 2, 16, LAST>;
 
@@ -146,7 +142,7 @@ constexpr int mma_shared_bytes() {
       std::max({stages, sizeof(Epilogue<MmaWarps<MT, NT, true>>), sizeof(Epilogue<MmaWarps<MT, NT, false>>)}));
 }
 
-// Blocks that fit a multiprocessor by their registers; the unaligned copies need more.
+// Blocks on a multiprocessor for which registers are limited; unaligned copies need more of them.
 template <int MT, int NT, bool ALIGNED>
 constexpr int kMmaBlocks = MT * NT > 16 ? 2
                            : ALIGNED    ? 4
@@ -177,7 +173,7 @@ __global__ void __launch_bounds__(kMmaThreads, (kMmaBlocks<MT, NT, ALIGNED>)) mm
     }
   }();
   const int steps = (p.c_in + kDepth - 1) / kDepth;
-  // past the last step it writes zeros
+  // past the last step this writes zeros
   const auto copy = [&](int stage) {
     unsigned char* at = shared + stage * kStageBytes;
     copy_a(at);
@@ -198,7 +194,7 @@ __global__ void __launch_bounds__(kMmaThreads, (kMmaBlocks<MT, NT, ALIGNED>)) mm
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 0) {
-        // every warp read the last of this stage before the barrier that precedes
+        // all warps have read this stage: they did before the last barrier
         copy(free);
       } else {
         free = current;
@@ -215,7 +211,7 @@ __global__ void __launch_bounds__(kMmaThreads, (kMmaBlocks<MT, NT, ALIGNED>)) mm
     }
   }
 
-  // the stages' memory becomes the epilogue's; copies and loads past the last step may be under way
+  // the epilogue reuses the stages' memory; copies and loads past the last step may still be under way
   cp_async_wait<0>();
   const auto sync = [] { __syncthreads(); };
   finish_tile<T>(p, tile, acc, *reinterpret_cast<Epilogue<W>*>(shared), threadIdx.x, sync);

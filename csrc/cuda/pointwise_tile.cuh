@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT
-// What the GEMM kernels of the pointwise block share: the problem, the order of tiles, the epilogue's per-channel
+// Shared by the GEMM kernels of the pointwise block: the problem, the order of tiles, the epilogue's per-channel
 // constants, and statistics over the lanes of a warp.
 //   a[n, o, h, w] = sum over i of weight[o, i] * x[n, i, h, w] + bias[o]
 //   eval   y = (act(a) - mean) * gamma * rsqrt(var + eps) + beta
-//   train  y = a rounded to its dtype, and by tile of pixels count, mean, M2 of act(a)
-// Pixels are numbered n * H * W + h * W + w throughout, so that a tile may span several images and small planes fill
-// it.
+//   train  y = a rounded to its dtype, and count, mean, M2 of act(a) by tile of pixels
+// Pixel numbers are n * H * W + h * W + w: a tile may span several images, so that small planes fill it too.
 #pragma once
 #include <cstdint>
 
@@ -26,8 +25,9 @@ struct Args {
   bool vectors_out;  // 16-byte stores are aligned
 };
 
-// Blocks that run together share their operands through L2: all channel tiles of one tile of pixels follow each other,
-// in groups of kGroup, whose part of the weight (2048 channels of 2048 16-bit values: 8 MB) stays there meanwhile.
+// The order of tiles lets blocks that run together share operands in L2: the channel tiles of one tile of pixels follow
+// each other, in groups of kGroup. A group's part of the weight (2048 channels of 2048 16-bit values: 8 MB) stays in
+// L2.
 constexpr int kGroup = 16;
 
 struct Tile {
@@ -45,7 +45,7 @@ __device__ __forceinline__ Tile locate_tile(const Args& p, int64_t index) {
   return locate_tile<kGroup>(p.channel_tiles, p.pixel_tiles, index);
 }
 
-// Of a contiguous tensor: where the plane's pixel lies in channel 0 of its image.
+// The place of a pixel in a contiguous tensor, in channel 0 of its image.
 struct Pixel {
   int64_t offset, position;  // position: in its plane
 };
@@ -55,7 +55,7 @@ __device__ __forceinline__ Pixel locate_pixel(int64_t pixel, int64_t channels, i
   return {image * channels * plane + position, position};
 }
 
-// A channel's part of the epilogue: y = (act(acc + bias) - mean) * scale + shift.
+// A channel's constants for the epilogue: y = (act(acc + bias) - mean) * scale + shift.
 struct Channel {
   float bias;
   elementwise::Affine norm;
@@ -66,9 +66,9 @@ __device__ __forceinline__ Channel load_channel(const Args& p, int64_t c) {
   return {load_param(p.bias, c), elementwise::affine(p.norm, c)};
 }
 
-// A lane holds the moments of R channels over `count` values, lanes that differ in the bits FIRST, 2 FIRST, ... below
-// END hold the same channels: merges them by Chan's formula and halves R with each bit while R > 1, so that the lane
-// ends with mean[0 .. R') and m2[0 .. R') of the channels from the returned index on, and their common count.
+// Merges moments over lanes, by Chan's formula. A lane holds those of R channels over `count` values; lanes that differ
+// only in the bits FIRST, 2 FIRST, ... below END hold the same channels. Each bit halves R while R > 1: at the end the
+// lane holds mean[0 .. R') and m2[0 .. R') of the channels from the returned index on, and their common count.
 template <int R, int FIRST, int END>
 __device__ __forceinline__ int merge_lanes(float* mean, float* m2, float& count) {
   if constexpr (FIRST >= END) {

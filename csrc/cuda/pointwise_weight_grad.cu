@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT
 // The pointwise block's weight gradient for contiguous 16-bit tensors, with sm_90a's wgmma and TMA as in
-// pointwise_wgmma.cuh: dw[o, i] = sum over n, p of da[n, o, p] x[n, i, p]. Both operands are K-contiguous, so that a
-// stage is a box of 128 channels x 64 pixels of one image of either.
-// An item is a part of K of one 128 x 128 tile: all of K for the tiles that fill whole waves of multiprocessors, one of
-// `chunks` equal parts for the tiles left over. Items follow each other by part, then by tile: the blocks that run
-// together read the same pixels of all channels, which come from memory once a wave. (Tiles cut evenly over the blocks
-// would read everything C / 128 times.) Every item has a slot of 128 x 128 sums; a second launch adds up a tile's slots
-// in order.
-// Bound: the tensor core, 2 C_in C_out N H W products. Expected at 64x1536x32x32, not yet measured: 309 GFLOP at the
-// forward's rate, about 650 TFLOP/s, 475 us, and 10 us for 17 MB of slots; torch's products take 800 us.
+// pointwise_wgmma.cuh: dw[o, i] = sum over n, p of da[n, o, p] x[n, i, p]. Both operands are K-contiguous: a stage is
+// a box of 128 channels x 64 pixels of one image, of each operand.
+// An item is a 128 x 128 tile and a part of K: all of K for the tiles that fill whole waves of multiprocessors, one of
+// `chunks` equal parts for the remaining tiles. Items are ordered by part, then by tile: blocks that run together read
+// the same pixels of all channels, which come from memory once a wave. (Cutting all tiles evenly over the blocks would
+// read everything C / 128 times.) Every item has a slot of 128 x 128 sums; a second launch adds up a tile's slots in
+// order.
+// Bound: the tensor core, 2 C_in C_out N H W operations. Expected at 64x1536x32x32, not yet measured: 309 GFLOP at the
+// forward's rate, about 650 TFLOP/s, take 475 us, 17 MB of slots 10 us; torch's products take 800 us.
 #include "pointwise_wgmma.cuh"
 
 namespace convmixer {
 namespace pointwise {
 
-constexpr int kGradStages = 6;  // nothing but stages needs shared memory here
-// Tiles of a group of output channels: the tiles left over make a block, which reads few channels.
+constexpr int kGradStages = 6;  // only stages need shared memory here
+// Tiles of a group of output channels: then the remaining tiles lie together and read few channels.
 constexpr int kGradGroup = 4;
 constexpr int kSlot = kHopperTile * kHopperTile;
 constexpr int kSumThreads = 256, kSumVector = 4;
@@ -25,7 +25,7 @@ struct GradArgs {
   float* slots;  // (items, 128, 128)
   int64_t c_out, c_in;
   int64_t out_tiles, in_tiles;
-  int64_t whole, rest;  // tiles: all of K at once, or in `chunks` parts
+  int64_t whole, rest;  // tiles with all of K at once, and in `chunks` parts
   int chunks, steps;    // steps: stages of K in all
   int plane;
 
@@ -49,7 +49,7 @@ struct GradWork {
   };
 
   __device__ __forceinline__ int64_t items() const { return p.items(); }
-  // where part `chunk` of K begins
+  // the stage at which part `chunk` of K begins
   __device__ __forceinline__ int first_step(int64_t chunk) const {
     return static_cast<int>(chunk * p.steps / p.chunks);
   }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-// dw: the sums of a tile's slots, in the order of K; kSumBlocks blocks a tile, a thread four results of a row.
+// Adds up a tile's slots to dw, in the order of K: kSumBlocks blocks a tile, a thread four results of a row.
 template <class O>
 __global__ void __launch_bounds__(kSumThreads, 4) sum_slots_kernel(const __grid_constant__ GradArgs p, O* dw) {
   const int64_t index = blockIdx.x / kSumBlocks;
@@ -131,8 +131,8 @@ namespace {
 
 using pointwise::GradArgs;
 
-// Of K: as many as let the last multiprocessor end soonest. A part costs the waves that it fills, and about 1 / 20 of a
-// step for each slot that is added up.
+// The number of parts of K that lets the last multiprocessor end soonest. It costs the waves that the parts fill, and
+// about 1 / 20 of a step for each slot that is added up.
 int chunks_of(int64_t rest, int64_t steps, int64_t processors) {
   int64_t best = 1, least = INT64_MAX;
   const int64_t most = std::min(steps, std::max<int64_t>(16, processors / std::max<int64_t>(rest, 1)));
@@ -143,7 +143,7 @@ int chunks_of(int64_t rest, int64_t steps, int64_t processors) {
   return static_cast<int>(best);
 }
 
-// items() is 0 where the kernel cannot run.
+// items() is 0 if the kernel cannot run.
 GradArgs plan_of(const Shape& s, int64_t c_out) {
   const int64_t plane = static_cast<int64_t>(s.h) * s.w, steps = s.n * (plane / pointwise::kHopperDepth);
   const int64_t out_tiles = ceil_div(c_out, pointwise::kHopperTile), in_tiles = ceil_div(s.c, pointwise::kHopperTile);

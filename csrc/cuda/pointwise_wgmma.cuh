@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
-// The pointwise block for 16-bit tensors with sm_90a's wgmma and TMA; formulas in pointwise_tile.cuh, epilogue, rows
-// and columns as in pointwise_mma.cuh's kernel. 494 us at 64x1536x32x32 in eval on an H100: 626 TFLOP/s.
-// A persistent block a multiprocessor: one thread keeps four stages of 128 x 64 values of either operand on their way;
-// two warp groups take the block's 128 x 128 tiles in turns, so that the epilogue of one runs beside the other's
-// products. A group's main loop waits for its turn: a stage's barrier tells phases apart by parity alone, and without
-// turns a group could take the other's stage for its own. A stage is K-contiguous, [row][64 values], but for x of a
-// contiguous tensor: two boxes of [64 values][64 pixels], each of one image (H * W % 64 == 0), which wgmma transposes.
+// The pointwise block for 16-bit tensors with sm_90a's wgmma and TMA. pointwise_tile.cuh has the formulas; epilogue,
+// rows and columns are those of pointwise_mma.cuh's kernel. 494 us at 64x1536x32x32 in eval on an H100: 626 TFLOP/s.
+// One persistent block runs on a multiprocessor. One thread copies: it keeps four stages of 128 x 64 values of each
+// operand in flight. Two warp groups take the block's 128 x 128 tiles in turns, so that the epilogue of one overlaps
+// the products of the other. A group's main loop waits for its turn: a stage's barrier tells phases apart by parity
+// only, and without turns a group could take the other's stage for its own.
+// A stage is K-contiguous, [row][64 values]. Only x of a contiguous tensor is two boxes of [64 values][64 pixels], each
+// of one image (H * W % 64 == 0), which wgmma transposes.
 // The weight gradient (pointwise_weight_grad.cu) is the same pipeline with other items.
-// Bound: the tensor core, 64 cycles an m64n128k16, for which shared memory gives 6 KB in 48. By the SASS a stage is 65
-// instructions of a warp, 8 of them HGMMA.64x128x16; 168 registers, after setmaxnreg 232 and 40, no spills, 217 KB.
+// Bound: the tensor core, 64 cycles an m64n128k16; shared memory reads its 6 KB in 48. By the SASS a stage takes a warp
+// 65 instructions, 8 of them HGMMA.64x128x16; 168 registers, after setmaxnreg 232 and 40, no spills, 217 KB.
 #pragma once
 #include "device_hopper.cuh"
 #include "pointwise_epilogue.cuh"
@@ -18,13 +19,13 @@ namespace convmixer::pointwise {
 constexpr int kHopperDepth = 64;  // values of K in a stage: 128 bytes, the swizzle's width
 constexpr int kHopperTile = 128;
 constexpr int kOperandBytes = kHopperTile * kHopperDepth * 2;
-constexpr int kHopperGroups = 2;  // of 128 threads that multiply; one more copies
+constexpr int kHopperGroups = 2;  // groups of 128 threads that multiply; one more copies
 constexpr int kHopperThreads = 128 * (kHopperGroups + 1);
 
 template <bool LAST>
 using HopperWarps = Warps<2, 16, 4, 1, 64, LAST>;
 
-// Begins at a multiple of 1024 bytes.
+// This struct must begin at a multiple of 1024 bytes.
 template <int STAGES>
 struct HopperStages {
   unsigned char a[STAGES][kOperandBytes], b[STAGES][kOperandBytes];
@@ -38,7 +39,7 @@ struct HopperShared {
   static_assert(sizeof(stages) % 16 == 0 && sizeof(epilogue[0]) % 16 == 0, "results lie at multiples of 16 bytes");
 };
 
-// The compiler aligns shared memory to less than the 1024 bytes that swizzled operands need.
+// Swizzled operands need an alignment of 1024 bytes; the compiler aligns shared memory to less.
 template <class SHARED>
 constexpr int hopper_shared_bytes() {
   return static_cast<int>(sizeof(SHARED)) + 1024;
@@ -50,7 +51,7 @@ __device__ __forceinline__ SHARED& hopper_shared(unsigned char* memory) {
   return *reinterpret_cast<SHARED*>(memory + (1024 - smem_u32(memory) % 1024) % 1024);
 }
 
-// One thread: all stages of all items of the block, in order.
+// Copies all stages of all items of the block, in order; one thread calls it.
 template <class WORK, int STAGES>
 __device__ __forceinline__ void copy_items(const WORK& work, const TensorMap& map_a, const TensorMap& map_b,
                                            HopperStages<STAGES>& shared) {
@@ -67,17 +68,17 @@ __device__ __forceinline__ void copy_items(const WORK& work, const TensorMap& ma
   }
 }
 
-// The products of one item, of `steps` stages of which the first is number n of the block's: round number `round` of
-// this group.
+// Multiplies one item of `steps` stages; the first is the block's stage number n. It is this group's item number
+// `round`.
 template <class T, bool TRANSPOSED_B, int STAGES, class ACC>
 __device__ __forceinline__ void multiply_item(HopperStages<STAGES>& shared, ACC& acc, int group, uint32_t round,
                                               uint32_t n, int steps) {
   const bool signals = threadIdx.x % 32 == 0;
-  // descriptions of the first stage; an address counts in 16 bytes
+  // descriptors of the first stage; their addresses count 16 bytes
   const uint64_t rows = wgmma_operand(shared.a[0], 16, 1024);
   const uint64_t columns = wgmma_operand(shared.b[0], TRANSPOSED_B ? kOperandBytes / 2 : 16, 1024);
   acc.each([](float, int) { return 0.f; });
-  // all warps of the group before have seen all of their stages full; group 0's first turn needs nobody's leave
+  // waits until all warps of the other group have seen all of their stages full; group 0's first turn does not wait
   barrier_wait(&shared.turn[group], group == 0 ? round - 1 : round);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, ++n) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ void multiply_item(HopperStages<STAGES>& shared, ACC&
         wgmma<TRANSPOSED_B>(acc.v[i], a + (i * 64 * 128 + k * 32) / 16, b + k * (TRANSPOSED_B ? 16 * 128 : 32) / 16,
                             T());
     wgmma_commit();
-    // the stage before has been read
+    // after this the products of the stage before have read it
     wgmma_wait<1>();
     if (signals && step > 0) barrier_arrive(&shared.empty[(n - 1) % STAGES]);
   }
@@ -104,8 +105,8 @@ __device__ __forceinline__ void multiply_item(HopperStages<STAGES>& shared, ACC&
   for (int i = 0; i < 2; ++i) wgmma_results(acc.v[i]);
 }
 
-// All items of the block. `work` says how many there are, how many stages of K each has, and what to copy; finish(item,
-// results, group) is called by the threads of the group that multiplied.
+// Runs all items of the block. `work` says how many there are, how many stages of K each has, and what to copy. The
+// threads of the group that multiplied an item call finish(item, results, group).
 template <class T, bool TRANSPOSED_B, class TILE, class WORK, int STAGES, class FINISH>
 __device__ __forceinline__ void run_items(const WORK& work, const TensorMap& map_a, const TensorMap& map_b,
                                           HopperStages<STAGES>& shared, const FINISH& finish) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ void run_items(const WORK& work, const TensorMap& map
   }
   __syncthreads();
 
-  // the compiler overlaps products only where it knows that all threads of a warp group take the same path
+  // the compiler overlaps products only if it knows that all threads of a warp group take the same path
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   if (group == kHopperGroups) {
     fewer_registers<40>();
@@ -129,7 +130,7 @@ __device__ __forceinline__ void run_items(const WORK& work, const TensorMap& map
   more_registers<232>();
   TILE acc(threadIdx.x / 32 % 4);
   const auto steps_of = [&](int64_t i) { return i < work.items() ? work.steps(i) : 0; };
-  // group 1 begins behind group 0's first item
+  // group 1 begins after group 0's first item
   uint32_t round = 0, n = group == 0 ? 0 : steps_of(blockIdx.x);
   static_assert(kHopperGroups == 2, "one item lies between two of a group");
   for (int64_t i = blockIdx.x + static_cast<int64_t>(group) * gridDim.x; i < work.items();
@@ -141,9 +142,7 @@ __device__ __forceinline__ void run_items(const WORK& work, const TensorMap& map
   }
 }
 
-// ---- the forward ----------------------------------------------------------------------------------------------------
-
-// An item is a tile.
+// The items of the forward are tiles.
 template <bool LAST>
 struct TileWork {
   const Args& p;

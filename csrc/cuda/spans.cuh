@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: MIT
-// Asynchronous copies of rows that are no multiples of 16 bytes: a span, the values of a plane, of some rows of it or
-// of a part of one row, lies contiguously in memory and is copied as the aligned 16-byte pieces that cover it; its
-// values move to their places inside shared memory. Tensors start at multiples of 16 bytes.
+// Asynchronous copies of rows that are no multiples of 16 bytes. A span is contiguous in memory: a plane, some rows of
+// it, or a part of one row. The aligned 16-byte pieces that cover it are copied; then its values move to their places
+// inside shared memory. Tensors start at multiples of 16 bytes.
 #pragma once
 #include "device.cuh"
 
 namespace convmixer {
 
-// Most pieces of a span of `length` 16-bit values, which may start anywhere in a piece.
+// The most pieces of a span of `length` 16-bit values, which may start anywhere in a piece.
 inline int span_pieces(int length) { return (length + 14) / 8; }
 
-// The 8 values at `from`, aligned to 16 bytes, of a tensor that ends at `end`. Value by value only where it ends among
-// them: a shortened cp.async touches all 16 bytes (compute-sanitizer).
+// Copies the 8 values at `from`, aligned to 16 bytes, of a tensor that ends at `end`. If it ends among them, copies
+// value by value: a shortened cp.async touches all 16 bytes (compute-sanitizer).
 template <class T>
 __device__ __forceinline__ void copy_span_piece(void* to, const T* from, const T* end) {
   if (end - from >= 8) {
@@ -22,19 +22,19 @@ __device__ __forceinline__ void copy_span_piece(void* to, const T* from, const T
   for (int i = 0; i < 8; ++i) static_cast<T*>(to)[i] = i < end - from ? from[i] : from_float<T>(0.f);
 }
 
-// The first `count` of 8 values, then zeros.
+// Keeps the first `count` of 8 values; the others become zero.
 __device__ __forceinline__ uint4 keep_first(uint4 v, int count) {
   if (count >= 8) return v;
   const auto keep = [count](uint32_t w, int i) { return count >= i + 2 ? w : (count == i + 1 ? w & 0xffffu : 0u); };
   return make_uint4(keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6));
 }
 
-// `count` <= 8 values of a span in shared memory from `element` on, then zeros. Two 16-byte loads and 15 selections:
-// five 4-byte loads would take fewer instructions, but lanes 16 bytes apart meet in the same banks.
+// Reads `count` <= 8 values of a span in shared memory from `element` on, then zeros, by two 16-byte loads and 15
+// selections: five 4-byte loads would take fewer instructions, but lanes 16 bytes apart would use the same banks.
 __device__ __forceinline__ uint4 load_from_span(const void* span, int element, int count) {
   const uint4* const pieces = static_cast<const uint4*>(span) + (element >> 3);
   const uint4 low = pieces[0];
-  // the piece behind the span's last one belongs to another span, or to nobody
+  // the piece behind the last one belongs to another span or to none
   const uint4 high = (element & 7) + count > 8 ? pieces[1] : low;
   uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   const bool pairs = (element & 4) != 0, pair = (element & 2) != 0;

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels' own source compiled for the CPU, for tests without a GPU.
+"""Compiles the sources of the CUDA kernels for the CPU, for tests without a GPU.
 
     CONVMIXER_CUDA_EMULATION=$(python tests/emulation/build.py) python ...    # backend "cuda" takes CPU tensors
 
-csrc/cuda/*.cu compile with g++ through cuda_emu.h, which runs them with CUDA's semantics, thousands of times slower than a GPU. The
-module goes into $XDG_CACHE_HOME/convmixer-kernels (default ~/.cache), under a name that holds a digest of everything it is made of.
+g++ compiles csrc/cuda/*.cu with cuda_emu.h, which runs them with CUDA's semantics, thousands of times slower than a GPU. The
+module goes into $XDG_CACHE_HOME/convmixer-kernels (default ~/.cache); its name holds a digest of all its sources.
 EMU_ORDER chooses the order of threads (0 forward, 1 reverse, n >= 2 shuffled).
 """
 
@@ -27,14 +27,14 @@ from convmixer_kernels import _build
 _JOBS = 2
 _MODULE = "_cuda_emulated"
 EMULATOR = Path(__file__).resolve().parent
-#: The checkout's, also where the package is installed elsewhere.
+#: The sources of this checkout, even if an installed package is used.
 CSRC = EMULATOR.parents[1] / "csrc"
-#: -O1: the emulated threads' switches take the time, and it compiles sooner than -O2.
+#: -O1 compiles sooner than -O2, and switching between emulated threads takes most of the time anyway.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DCONVMIXER_EMULATED"]
 
 
 def sources() -> list[Path]:
-    """Everything that goes into the emulated module."""
+    """All files that the emulated module is built from."""
     cuda = sorted(p for p in (CSRC / "cuda").glob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp"))
     return [*cuda, *sorted(CSRC.glob("*.h")), *sorted(EMULATOR.glob("*.h"))]
 

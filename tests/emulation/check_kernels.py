@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """python check_kernels.py MODULE CHECK: runs one check on an emulated native module; exit status 0 if all is right.
 
-The driver of test_mutations.py, in a process of its own because a broken kernel may end it. A check runs one primitive
-of the `cuda` backend at a few small sizes against the reference backend in float64, in three orders of threads.
+test_mutations.py runs it in a process of its own, because a broken kernel may end the process. A check compares one
+primitive of the `cuda` backend with the reference backend in float64, at a few small sizes, in three orders of threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from convmixer_kernels.testing import relative_error
 
 ORDERS = ("0", "1", "7")
 DTYPES = (torch.float32, torch.bfloat16)
-#: Relative errors that no planted bug stays below.
+#: Relative errors below the error of every planted bug.
 ROOM = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
@@ -58,7 +58,7 @@ def _compare(primitive: str, dtype: torch.dtype, *arguments) -> None:
     if isinstance(mine, torch.Tensor):
         mine, theirs, exact = (mine,), (theirs,), (exact,)
     for index, (m, t, e) in enumerate(zip(mine, theirs, exact, strict=True)):
-        # accuracy is test_cuda.py's business, at sizes that are not at the mercy of a few elements' luck
+        # test_cuda.py tests accuracy, at sizes whose error does not depend on a few elements
         error, allowed = relative_error(m, e), relative_error(t, e)
         if not error <= 4 * allowed + ROOM[dtype]:
             raise Wrong(f"{primitive}[{index}] {tuple(arguments[0].shape)}: error {error:.2e}, reference {allowed:.2e}")
@@ -76,7 +76,7 @@ def _running_statistics(a: torch.Tensor, norm: Norm) -> None:
     generator = torch.Generator().manual_seed(0)
     updates, expected = [], []
     for c, count, dtypes in ((5, 7, (torch.float32, torch.float16)), (259, 1, (torch.bfloat16, None))):
-        # a value behind the end of each tensor is nobody's
+        # no kernel may touch the value behind the end of each tensor
         mean, var = torch.randn(c, generator=generator), torch.rand(c, generator=generator)
         wide = [None if t is None else torch.rand(c + 1, generator=generator).to(t) for t in dtypes]
         exact = [None if t is None else t.double() for t in wide]
@@ -109,7 +109,7 @@ def statistics() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(5, n, generator=generator) + 2 for n in [*range(1, 36), 0]]
     moments = [(torch.full((5,), float(p.shape[1])), p.mean(1), p.var(1, correction=0) * p.shape[1]) for p in parts]
-    # an empty part's mean and M2 are nobody's business
+    # the mean and M2 of an empty part must not be read
     partials = torch.stack([torch.stack(m, 1) for m in moments], 1).nan_to_num(7.0)
     values = torch.cat(parts, 1).double()
     mean, var = cuda._merged(cuda._native().module, partials.contiguous(), values.shape[1], 0)

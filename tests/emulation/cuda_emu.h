@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Host emulation of a subset of CUDA C++: lets g++/clang compile a .cu file as C++ and run its kernels with CUDA's
-// semantics, one fiber per CUDA thread.  For correctness tests of indexing, fragment layouts and synchronisation.
-//   * a thread runs until it meets a barrier or a warp-collective; order of threads is EMU_ORDER = 0 forward,
-//     1 reverse, n>=2 shuffled with seed n: a missing barrier shows as a wrong result in at least one order
-//   * shared memory is filled with NaN patterns at the start of each block; a guard behind it is checked at its end
-//   * cp.async copies happen only at the matching wait (a missing wait leaves NaN)
-//   * divergent barriers, collectives with absent lanes, misaligned ldmatrix / cp.async throw
-// clang-format off: one line for each of many small stand-ins keeps the file readable in one sitting
+// Host emulation of a subset of CUDA C++: g++ or clang compiles a .cu file as C++ and runs its kernels with CUDA's
+// semantics, one fiber per CUDA thread. It tests indexing, fragment layouts and synchronisation.
+//   * A thread runs until it meets a barrier or a warp collective. EMU_ORDER sets the order of threads: 0 forward,
+//     1 reverse, n >= 2 shuffled with seed n. A missing barrier gives a wrong result in at least one order.
+//   * NaN patterns fill shared memory at the start of each block; a guard behind it is checked at the end.
+//   * cp.async copies only at the matching wait: a missing wait leaves NaN.
+//   * Divergent barriers, collectives with absent lanes, and misaligned ldmatrix or cp.async throw.
+// clang-format off: many small stand-ins take one line each
 #pragma once
 #define CUDART_VERSION 0  // no toolkit
 #include <ucontext.h>
@@ -26,7 +26,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// ---- language ---------------------------------------------------------------------------------------------------
+// Language.
 #define __global__
 #define __device__
 #define __host__
@@ -40,7 +40,7 @@
 #define __CUDA_EMU__ 1
 #define warpSize 32
 
-// ---- vector types -----------------------------------------------------------------------------------------------
+// Vector types.
 #define EMU_VEC(T, n, al2, al4)                                                                        \
   struct alignas(al2) n##2 { T x, y; };                                                                \
   struct n##3 { T x, y, z; };                                                                          \
@@ -63,7 +63,7 @@ static inline cudaError_t cudaGetLastError() { auto e = emu::last_error; emu::la
 static inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid configuration (emulated)" : "no error"; }
 static inline cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return cudaSuccess; }
 
-// ---- 16-bit floats ----------------------------------------------------------------------------------------------
+// 16-bit floats.
 namespace emu {
 template <class To, class From> inline To bits(const From& f) {
   static_assert(sizeof(To) == sizeof(From)); To t; std::memcpy(&t, &f, sizeof t); return t;
@@ -121,7 +121,7 @@ static inline float2 __half22float2(__half2 a) { return {a.x, a.y}; }
     return {float(double(a.x) * double(b.x) + double(c.x)), float(double(a.y) * double(b.y) + double(c.y))}; }
 EMU_H2(__half2) EMU_H2(__nv_bfloat162)
 
-// ---- fibers -----------------------------------------------------------------------------------------------------
+// Fibers.
 namespace emu {
 enum State { RUN, AT_BLOCK, AT_WARP, SPINS, DONE };
 struct Copy { void* dst; const void* src; int n, bytes; };
@@ -204,7 +204,7 @@ inline void sync_block(int site) {
   G.cur->st = AT_BLOCK; G.cur->site = site;
   yield();
 }
-inline void spin() { G.cur->st = SPINS; yield(); }          // until something has changed
+inline void spin() { G.cur->st = SPINS; yield(); }          // waits until something has changed
 // All lanes of `mask` meet at `site`; the last one to arrive runs fn(args of all lanes) for the whole warp.
 template <class A, class F> inline void collective(int site, uint32_t mask, A& mine, F fn) {
   Fiber* me = G.cur;
@@ -412,7 +412,7 @@ inline int64_t enough_blocks(int64_t blocks) {             // EMU_BLOCKS: so few
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max; using std::min;
 
-// ---- tensor-core and copy primitives (PTX ISA 9.7.14: fragment layouts) ---------------------------------------------
+// Tensor-core and copy primitives (PTX ISA 9.7.14 has the fragment layouts).
 template <int N> inline void emu_ldmatrix(uint32_t (&r)[N], const void* p, bool trans, int site) {
   struct A { const void* p; uint32_t r[N]; bool tr; } a{p, {}, trans};
   emu::collective(site, 0xffffffffu, a, [](A** all) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Host emulation of csrc/cuda/device_hopper.cuh: barriers that count bytes, TMA boxes with the 128-byte swizzle, wgmma
-// with its operand descriptions (PTX ISA), barriers of some threads.
-//   * a box lands when a thread waits for its barrier (EMU_ORDER = 0) or at once (else), products are made when their
-//     group is awaited: a missing wait leaves NaN, and a stage that is released too early changes before it is read
-//   * waiting threads that nothing can wake are a deadlock, and throw
-//   * a wait names the number of the phase that it waits for, where the hardware compares parities: it throws where the
-//     barrier is not in that phase or just past it, because there the parity would tell the wrong thing
+// with its operand descriptors (PTX ISA), barriers of some threads.
+//   * A box lands when a thread waits for its barrier (EMU_ORDER = 0) or at once (other orders). Products are computed
+//     when their group is awaited. So a missing wait leaves NaN, and a stage that is released too early changes before
+//     it is read.
+//   * If nothing can wake the waiting threads, that is a deadlock, and throws.
+//   * The hardware compares the parity of a phase; here a wait names the phase's number. It throws if the barrier is
+//     neither in that phase nor just past it: there the parity would mislead.
 #pragma once
 #include "cuda_emu.h"
 
@@ -39,7 +40,7 @@ struct EmuProduct {
   bool transposed;
   float (*value)(uint16_t);
 };
-// What a block of threads has under way.
+// The copies and products that a block of threads has in flight.
 struct EmuBlock {
   int64_t launch = -1, block = -1;
   std::vector<EmuBox> boxes;

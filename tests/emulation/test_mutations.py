@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Plants bugs in copies of the kernels' sources and demands that the emulation catches each one.
+"""Plants bugs in copies of the kernels' sources; the emulation must catch each one.
 
-A mutation whose text is no longer in the source fails the test: it must follow the kernels. To cover a new kernel, add
-one line. Only the unit that holds the bug is compiled (-O0: a compile costs more than a run); weak stand-ins take the
-place of the other units.
+If the text of a mutation is no longer in the source, its test fails: change the mutation with the kernel. To cover a new
+kernel, add one line. Only the unit with the bug is compiled (-O0: a compile costs more than a run); weak stand-ins
+replace the other units.
 """
 
 from __future__ import annotations
@@ -559,7 +559,7 @@ MUTATIONS = [
 
 
 def _stand_ins() -> str:
-    """Weak definitions of every launcher, that the unit under test overrides; depthwise falls back on its FMA form."""
+    """Weak definitions of every launcher, which the unit under test overrides; depthwise launchers call the FMA ones."""
     depthwise = {
         "int depthwise_forward{}(const DepthwiseForward& p, void* stream)": "p, stream",
         "int depthwise_input_grad{}(const DepthwiseInputGrad& p, void* stream)": "p, stream",
@@ -599,7 +599,7 @@ def _stand_ins() -> str:
 
 def _compile(source: Path, output: Path, csrc: Path) -> None:
     command = build.compile_command(_build.find_cxx(), source, output)
-    # the copy's headers before the repository's
+    # headers of the copy come before those of the repository
     command = [*command[:1], f"-I{csrc / 'cuda'}", *command[1:], "-O0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{source.name} does not compile:\n{done.stderr[-3000:]}"
@@ -607,7 +607,7 @@ def _compile(source: Path, output: Path, csrc: Path) -> None:
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory) -> list[Path]:
-    """The objects that every module is linked from: the binding and the stand-ins."""
+    """The objects that every module has in common: the binding and the stand-ins."""
     directory = tmp_path_factory.mktemp("common")
     (directory / "stand_ins.cpp").write_text(_stand_ins())
     objects = [directory / "module.o", directory / "stand_ins.o"]
@@ -617,7 +617,7 @@ def common(tmp_path_factory) -> list[Path]:
 
 
 def _run(directory: Path, common: list[Path], unit: str, checks: list[str], mutation: Mutation | None) -> str | None:
-    """What a module with the mutated unit gets wrong: None if every check passes."""
+    """The first failure of a module with the mutated unit, or None if every check passes."""
     csrc = directory / "csrc"
     shutil.copytree(CUDA, csrc / "cuda")
     for header in _build.CSRC.glob("*.h"):

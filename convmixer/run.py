@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convmixer_kernels import checks, dispatch, functional, gates
+from convmixer_kernels import checks, dispatch, functional, gates, prepared
 from convmixer_kernels.gates import PLAIN_TENSORS
 from convmixer_kernels.primitives import MixerEval, Norm
 
@@ -21,10 +21,15 @@ _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C_out, H, W)
     """The layer's output by its operator, or None if its modules must run. The caller has asked changed_for_all."""
     blocks = recognize_layer(layer)
-    if isinstance(blocks, str) or not operator_accepts_input(x) or not operator_accepts_blocks(x, blocks):
+    if isinstance(blocks, str) or not operator_accepts_input(x):
+        return None
+    entry, tensors = _known(x, blocks)
+    if entry is None and not operator_accepts_blocks(x, blocks):
         return None
     norms = _begin_norm(blocks[0].norm), _begin_norm(blocks[1].norm)
     try:
+        if entry is not None:
+            return functional.run_known_layer(entry, x, tensors)
         return _run_blocks(x, blocks, norms)
     except (TypeError, ValueError, RuntimeError) as error:
         # a refused call has counted nothing; the exception by which activation checkpointing ends a recomputation is none of these,
@@ -40,6 +45,36 @@ def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W)
         if any(t.device != x.device for t in (*layer.parameters(), *layer.buffers())):
             raise  # torch's convolution accepts a meta tensor beside a real one, and reads memory that is not there
         return _run_modules(layer, x, norms, error)
+
+
+def _known(
+    x: Tensor, blocks: tuple[BlockModules, BlockModules]
+) -> tuple[prepared.Entry | None, tuple[Tensor | None, ...]]:
+    """The call of the layer's operator, if it was made before with these tensors: its blocks were accepted then."""
+    depthwise, pointwise = (block.norm for block in blocks)
+    training, momentum, eps = depthwise.training, depthwise.momentum, depthwise.eps
+    if (
+        pointwise.training is not training
+        or pointwise.momentum != momentum
+        or pointwise.eps != eps
+        or blocks[0].activation != blocks[1].activation
+        or type(eps) is not float
+        or type(momentum) is not float
+    ):
+        return None, ()
+    parameters, statistics = [], []
+    for conv, _, norm in blocks:
+        convolution, affine, buffers = conv._parameters, norm._parameters, norm._buffers
+        parameters += convolution["weight"], convolution["bias"], affine["weight"], affine["bias"]
+        if training and not norm.track_running_stats:
+            statistics += None, None
+        else:
+            statistics += buffers["running_mean"], buffers["running_var"]
+    if not training and any(t is None for t in statistics):
+        return None, ()  # the batch's statistics in evaluation
+    tensors = (*parameters, *statistics)
+    entry = functional.known_layer(x, tensors, training, momentum, eps, blocks[0].activation)
+    return (entry if entry is not None and entry.as_modules else None), tensors
 
 
 def fusible_layer(layer: nn.Sequential, x: Tensor) -> MixerEval | None:

@@ -192,12 +192,14 @@ def _normalize(
 ) -> Tensor:
     """The forward's last pass. Running statistics move in it: a call that fails before has changed nothing."""
     y = backend.normalize(a, options.activation, _norm(block, statistics, options), residual, updates)
-    for update in updates:
-        for t in update[:2]:
-            if t is not None:
-                # native kernels do not count versions; autograd must notice if an earlier eval saved this tensor
-                torch.autograd.graph.increment_version(t)
+    _count_versions(*(t for update in updates for t in update[:2]))
     return y
+
+
+def _count_versions(*running: Tensor | None) -> None:
+    """Native kernels do not count versions of what they write; autograd must notice if an earlier eval saved a running statistic."""
+    if moved := [t for t in running if t is not None]:
+        torch.autograd.graph.increment_version(moved)
 
 
 @_without_autocast
@@ -286,7 +288,13 @@ def mixer_forward(
     options: Options,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], tuple[Statistics, Statistics]]:
     """y, both a and both statistics, as block_forward of the one and then the other."""
-    checks.check_memory("mixer_layer", MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
+    entry = options.entry
+    if entry is None:
+        checks.check_memory("mixer_layer", MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
+    elif entry.train is not None:
+        result = entry.train(x, blocks[1].weight)
+        _count_versions(*running[0], *running[1])
+        return result
     if not options.batch_statistics and not options.save:
         norms = [_norm(b, s, options) for b, s in zip(blocks, running, strict=True)]
         convolutions = [(b.weight, b.bias) for b in blocks]

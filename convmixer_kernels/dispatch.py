@@ -30,6 +30,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 #: was measured (benchmarks/results/nvidia-h100-80gb-hbm3.json: 6 to 69 times as fast as eager's depthwise convolution). "triton"
 #: was not: by estimate it is near "cuda" for contiguous 16-bit tensors and behind it elsewhere.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+#: Backends with a module <name>_layer.py.
+_PREPARE_LAYERS = ("cuda",)
 #: The name that lets a registered operator choose when it runs (torch.compile).
 AUTOMATIC = "automatic"
 _ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"
@@ -55,6 +57,12 @@ def _known(source: str, name: str) -> str:
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+@functools.cache
+def load_layers(name: str) -> ModuleType | None:
+    """The module that prepares whole layers for the backend `name`, if there is one."""
+    return importlib.import_module(f".backends.{name}_layer", __package__) if name in _PREPARE_LAYERS else None
 
 
 def requested_backend(op: str, backend: str | None) -> str | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, composite, dispatch, gates
+from . import checks, composite, dispatch, gates, prepared
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
@@ -174,7 +174,6 @@ def mixer_layer(
     Args, Returns, Raises: as the two blocks'; training, momentum, eps and activation hold for both.
     """
     op = "mixer_layer"
-    checks.check_input(op, x)
     given = (
         Block(depthwise_weight, depthwise_bias, depthwise_norm_weight, depthwise_norm_bias),
         Block(pointwise_weight, pointwise_bias, pointwise_norm_weight, pointwise_norm_bias),
@@ -183,6 +182,11 @@ def mixer_layer(
         Statistics(depthwise_running_mean, depthwise_running_var),
         Statistics(pointwise_running_mean, pointwise_running_var),
     )
+    given_tensors = (*given[0], *given[1], *running[0], *running[1])
+    entry = known_layer(x, given_tensors, training, momentum, eps, activation, backend)
+    if entry is not None:
+        return run_known_layer(entry, x, given_tensors)
+    checks.check_input(op, x)
     x_given, (x, *blocks) = x, _autocast(x, *given)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     checks.check_layer(op, x, blocks, running, training)
@@ -209,6 +213,9 @@ def mixer_layer(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = Options(training, momentum, eps, activation, True, save)
     if _direct(*tensors, *running[0], *running[1]):
+        used = (*tensors[1:], *running[0], *running[1])
+        if x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
+            _keep_layer(x, given_tensors, (training, momentum, eps, activation), backend, chosen)
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
         return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
@@ -218,6 +225,64 @@ def mixer_layer(
         _update(running[0], batch[0], batch[1], y, momentum)
         _update(running[1], batch[2], batch[3], y, momentum)
     return y
+
+
+def known_layer(
+    x: Tensor,  # (N, C, H, W)
+    tensors: tuple[Tensor | None, ...],  # the depthwise block's four, the pointwise block's, running statistics of both
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    backend: str | None = None,
+) -> prepared.Entry | None:
+    """The entry of a call of mixer_layer that was checked before, or None."""
+    if torch.compiler.is_compiling() or type(training) is not bool or type(momentum) is bool or type(eps) is bool:
+        return None
+    settings = (training, momentum, eps, activation, _autocast_dtype(x))
+    return prepared.find("mixer_layer", x, tensors, settings, backend)
+
+
+def run_known_layer(entry: prepared.Entry, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """mixer_layer of a call that known_layer has found."""
+    save = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors[:8]))
+    if entry.evaluate is not None and not save:
+        return entry.evaluate(x, tensors[4])
+    running = Statistics(*tensors[8:10]), Statistics(*tensors[10:])
+    options = Options(*entry.settings[:4], True, save, entry)
+    if save:
+        return MixerFunction.apply(x, *tensors[:8], running, options, entry.backend)
+    return mixer_forward(entry.backend, x, (Block(*tensors[:4]), Block(*tensors[4:8])), running, options)[0]
+
+
+def _keep_layer(
+    x: Tensor, tensors: tuple[Tensor | None, ...], settings: tuple, backend: str | None, chosen: ModuleType
+) -> None:
+    """Remember a call that has passed every check."""
+    training, momentum, eps, activation = settings
+    evaluate = train = None
+    layers, (w1, b1, g1, h1, w2, b2, g2, h2, *running) = dispatch.load_layers(chosen.name), tensors
+    if layers is not None and training:
+        blocks = Block(w1, b1, g1, h1), Block(w2, b2, g2, h2)
+        statistics = Statistics(*running[:2]), Statistics(*running[2:])
+        train = layers.prepare_mixer_train(x, blocks, statistics, momentum, eps, activation)
+    elif layers is not None:
+        norms = Norm(*running[:2], g1, h1, eps), Norm(*running[2:], g2, h2, eps)
+        evaluate = layers.prepare_mixer_eval(x, MixerEval(activation, (w1, b1, norms[0]), (w2, b2, norms[1])))
+    requested, autocast = dispatch.requested_backend("mixer_layer", backend), _autocast_dtype(x)
+    # autocast casts float32 convolutions, and a norm requires one dtype for all its tensors
+    as_modules = {t.dtype for t in (w1, b1, w2, b2) if t is not None} <= {
+        x.dtype,
+        x.dtype if autocast is None else torch.float32,
+    } and all(
+        len({t.dtype for t in norm if t is not None}) <= 1 for norm in ((g1, h1, *running[:2]), (g2, h2, *running[2:]))
+    )
+    prepared.keep("mixer_layer", x, tensors, (*settings, autocast), requested, as_modules, chosen, evaluate, train)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if autocast_enabled(kind) else None
 
 
 def can_fuse_layers(x: Tensor) -> bool:

@@ -32,7 +32,7 @@ These conventions hold for every primitive of every backend:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,7 @@ class Options(NamedTuple):
     activation: str
     residual: bool  # of a depthwise block
     save: bool  # whether a backward may follow
+    entry: Any = None  # of prepared.py, if this call was checked before
 
 
 class Norm(NamedTuple):

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""A whole mixer layer of the `cuda` backend as one function of its input, with the arguments of its native calls made beforehand.
+
+A layer takes two launches in evaluation and six in training; on an H100 their arguments cost more time than the kernels of a small
+network. prepared.py decides when such a function may be called again: it compares all tensors, whose addresses are in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..primitives import Block, MixerEval, Statistics
+from . import cuda, cuda_choice, cuda_gemm
+from ._native import ACTIVATION_CODES, NO_NORM, norm_args, param_args, shape_args
+
+#: x and the pointwise weight, which is rounded to x's dtype at each call -> y.
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+#: The same -> y, both a, and the batch's statistics of both blocks. Running statistics move.
+Train = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]]
+
+
+def revision() -> tuple:
+    """What a prepared layer depends on beside its arguments: the native module, what it says of sizes, CONVMIXER_CUDA_GEMM."""
+    return cuda._native(), cuda._size, cuda_choice.forced_gemm()
+
+
+class _Layer:
+    """What evaluation and training have in common: shapes, the kernel of the pointwise block, empty tensors."""
+
+    def __init__(
+        self, x: Tensor, lower: Tensor, upper: Tensor, upper_bias: Tensor | None, activation: str, passes: int
+    ) -> None:
+        self.native, self.shape, self.kernel = cuda._native().module, shape_args(x), tuple(lower.shape[2:])
+        self.c_out, self.activation = upper.shape[0], ACTIVATION_CODES[activation]
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        self.form = (x.shape[0], self.c_out, *x.shape[2:])
+        self.options = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
+        narrow = upper.to(x.dtype)
+        passes += cuda_gemm.bias_passes(x, upper_bias)
+        with cuda._device_stream(x):
+            self.choice = cuda_choice.choose_kernel(x, passes, lambda: cuda._runs_wgmma(x, narrow))
+        # the choice holds for aligned tensors
+        self.prepares = self.choice != "torch" and x.dtype != torch.float32 and narrow.data_ptr() % 16 == 0
+
+    def empty_output(self) -> Tensor:
+        return torch.empty(self.form, **self.options)
+
+
+def prepare_mixer_eval(
+    x: Tensor,  # (N, C, H, W)
+    layer: MixerEval,
+) -> Evaluate | None:
+    """The layer, with its residual, for inputs of x's form. None if it needs more at each call: torch's GEMM, a tf32 setting."""
+    (lower, lower_bias, lower_norm), (upper, upper_bias, upper_norm) = layer.depthwise, layer.pointwise
+    made = _Layer(x, lower, upper, upper_bias, layer.activation, 2)
+    native, activation = made.native, made.activation
+    if x.dtype != torch.float32 and x.is_contiguous():
+        with cuda._device_stream(x):
+            fits = cuda._size("mixer_fits", x.get_device(), *made.shape, made.c_out, *made.kernel)
+        if fits and cuda_choice.use_one_kernel(x, made.c_out, native.mixer_tiles(*made.shape)):
+            first = (*made.shape, made.c_out, *made.kernel)
+            below = param_args(lower), param_args(lower_bias), norm_args(lower_norm)
+            above = param_args(upper_bias), norm_args(upper_norm), activation, True
+
+            def run_one_kernel(x: Tensor, upper: Tensor) -> Tensor:
+                y, narrow = made.empty_output(), upper.to(x.dtype)
+                with cuda._device_stream(x) as stream:
+                    native.mixer_forward(*first, x.data_ptr(), *below, narrow.data_ptr(), *above, y.data_ptr(), stream)
+                return y
+
+            return run_one_kernel
+    if not made.prepares:
+        return None
+    shape, wgmma = (*made.shape, *made.kernel), made.choice == "wgmma"
+    below = (*param_args(lower), *param_args(lower_bias), activation, *norm_args(lower_norm), True)
+    above_shape, above = (*made.shape, made.c_out), (*param_args(upper_bias), activation, *norm_args(upper_norm))
+
+    def run(x: Tensor, upper: Tensor) -> Tensor:
+        x, narrow = cuda._aligned(x), upper.to(x.dtype)
+        z, y = torch.empty_like(x), made.empty_output()
+        with cuda._device_stream(x) as stream:
+            native.depthwise_forward(*shape, x.data_ptr(), *below, z.data_ptr(), 0, stream)
+            native.pointwise_forward(
+                *above_shape, z.data_ptr(), narrow.data_ptr(), *above, y.data_ptr(), 0, wgmma, stream
+            )
+        return y
+
+    return run
+
+
+def prepare_mixer_train(
+    x: Tensor,  # (N, C, H, W)
+    blocks: Sequence[Block],
+    running: Sequence[Statistics],
+    momentum: float,
+    eps: float,
+    activation: str,
+) -> Train | None:
+    """The forward of a training step, with its residual, for inputs of x's form. None as prepare_mixer_eval."""
+    (w1, b1, g1, h1), (upper, b2, g2, h2) = blocks
+    made = _Layer(x, w1, upper, b2, activation, 1)
+    if not made.prepares:
+        return None
+    native, code, channels, c_out, wgmma = made.native, made.activation, x.shape[1], made.c_out, made.choice == "wgmma"
+    count, index = x.numel() // channels, x.get_device()
+    with cuda._device_stream(x):
+        parts1 = cuda._size("depthwise_forward_partials", index, *made.shape, *made.kernel)
+        narrow = upper.to(x.dtype)
+        parts2 = native.pointwise_forward_partials(*made.shape, c_out, x.data_ptr(), narrow.data_ptr(), wgmma)
+    y_shape = (x.shape[0], c_out, *made.shape[2:])
+    below_shape, below = (*made.shape, *made.kernel), (*param_args(w1), *param_args(b1), code, *NO_NORM, False)
+    above_shape, above = (*made.shape, c_out), (*param_args(b2), code, *NO_NORM)
+    affine1, affine2 = (*param_args(g1), *param_args(h1), eps), (*param_args(g2), *param_args(h2), eps)
+    moves = [
+        (which, (c, count), (*param_args(r.mean), *param_args(r.var), momentum))
+        for which, (c, r) in enumerate(zip((channels, c_out), running, strict=True))
+        if r.mean is not None
+    ]
+
+    def run(x: Tensor, upper: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]:
+        source, narrow = cuda._aligned(x), upper.to(x.dtype)
+        a1, z, a2, y = torch.empty_like(x), torch.empty_like(x), made.empty_output(), made.empty_output()
+        partials = x.new_empty(3 * max(channels * parts1, c_out * parts2), dtype=torch.float32)
+        mean1, var1, mean2, var2 = (x.new_empty(c, dtype=torch.float32) for c in (channels, channels, c_out, c_out))
+        at, z_at, a1_at, a2_at = partials.data_ptr(), z.data_ptr(), a1.data_ptr(), a2.data_ptr()
+        batch1, batch2 = (mean1.data_ptr(), var1.data_ptr()), (mean2.data_ptr(), var2.data_ptr())
+        norm1, norm2 = (True, batch1[0], 0, batch1[1], 0, *affine1), (True, batch2[0], 0, batch2[1], 0, *affine2)
+        updates = tuple((*size, *(batch1, batch2)[which], *rest) for which, size, rest in moves)
+        with cuda._device_stream(x) as stream:
+            native.depthwise_forward(*below_shape, source.data_ptr(), *below, a1_at, at, stream)
+            native.merge_statistics(channels, parts1, count, at, *batch1, stream)
+            native.normalize(*made.shape, a1_at, code, *norm1, x.data_ptr(), z_at, (), stream)
+            native.pointwise_forward(*above_shape, z_at, narrow.data_ptr(), *above, a2_at, at, wgmma, stream)
+            native.merge_statistics(c_out, parts2, count, at, *batch2, stream)
+            native.normalize(*y_shape, a2_at, code, *norm2, 0, y.data_ptr(), updates, stream)
+        return y, (a1, a2), (Statistics(mean1, var1), Statistics(mean2, var2))
+
+    return run

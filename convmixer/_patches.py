@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether somebody replaced a function or class of torch's for all: then a layer runs its modules, which call it."""
+"""Whether a function or method of torch's was replaced for everyone (nn.GELU.forward = ...): a layer must then run its modules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: What is run when a layer's modules are called. Who replaces one of these means every call of it.
-_RUNS = [
+#: What a layer's modules run. Somebody who replaces one of these expects every call of it to change.
+_WATCHED = [
     (owner, name)
     for owner, names in (
         (nn.Module, ("__call__", "_call_impl", "__getattr__")),
@@ -25,31 +25,34 @@ _RUNS = [
     )
     for name in names
 ]
-_OWNERS, _NAMES = zip(*_RUNS, strict=True)
+_OWNERS, _NAMES = zip(*_WATCHED, strict=True)
 
 
 def _is_torchs(function: object) -> bool:
-    """Whether it is compiled, or written in one of torch's own files: then nobody had replaced it before this import."""
+    """Whether it is compiled or comes from one of torch's own files. If not, it was replaced before this import."""
     if isinstance(function, types.FunctionType):
         return str(function.__globals__.get("__name__")).partition(".")[0] == "torch"
     return isinstance(function, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType))
 
 
-# object() is nobody's: a function that was foreign at import never counts as torch's own
+# object() equals nothing: a function that was replaced before this import never counts as torch's own
 _ORIGINALS = [f if _is_torchs(f) else object() for f in map(getattr, _OWNERS, _NAMES)]
 
 
 def torch_is_itself() -> bool:
-    """Whether torch runs what it ran when it was written, in about a microsecond."""
+    """Whether none of them was replaced. Takes about a microsecond."""
     return all(map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS))
 
 
-# what torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes a second
+# as torch.compiler.assume_constant_result, which would import torch._dynamo and take a second
 torch_is_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def replaced_in_torch() -> str:
-    """The first name of those that somebody replaced."""
-    kept = map(operator.is_, map(getattr, _OWNERS, _NAMES), _ORIGINALS)
-    owner, name = next(run for run, same in zip(_RUNS, kept, strict=True) if not same)
+    """The name of the first one that was replaced."""
+    owner, name = next(
+        (owner, name)
+        for (owner, name), original in zip(_WATCHED, _ORIGINALS, strict=True)
+        if getattr(owner, name) is not original
+    )
     return f"{owner.__name__}.{name}"

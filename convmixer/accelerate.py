@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .model import MixerLayer, MixerSequential, recognize
+from .model import MixerLayer, MixerSequential
+from .recognize import changed_for_all, recognize_layer
 
 
 @dataclass
 class Report:
     """What :func:`accelerate` did."""
 
-    accelerated: int = 0  # layers that run on the kernels now, with those that did before
+    accelerated: int = 0  # layers that now run on the kernels, including those that did so before
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name in the model, reason)
 
     def __str__(self) -> str:
@@ -22,7 +23,7 @@ class Report:
         if not self.accelerated and not self.skipped:
             lines[0] += ": found none"
         if self.skipped:
-            lines[0] += f", left {len(self.skipped)} as they were:"
+            lines[0] += f", left {len(self.skipped)} unchanged:"
         lines += [f"  {name or 'the model itself'}: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -34,7 +35,7 @@ def accelerate(model: nn.Module) -> Report:
 
         layer.__class__ = MixerLayer
 
-    and, for each nn.Sequential that contains such layers, so that it evaluates them together:
+    and, for each nn.Sequential that contains such layers, so that it can run them in one call:
 
         sequence.__class__ = MixerSequential
 
@@ -42,7 +43,7 @@ def accelerate(model: nn.Module) -> Report:
         model: any module that contains such layers, or is one. Calling again is harmless.
 
     Returns:
-        A :class:`Report`; print it to read how many layers were taken and why others were not.
+        A :class:`Report`. Print it to read how many layers were accelerated, and for the others the reason why not.
 
     Raises:
         TypeError: `model` is not an nn.Module.
@@ -53,13 +54,7 @@ def accelerate(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if not _resembles_layer(module):
             continue
-        if not isinstance(module, MixerLayer) and type(module) is not nn.Sequential:
-            reason = f"its class, {type(module).__name__}, is not nn.Sequential itself"
-        elif "forward" in module.__dict__:
-            reason = "it has its own forward"
-        else:
-            blocks = recognize(module)
-            reason = blocks if isinstance(blocks, str) else None
+        reason = _why_not(module)
         if reason is not None:
             report.skipped.append((name, reason))
             continue
@@ -73,7 +68,10 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _resembles_layer(module: nn.Module) -> bool:
-    """Whether a reader of the report may wonder: a Sequential of a module around Sequential(conv, ...), a conv, ..."""
+    """Whether the module looks enough like a mixer layer to deserve a line in the report.
+
+    It does if it is a Sequential of a module around a Sequential(conv, ...), then a conv.
+    """
     if isinstance(module, MixerLayer):
         return True
     if not isinstance(module, nn.Sequential) or len(module) < 2 or not isinstance(module[1], nn.Conv2d):
@@ -82,3 +80,12 @@ def _resembles_layer(module: nn.Module) -> bool:
         return False
     inner = list(module[0].children())
     return len(inner) == 1 and isinstance(inner[0], nn.Sequential) and isinstance(next(iter(inner[0]), None), nn.Conv2d)
+
+
+def _why_not(module: nn.Sequential) -> str | None:
+    if not isinstance(module, MixerLayer) and type(module) is not nn.Sequential:
+        return f"its class, {type(module).__name__}, is not nn.Sequential itself"
+    if "forward" in module.__dict__:
+        return "it has its own forward"
+    blocks = changed_for_all() or recognize_layer(module)
+    return blocks if isinstance(blocks, str) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ConvMixer in plain torch modules: the definition that the fast model is held against.
+"""ConvMixer in plain torch modules: the definition that tests and benchmarks compare the fast model with.
 
 Source: Trockman and Kolter, "Patches Are All You Need?", https://arxiv.org/abs/2201.09792.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The activations by name, each as a function that makes the module.
+#: Name of an activation -> what makes its module.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -48,25 +48,11 @@ def ConvMixer(
 
         layer(x) = BatchNorm(act(conv_1x1(z))) with z = BatchNorm(act(conv_depthwise_kxk(x))) + x
 
-    Args:
-        dim: channels of every layer.
-        depth: number of mixer layers; may be 0.
-        kernel_size: of the depthwise convolutions, one number or (height, width); odd or even.
-        patch_size: kernel and stride of the patch embedding, one number or (height, width).
-        n_classes: outputs of the classifier.
-        in_chans: channels of the images.
-        activation: "gelu" (exact erf), "gelu_tanh", "relu" or "identity".
-        device, dtype: of the parameters, as for every torch module.
-
-    Returns:
-        An nn.Sequential that takes (N, in_chans, H, W) and returns (N, n_classes).
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or outside its range; the message names it.
+    Args, Returns, Raises: as :func:`convmixer.ConvMixer`.
     """
-    for name, value, least in (("dim", dim, 1), ("depth", depth, 0), ("n_classes", n_classes, 1)):
-        _check_int(name, value, least)
-    _check_int("in_chans", in_chans, 1)
+    for name, value in (("dim", dim), ("n_classes", n_classes), ("in_chans", in_chans)):
+        _check_int(name, value, 1)
+    _check_int("depth", depth, 0)
     _check_size("kernel_size", kernel_size)
     _check_size("patch_size", patch_size)
     if activation not in ACTIVATIONS:

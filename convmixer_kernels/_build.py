@@ -3,9 +3,10 @@
 
 Environment variables:
     CXX                   the C++ compiler (default: the first of c++, g++, clang++ on PATH)
-    CONVMIXER_BUILD_CUDA  1: build _cuda or fail; 0: do not; unset: build it if nvcc is found
+    CONVMIXER_BUILD_CUDA  1: build _cuda or fail; 0: do not; unset: build it if nvcc is found, or if an NVIDIA driver is
+                          visible and pip can download nvcc (_build_backend.py)
     CONVMIXER_CUDA_ARCHS  for example "80;90a" or "90a;120+PTX" (default: the local GPUs', else DEFAULT_CUDA_ARCHS)
-    CUDA_HOME, CUDA_PATH  folder of the CUDA toolkit (default: that of nvcc on PATH, /usr/local/cuda)
+    CUDA_HOME, CUDA_PATH  where the CUDA toolkit lies (default: nvcc on PATH, /usr/local/cuda, pip's packages)
     MAX_JOBS              parallel compile jobs (default: the number of processors)
 """
 
@@ -15,9 +16,11 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable
@@ -27,6 +30,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
+#: The oldest nvcc: CUDA 12 runs on drivers of the 525 series and newer, CUDA 13 of the 580 series and newer.
+LEAST_CUDA = (12, 4)
+#: NVIDIA's compiler on the package index; a mix of minor versions does not work.
+COMPILER_PACKAGES = [
+    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-runtime", "cuda-crt", "cuda-cccl")
+]
+_DEFAULT_TOOLKIT = "/usr/local/cuda"
 DEFAULT_CUDA_ARCHS = "80;80+PTX;86;89;90a;100;120;120+PTX"
 #: No contraction: sources call fma where they need it, so that an expression has the same bits wherever it is inlined.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-ffp-contract=off"]
@@ -101,7 +111,10 @@ def cxx_problem(cxx: str) -> str | None:
 
 @functools.cache
 def nvcc_problem(nvcc: Path, cxx: str, archs: tuple[str, ...] = ()) -> str | None:
-    """Why this nvcc cannot compile with this host compiler and for these architectures, or None if it can."""
+    """Why this nvcc cannot compile, with this host compiler and for these architectures, or None if it can."""
+    version = re.search(r"release (\d+)\.(\d+)", compiler_version(nvcc))
+    if version is not None and (int(version[1]), int(version[2])) < LEAST_CUDA:
+        return f"{nvcc} is of CUDA {version[1]}.{version[2]}, which is too old: {'.'.join(map(str, LEAST_CUDA))} or newer is needed"
     command = [str(nvcc), "-ccbin", cxx.split()[0], *NVCC_FLAGS, *gencode_flags(archs), "-c"]
     return _problem(command, "probe.cu", "__global__ void probe(float* x) { *x = 1.0f; }\n")
 
@@ -132,12 +145,25 @@ def find_nvcc() -> Path | None:
     if on_path:
         # a wrapper script on PATH may lie outside the toolkit: ask it
         roots += [Path(os.path.realpath(on_path)).parent.parent, _toolkit_of(on_path)]
-    roots.append("/usr/local/cuda")
+    roots.append(_DEFAULT_TOOLKIT)
+    # where pip puts COMPILER_PACKAGES
+    roots += [os.path.join(folder, "nvidia", "cu13") for folder in sys.path if folder]
     for root in filter(None, roots):
         nvcc = Path(root) / "bin" / "nvcc"
         if os.access(nvcc, os.X_OK) and (Path(root) / "include" / "cuda_runtime.h").exists():
             return nvcc
     return None
+
+
+def nvidia_driver() -> bool:
+    """Whether this machine shows an NVIDIA driver."""
+    return shutil.which("nvidia-smi") is not None or os.path.exists("/proc/driver/nvidia/version")
+
+
+def needs_compiler_packages() -> bool:
+    """Whether the build wants _cuda and has no nvcc: an NVIDIA driver is visible, or CONVMIXER_BUILD_CUDA=1."""
+    wanted = os.environ.get("CONVMIXER_BUILD_CUDA")
+    return (wanted == "1" or (wanted != "0" and nvidia_driver())) and find_nvcc() is None and find_cxx() is not None
 
 
 def _toolkit_of(nvcc: str) -> str | None:

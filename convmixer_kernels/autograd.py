@@ -25,44 +25,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, composite
-from .primitives import MixerEval, Norm, Update
+from .primitives import Block, Grads, MixerEval, Needs, Norm, Options, Statistics, Update
 
 Sums = tuple[Tensor, Tensor]
-Grads = tuple[Tensor | None, ...]
-Needs = tuple[bool, ...]
-
-
-class Block(NamedTuple):
-    """The tensors of one block that gradients may be asked for."""
-
-    weight: Tensor  # (C, 1, kH, kW) or (C_out, C_in, 1, 1)
-    bias: Tensor | None  # (C,)
-    norm_weight: Tensor | None  # (C,)
-    norm_bias: Tensor | None  # (C,)
-
-
-class Statistics(NamedTuple):
-    """Batch norm's mean and biased variance, (C,) each: running ones, or a batch's."""
-
-    mean: Tensor | None
-    var: Tensor | None
 
 
 #: Names of the tensors that a forward reads, and that a backward does.
 _BLOCK_TENSORS = ("x", *Block._fields, "running_mean", "running_var")
 _READ_BACKWARD = ("dy", "x", "a", "weight", "norm_weight", "mean", "var")
 MIXER_TENSORS = ("x", *(f"{half}_{name}" for half in ("depthwise", "pointwise") for name in _BLOCK_TENSORS[1:]))
-
-
-class Options(NamedTuple):
-    """What an operator is told beside its tensors."""
-
-    batch_statistics: bool  # normalise by the batch's statistics and update the running ones, else by the running ones
-    momentum: float
-    eps: float
-    activation: str
-    residual: bool  # of a depthwise block
-    save: bool  # whether a backward may follow
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -75,7 +46,7 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """functional.py has cast already: in here a dtype means what it says (the reference backend calls torch)."""
+    """Autocast off: functional.py has cast already, and the reference backend calls torch."""
 
     @functools.wraps(function)
     def wrapped(backend: ModuleType, tensor: Tensor, *args: Any) -> Any:
@@ -89,7 +60,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_format(t: Tensor, contiguous: bool) -> Tensor:
-    """t contiguous, or channels_last: itself where it is. Gradients arrive in any layout, expanded ones too."""
+    """t contiguous, or channels_last: itself if it is already. Gradients arrive in any layout, expanded ones too."""
     if t._is_zerotensor():
         t = t.clone()  # it has no memory
     # a negative view's memory holds the opposite values
@@ -104,14 +75,14 @@ def takes_contiguous(x: Tensor) -> bool:
 
 
 def dense_input(x: Tensor) -> Tensor:
-    """x contiguous or channels_last: itself where it is."""
+    """x contiguous or channels_last: itself if it is already."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return in_format(x, takes_contiguous(x))
 
 
 def all_contiguous(*tensors: Tensor | None) -> bool:
-    """The format of what belongs together: channels_last if one can be nothing else (few channels or pixels are of both)."""
+    """Whether tensors of one format are contiguous: False if one of them is only channels_last (one channel or pixel is both)."""
     return all(t is None or t.is_contiguous() for t in tensors)
 
 
@@ -179,7 +150,7 @@ def _is_as_saved(
 
 
 def _strided_like(dw: Tensor, weight: Tensor) -> Tensor:
-    """dw with the weight's strides: a contiguous weight may have those of channels_last, and DDP wants them of a gradient."""
+    """dw with the weight's strides, which DDP requires: a contiguous weight can have the strides of channels_last."""
     if dw.stride() == weight.stride() or not dw.is_contiguous():
         return dw
     return dw.as_strided(weight.shape, weight.stride())
@@ -187,9 +158,6 @@ def _strided_like(dw: Tensor, weight: Tensor) -> Tensor:
 
 def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
     return Norm(statistics.mean, statistics.var, block.norm_weight, block.norm_bias, options.eps)
-
-
-# ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
 
 
 def _preactivation(
@@ -207,7 +175,7 @@ def _preactivation(
 
 
 def _update(a: Tensor, running: Statistics, batch: Statistics, options: Options) -> tuple[Update, ...]:
-    """How `running` moves; nothing where it is not tracked or was itself used."""
+    """How `running` moves: not at all if it is not tracked, or if it was used instead of the batch's."""
     if running is batch or (running.mean is None and running.var is None):
         return ()
     return (Update(*running, *batch, a.numel() // a.shape[1], options.momentum),)
@@ -227,7 +195,7 @@ def _normalize(
     for update in updates:
         for t in update[:2]:
             if t is not None:
-                # a native kernel writes past the version counter, which guards what an earlier eval saved
+                # native kernels do not count versions; autograd must notice if an earlier eval saved this tensor
                 torch.autograd.graph.increment_version(t)
     return y
 
@@ -241,7 +209,7 @@ def block_forward(
     running: Statistics,
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Statistics]:
-    """y, a (None where no backward follows) and the statistics that y is normalised by."""
+    """y, a (None if no backward follows) and the statistics used for the norm."""
     checks.check_memory(f"{kind}_block", _BLOCK_TENSORS, x, *block, *running)
     if not options.batch_statistics and not options.save:
         residual = (options.residual,) if kind == "depthwise" else ()
@@ -259,7 +227,7 @@ def block_backward(
     backend: ModuleType,
     dy: Tensor,  # (N, C, H, W)
     kind: str,
-    x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
+    x: Tensor | None,  # (N, C, H, W), if the weight needs a gradient
     a: Tensor,  # (N, C, H, W)
     block: Block,
     statistics: Statistics,
@@ -267,7 +235,7 @@ def block_backward(
     needs: Needs,  # x, weight, bias, norm_weight, norm_bias
     contiguous: bool,  # x's memory format in the forward
 ) -> Grads:
-    """The gradients of x, weight, bias, norm_weight and norm_bias; None where `needs` is False."""
+    """The gradients of x, weight, bias, norm_weight and norm_bias; None if `needs` is False."""
     restored = _restored(kind, dy, x, a, block, statistics, needs[0], needs[1], contiguous)
     return _block_gradients(backend, kind, *restored, options, needs)
 
@@ -309,9 +277,6 @@ def _block_gradients(
     return dx, _strided_like(dw, block.weight) if needs[1] else None, db if needs[2] else None, dgamma, dbeta
 
 
-# ---- mixer_layer ------------------------------------------------------------------------------------------------------
-
-
 @_without_autocast
 def mixer_forward(
     backend: ModuleType,
@@ -346,7 +311,7 @@ def mixer_forward(
 def mixer_backward(
     backend: ModuleType,
     dy: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C, H, W), where either weight needs a gradient
+    x: Tensor | None,  # (N, C, H, W), if either weight needs a gradient
     a: tuple[Tensor, Tensor],
     blocks: tuple[Block, Block],
     statistics: tuple[Statistics, Statistics],
@@ -354,7 +319,7 @@ def mixer_backward(
     needs: Needs,  # x, the depthwise block's four tensors, the pointwise block's four
     contiguous: bool,  # x's memory format in the forward
 ) -> Grads:
-    """The gradients in the order of `needs`; None where it is False."""
+    """The gradients in the order of `needs`; None if it is False."""
     x_needed = needs[1] or (needs[5] and options.residual)
     _, x, a1, block, used = _restored(
         "depthwise", None, x, a[0], blocks[0], statistics[0], needs[0], x_needed, contiguous
@@ -373,9 +338,6 @@ def mixer_backward(
     return *lower, *upper[1:]
 
 
-# ---- depthwise_conv2d -------------------------------------------------------------------------------------------------
-
-
 @_without_autocast
 def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain depthwise convolution: a block without activation and norm."""
@@ -387,13 +349,13 @@ def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Te
 def convolution_backward(
     backend: ModuleType,
     dy: Tensor,  # (N, C, H, W)
-    x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
+    x: Tensor | None,  # (N, C, H, W), if the weight needs a gradient
     contiguous: bool,  # x's memory format in the forward
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     needs: Needs,  # x, weight, bias
 ) -> Grads:
-    """The gradients of x, weight and bias; None where `needs` is False."""
+    """The gradients of x, weight and bias; None if `needs` is False."""
     checks.check_memory("depthwise_conv2d's backward", ("dy", "x", "weight"), dy, x, weight if needs[0] else None)
     _check_strided("depthwise_conv2d's backward", dy)
     if not _is_as_saved("depthwise", x, None, dy, (weight,), False) or (x is None and needs[1]):
@@ -409,12 +371,9 @@ def convolution_backward(
     return dx, _strided_like(dw, weight) if needs[1] else None, db if needs[2] else None
 
 
-# ---- autograd Functions -----------------------------------------------------------------------------------------------
-
-
 class _Unsaved(NamedTuple):
-    """A bias, of which a backward asks presence and dtype only: it may change in between, as in eager. A backward that is
-    itself differentiated asks its place in the graph too, and its value if that is still the forward's."""
+    """A bias that a backward does not read: only its presence and dtype count, so it may change in between, as in eager.
+    A backward that is itself differentiated also needs its place in the graph, and its value if that is still the forward's."""
 
     tensor: Tensor
     node: Any  # tensor.grad_fn in the forward

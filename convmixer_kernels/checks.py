@@ -13,11 +13,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import gates
 from .primitives import ACTIVATIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_memory(op: str, names: Sequence[str], *tensors: Tensor | None) -> None:
@@ -49,7 +49,7 @@ def check_reach(op: str, name: str, t: Tensor) -> None:
 
 def check_before_copy(op: str, name: str, t: Tensor) -> None:
     """check_reach for what is copied before a kernel sees it; some tensors have no storage here."""
-    if not torch.compiler.is_compiling() and type(t) in _PLAIN and not torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and type(t) in gates.PLAIN_TENSORS and not gates.torch_func_active():
         check_reach(op, name, t)
 
 

@@ -11,32 +11,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from . import checks
-from .primitives import activate, convolution
-
-if TYPE_CHECKING:
-    from .autograd import Block, Grads, Needs, Options, Statistics
+from . import checks, gates
+from .primitives import Block, Grads, Needs, Options, Statistics, activate, convolution
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
-    return not torch.compiler.is_compiling() and _is_transformed()
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether this file must replace the operators: a transform is active, and no compiler, which traces operators under it."""
+    return not torch.compiler.is_compiling() and gates.transformed()
 
 
 def replaces_backward(dy: Tensor) -> bool:
     """Whether a backward of dy is itself differentiated (create_graph) or batched (is_grads_batched)."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or _is_transformed()
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or gates.transformed()
 
 
 # ---- forward ----------------------------------------------------------------------------------------------------------

@@ -5,31 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, composite, dispatch
+from . import checks, composite, dispatch, gates
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
-    Block,
     BlockFunction,
     ConvolutionFunction,
     MixerFunction,
-    Options,
-    Statistics,
     autocast_enabled,
     block_forward,
     convolution_forward,
     dense_input,
     mixer_forward,
 )
-from .primitives import MixerEval, Norm, Update, update_running_statistics
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from .primitives import Block, MixerEval, Norm, Options, Statistics, Update, update_running_statistics
 
 
 def depthwise_block(
@@ -225,20 +220,9 @@ def mixer_layer(
     return y
 
 
-class MixerArguments(NamedTuple):
-    """What mixer_layer is called with in evaluation, beside x."""
-
-    depthwise: Block
-    depthwise_running: Statistics
-    pointwise: Block
-    pointwise_running: Statistics
-    eps: float
-    activation: str
-
-
-def may_evaluate_mixer_layers(x: Tensor) -> bool:
-    """Whether evaluate_mixer_layers can do more for layers of x's width than calling mixer_layer again and again: a quick answer."""
-    if torch.compiler.is_compiling() or x.dim() != 4 or x.numel() == 0:
+def can_fuse_layers(x: Tensor) -> bool:
+    """Whether run_fused_layers can gain anything for layers of x's width. A quick answer, before the layers are looked at."""
+    if gates.recording() or x.dim() != 4 or x.numel() == 0:
         return False
     backend = dispatch.load(
         dispatch.requested_backend("mixer_layer", None) or dispatch.automatic_order(x.device.type)[0]
@@ -246,47 +230,47 @@ def may_evaluate_mixer_layers(x: Tensor) -> bool:
     return hasattr(backend, "mixer_eval") and backend.mixer_may_fit(x)
 
 
-def evaluate_mixer_layers(x: Tensor, layers: Sequence[MixerArguments]) -> Tensor | None:
-    """mixer_layer after mixer_layer in evaluation and without gradients, to the bit, in one call of the backend.
+def run_fused_layers(x: Tensor, layers: Sequence[MixerEval]) -> Tensor | None:
+    """Several mixer layers in evaluation without gradients, in one call of the backend, with the bits of calling each.
 
     Args:
         x: (N, C, H, W).
-        layers: at least one; all of them map C channels to C.
+        layers: at least one, each from C channels to C.
 
     Returns:
-        (N, C, H, W), or None where the layers are to be called one by one: the backend finds that faster, or something
-        (another number of channels, autocast, a subclass, a transform) needs more care than this function takes.
+        (N, C, H, W), or None if the layers must be called one by one: the backend finds that faster, or the call needs more
+        care than this function takes (another number of channels, autocast, a tensor subclass, a transform).
 
     Raises:
         As :func:`mixer_layer`.
     """
     op = "mixer_layer"
     checks.check_input(op, x)
-    if torch.compiler.is_compiling() or composite.transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
+    if gates.recording() or gates.transformed() or x.numel() == 0 or autocast_enabled(x.device.type):
         return None
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        return None  # the first layer makes the one copy that this takes
-    evaluated, backend = [], None
-    for layer in layers:
-        blocks, running = (layer.depthwise, layer.pointwise), (layer.depthwise_running, layer.pointwise_running)
-        _, eps = checks.check_options(op, layer.activation, False, 0.0, layer.eps)
-        checks.check_layer(op, x, blocks, running, False)
-        chosen = dispatch.choose(op, None, "mixer", x, (blocks[0].weight, blocks[1].weight))
-        if (
-            blocks[1].weight.shape[0] != x.shape[1]
-            or chosen is not (backend or chosen)
-            or not hasattr(chosen, "mixer_eval")
-        ):
+        return None  # mixer_layer makes the copy that the first layer needs
+    dense, backend = [], None
+    for activation, *blocks in layers:
+        for *_, norm in blocks:
+            checks.check_options(op, activation, False, 0.0, norm.eps)
+        parameters = [Block(weight, bias, norm.weight, norm.bias) for weight, bias, norm in blocks]
+        running = [Statistics(norm.mean, norm.var) for *_, norm in blocks]
+        checks.check_layer(op, x, parameters, running, False)
+        chosen = dispatch.choose(op, None, "mixer", x, (parameters[0].weight, parameters[1].weight))
+        backend = backend or chosen
+        if parameters[1].weight.shape[0] != x.shape[1] or chosen is not backend or not hasattr(backend, "mixer_eval"):
             return None
-        backend = chosen
-        blocks = _dense(x, *blocks)[1:]
-        running = tuple(Statistics(*map(_contiguous, r)) for r in running)
-        if not _direct(x, *blocks[0], *blocks[1], *running[0], *running[1]):
+        blocks = [
+            (_contiguous(weight), _contiguous(bias), Norm(*map(_contiguous, norm[:4]), float(norm.eps)))
+            for weight, bias, norm in blocks
+        ]
+        tensors = (x, *(t for weight, bias, (mean, var, g, h, _) in blocks for t in (weight, bias, g, h, mean, var)))
+        if not _direct(*tensors):
             return None
-        checks.check_memory(op, MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
-        norms = (Norm(*r, b.norm_weight, b.norm_bias, eps) for b, r in zip(blocks, running, strict=True))
-        evaluated.append(MixerEval(layer.activation, *((*b[:2], norm) for b, norm in zip(blocks, norms, strict=True))))
-    return _recorded("mixer_layers", backend.mixer_eval, x, evaluated, True)
+        checks.check_memory(op, MIXER_TENSORS, *tensors)
+        dense.append(MixerEval(activation, *blocks))
+    return _recorded("mixer_layers", backend.mixer_eval, x, dense, True)
 
 
 def depthwise_conv2d(
@@ -393,20 +377,18 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
-def _direct(*tensors: Tensor | None) -> bool:
-    """Whether kernels may be called by address: plain tensors, and nothing that wants to see operators.
+def _direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels may be called by address: plain contiguous tensors in memory, and nothing that has to see operators.
 
-    Statistics that training updates may be strided; then the operator's caller updates them. Of a negative view the
-    dispatcher hands operators the values.
+    A registered operator takes the rest. Statistics that training updates may be strided: then the operator's caller updates them.
+    A negative view's memory holds the opposite values: the dispatcher gives operators the right ones.
     """
     return (
-        not torch.compiler.is_compiling()
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
-        and all(t is None or t.is_contiguous() for t in tensors[1:])
-        and tensors[0].device.type != "meta"
-        and not tensors[0]._is_zerotensor()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._get_tracing_state()
+        not gates.recording()
+        and not gates.dispatch_mode_active()
+        and gates.all_plain((x, *others))
+        and all(t is None or (t.is_contiguous() and not t.is_neg()) for t in others)
+        and not (x.is_meta or x.is_neg() or x._is_zerotensor())
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators as torch.library knows them: what torch.compile, export, dispatch modes and opcheck see.
+"""The operators registered with torch.library, for torch.compile, export, dispatch modes and opcheck.
 
 Registered as functions without side effects under `convmixer::`: functional.py updates running statistics from the
 batch statistics that they return. What a call does not produce comes back as a tensor with no elements. Eager mode calls the
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks, composite, dispatch
-from .autograd import Block, Options, Statistics, all_contiguous, dense_input, dense_parameter, takes_contiguous
+from .autograd import all_contiguous, dense_input, dense_parameter, takes_contiguous
+from .primitives import Block, Options, Statistics
 
 _LIBRARY = torch.library.Library("convmixer", "DEF")
 _OPTIONS = "bool batch_statistics, float eps, str activation, bool residual"
@@ -67,7 +68,7 @@ def _parameter_grads_like(parameters: Sequence[Tensor | None], needs: Sequence[b
 
 
 def _present(needs: Sequence[bool], parameters: Sequence[Tensor | None]) -> tuple[bool, ...]:
-    """`needs`, one for x and each parameter, False for what is None."""
+    """`needs`, one for x and each parameter; False for None."""
     return needs[0], *(need and p is not None for need, p in zip(needs[1:], parameters, strict=True))
 
 
@@ -132,9 +133,6 @@ def _register_autograd(
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * (statistics + fixed)
 
     torch.library.register_autograd(f"convmixer::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-
-
-# ---- depthwise_block and pointwise_block --------------------------------------------------------------------------
 
 
 def _register_block(kind: str) -> None:
@@ -215,9 +213,6 @@ def _register_block(kind: str) -> None:
 
 _register_block("depthwise")
 _register_block("pointwise")
-
-
-# ---- mixer_layer --------------------------------------------------------------------------------------------------
 
 
 def _two(t: Sequence) -> tuple[tuple[Block, Block], tuple[Statistics, Statistics]]:
@@ -309,9 +304,6 @@ _register(
 _register_autograd(
     "mixer_layer", parameters=8, statistics=4, weights=(1, 5), fixed=6, differentiable=_mixer_layer_differentiable
 )
-
-
-# ---- depthwise_conv2d ---------------------------------------------------------------------------------------------
 
 
 def _check_depthwise_conv2d(x, weight, bias, backend):

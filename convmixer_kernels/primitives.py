@@ -42,6 +42,38 @@ from torch import Tensor
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh")
 
 
+#: Gradients in the order of an operator's tensors, None for those that were not needed; and which are needed.
+Grads = tuple[Tensor | None, ...]
+Needs = tuple[bool, ...]
+
+
+class Block(NamedTuple):
+    """The tensors of one block that can need a gradient."""
+
+    weight: Tensor  # (C, 1, kH, kW) or (C_out, C_in, 1, 1)
+    bias: Tensor | None  # (C,)
+    norm_weight: Tensor | None  # (C,)
+    norm_bias: Tensor | None  # (C,)
+
+
+class Statistics(NamedTuple):
+    """Batch norm's mean and biased variance, (C,) each: running ones, or a batch's."""
+
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class Options(NamedTuple):
+    """What an operator is told beside its tensors."""
+
+    batch_statistics: bool  # normalise by the batch's statistics and update the running ones, else by the running ones
+    momentum: float
+    eps: float
+    activation: str
+    residual: bool  # of a depthwise block
+    save: bool  # whether a backward may follow
+
+
 class Norm(NamedTuple):
     """Batch norm as a per-channel affine map: statistics (of the batch or running), parameters, eps."""
 

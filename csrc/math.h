@@ -68,6 +68,16 @@ CONVMIXER_HD float activation_grad(float x) {
   }
 }
 
+// dh * act'(a), of which `grad` is act'(a). relu selects, so that a NaN or infinite dh is 0 for a <= 0, as in torch.
+template <int ACT>
+CONVMIXER_HD float times_grad(float dh, float grad) {
+  if constexpr (ACT == 1) {
+    return grad == 0.f ? 0.f : dh;
+  } else {
+    return dh * grad;
+  }
+}
+
 // For 16-bit results: Phi(-t) = erfc(t / sqrt 2) / 2 = exp2(P(t)) for t >= 0, with P of degree 5 by Lawson's iteration
 // on [0, 7]; beyond, P goes on falling to -inf. |error of t Phi(-t)| <= 6e-7, |error of erf| <= 4e-6, 7 instructions
 // with |x|. An infinite x gives NaN: the callers recompute every NaN with the exact functions.

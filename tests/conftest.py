@@ -69,3 +69,17 @@ def _poisoned_allocations():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """For tensors that are too small to share. _global_state restores the number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the operators that mixer layers call, in order."""
+    from model_helpers import count_operators
+
+    return count_operators(monkeypatch)

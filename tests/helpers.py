@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from convmixer_kernels import _load, dispatch
 from convmixer_kernels.backends import cuda, cuda_choice
+from convmixer_kernels.primitives import Norm
 from convmixer_kernels.testing import eager_convolution, relative_error, within_twice_eager
 
 ACTIVATIONS = {
@@ -239,3 +241,28 @@ def _run_case(
         # batch norm removes a constant: the exact gradient of the bias is 0, every computed one is rounding
         results = {n: t for n, t in results.items() if not n.endswith("bias") or "norm" in n}
     return {name: (t, baseline[name], exact[name]) for name, t in results.items()}
+
+
+def check_relu_stops_gradients(backend: ModuleType, dtype: torch.dtype, memory_format: str, device: str) -> None:
+    """A gradient that is NaN or infinite where relu is 0 must not be seen: every result has the bits of a gradient of 0 there."""
+    shape = (2, 16, 9, 16)
+    a, x, dy = (in_format(torch.randn(shape), memory_format).to(device, dtype) for _ in range(3))
+    a[0, 3, 4, 5], a[1, 9, 0, 0], a[1, 9, 8, 15] = -0.5, 0.0, -2.0
+    clean = dy.clone()
+    for at, special in (((0, 3, 4, 5), math.nan), ((1, 9, 0, 0), math.inf), ((1, 9, 8, 15), -math.inf)):
+        dy[at], clean[at] = special, 0.0
+    vectors = [torch.rand(16, device=device) + 0.5 for _ in range(4)]
+    weight, matrix = torch.randn(16, 1, 9, 9, device=device), torch.randn(16, 16, 1, 1, device=device)
+    bias, norm = torch.randn(16, device=device), Norm(*vectors, 1e-5)
+    sums = tuple(torch.randn(16, device=device) for _ in range(2))
+    for of_norm, of_batch in ((norm, sums), (norm, None), (None, None)):
+        chain = "relu", of_norm, of_batch
+
+        def gradients(dy: Tensor, chain=chain) -> list[Tensor]:
+            dx = backend.depthwise_input_grad(dy, a, weight, *chain, False)
+            dw = backend.depthwise_weight_grad(dy, a, x, weight, bias, *chain)
+            return [dx, *dw, *backend.pointwise_backward(dy, a, x, matrix, bias, *chain, (True, True, True))]
+
+        for mine, expected in zip(gradients(dy), gradients(clean), strict=True):
+            assert expected.isfinite().all()
+            assert torch.equal(mine, expected)

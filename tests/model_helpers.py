@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Pairs of models, and the comparison of a training step of ours with the reference's, for the tests of the model."""
+"""For the tests of the model: pairs of models, changes of a layer, and comparisons of our model with the reference."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,8 +80,22 @@ def features(n: int = 3, size: int = 6, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(n, DIM, size, size, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
+def assert_same_steps(ours: nn.Module, ref: nn.Module, x: torch.Tensor) -> None:
+    """Bit by bit, everything that `step` returns."""
+    torch.testing.assert_close(step(ours, x), step(ref, x), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_refused_alike(ours: nn.Module, ref: nn.Module, x: object) -> None:
+    """Both raise, the same class with the same message."""
+    with pytest.raises(Exception) as expected:
+        ref(x)
+    with pytest.raises(expected.type) as raised:
+        ours(x)
+    assert str(raised.value) == str(expected.value)
+
+
 def count_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the operators that layers call from now on, in order."""
+    """The names of the operators that layers call from now on, in order: the fixture `calls`."""
     seen: list[str] = []
 
     def counted(name):
@@ -97,15 +112,43 @@ def count_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+Change = Callable[[nn.Sequential], None]
+
+
+def attribute(path: str, name: str, value: object) -> Change:
+    """A change of a layer: its module at `path` gets this attribute."""
+
+    def change(layer):
+        setattr(layer.get_submodule(path), name, value)
+
+    change.__name__ = f"{path}.{name}={value}"
+    return change
+
+
+def replaced(path: str, build: Callable[[], nn.Module]) -> Change:
+    """A change of a layer: its module at `path` is replaced, by one with the same numbers in each layer."""
+
+    def change(layer):
+        torch.manual_seed(7)
+        layer.set_submodule(path, build().train(layer.training))
+
+    change.__name__ = f"{path}={build()}".replace("\n", "")
+    return change
+
+
+def by_name(change: object) -> str | None:
+    """The id of a parameter that is a change; pytest's own for others."""
+    return getattr(change, "__name__", None)
+
+
 def cumulative_average(layer):
     for norm in (layer[0].fn[2], layer[3]):
         norm.momentum = None
         norm.num_batches_tracked.fill_(2)
 
 
-def other_eps(layer):
-    layer[3].eps = 0.1
+other_eps = attribute("3", "eps", 0.1)
 
 
 class Annotated(torch.Tensor):
-    """A tensor subclass: what its operations mean is its own business."""
+    """A tensor subclass, which may redefine every operation."""

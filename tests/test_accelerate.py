@@ -11,14 +11,10 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_twice_eager
+from model_helpers import DIM, MODES, assert_matches, attribute, by_name, features, image, replaced
 from torch import nn
 
-from convmixer import MixerLayer, MixerSequential, accelerate, reference
-from convmixer_kernels import functional
-
-# wide enough for an error norm over one vector not to be a matter of luck
-DIM = 64
+from convmixer import MixerLayer, MixerSequential, accelerate, recognize, reference
 
 
 class Residual(nn.Module):
@@ -57,35 +53,7 @@ class TimmLike(nn.Module):
         return self.head(self.pooling(self.blocks(self.stem(x))))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share; conftest.py restores the number."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """One entry for each layer that runs as one operator."""
-    seen, operator = [], functional.mixer_layer
-    monkeypatch.setattr(functional, "mixer_layer", lambda *a, **k: seen.append("mixer_layer") or operator(*a, **k))
-    return seen
-
-
-def image(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def features() -> torch.Tensor:
-    return torch.randn(3, DIM, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    y = model(x)
-    y.square().sum().backward()
-    result = {"output": y.detach()}
-    result.update({f"grad of {n}": p.grad for n, p in model.named_parameters()})
-    result.update({n: b for n, b in model.named_buffers() if b.is_floating_point()})
-    return result
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 MODELS = {
@@ -96,23 +64,19 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@MODES
 @pytest.mark.parametrize("name", MODELS)
 def test_results_keys_and_parameters_stay(calls, name, training):
     torch.manual_seed(0)
     model = MODELS[name]().train(training)
     original = copy.deepcopy(model)
-    exact = step(copy.deepcopy(model).double(), image().double())
     keys, parameters = list(model.state_dict()), list(model.parameters())
     report = accelerate(model)
     assert (report.accelerated, report.skipped) == (3, [])
     assert list(model.state_dict()) == keys
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
-    actual, eager = step(model, image()), step(original, image())
+    assert_matches(model, original, image())
     assert calls == ["mixer_layer"] * 3
-    assert actual.keys() == eager.keys() == exact.keys()
-    for key, value in actual.items():
-        assert_twice_eager(key, value, eager[key], exact[key])
 
 
 def test_nothing_is_set_on_an_instance():
@@ -150,9 +114,6 @@ def test_a_model_without_layers():
     assert accelerate(nn.Sequential(absent)).accelerated == 0
     with pytest.raises(TypeError, match=r"accelerate: model must be an nn\.Module, got list"):
         accelerate([layer()])
-
-
-# ---- which residuals are known ----------------------------------------------------------------------------------
 
 
 class Scaled(Residual):
@@ -226,7 +187,24 @@ def test_residuals_that_are_left(residual):
     assert report.accelerated == 1
     assert type(model["one"]) is nn.Sequential
     assert report.skipped == [("one", f"its residual, {residual.__name__}, is not known to compute fn(x) + x")]
-    assert f"left 1 as they were:\n  one: its residual, {residual.__name__}" in str(report)
+    assert f"left 1 unchanged:\n  one: its residual, {residual.__name__}" in str(report)
+
+
+def test_a_residual_is_proven_once(calls, monkeypatch):
+    """Accelerate proves it. A forward proves it again only if the class has another forward since."""
+
+    class Own(Residual):
+        def forward(self, x):
+            return x + self.fn(x)
+
+    one, proofs, prove = layer(Own), [], recognize._prove
+    accelerate(one)
+    monkeypatch.setattr(recognize, "_prove", lambda kind: proofs.append(kind) or prove(kind))
+    one(features())
+    assert (calls, proofs) == (["mixer_layer"], [])
+    Own.forward = lambda self, x: self.fn(x) + x
+    one(features())
+    assert (calls, proofs) == (["mixer_layer"] * 2, [Own])
 
 
 def test_a_residual_whose_class_changes_later(calls, monkeypatch):
@@ -240,35 +218,12 @@ def test_a_residual_whose_class_changes_later(calls, monkeypatch):
     monkeypatch.undo()
 
 
-# ---- which layers are left, and why -------------------------------------------------------------------------------
-
-
 class NamedSequential(nn.Sequential):
     pass
 
 
 def subclassed(one):
     one.__class__ = NamedSequential
-
-
-def norm_replaced(one):
-    one[3] = nn.GroupNorm(4, DIM)
-
-
-def norm_synchronised(one):
-    one[0].fn[2] = nn.SyncBatchNorm(DIM)
-
-
-def dense_convolution(one):
-    one[0].fn[0] = nn.Conv2d(DIM, DIM, 3, padding="same")
-
-
-def valid_padding(one):
-    one[0].fn[0].padding = (0, 0)
-
-
-def other_activation(one):
-    one[2] = nn.SiLU()
 
 
 def inner_hook(one):
@@ -279,6 +234,19 @@ def parametrized(one):
     nn.utils.parametrizations.weight_norm(one[1])
 
 
+def replaced_weight(one):
+    conv = one[0].fn[0]
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+
+
+def replaced_counter(one):
+    norm = one[3]
+    del norm.num_batches_tracked
+    norm.num_batches_tracked = torch.tensor(0)
+
+
 def own_forward(one):
     one.forward = lambda x: x
 
@@ -287,30 +255,48 @@ def extra_module(one):
     one.append(nn.Dropout())
 
 
+# then the residual cannot be added
+valid_padding = attribute("0.fn.0", "padding", (0, 0))
+
 LEFT = [
     (subclassed, "its class, NamedSequential, is not nn.Sequential itself"),
-    (norm_replaced, "its pointwise norm is GroupNorm, not nn.BatchNorm2d"),
-    (norm_synchronised, "its depthwise norm is SyncBatchNorm, not nn.BatchNorm2d"),
-    (dense_convolution, "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same)"),
-    (valid_padding, "its depthwise convolution is Conv2d(64, 64, kernel_size=(5, 5), stride=(1, 1), groups=64)"),
-    (other_activation, "its pointwise activation is SiLU()"),
-    (inner_hook, "a module of its pointwise block has a hook or its own forward"),
+    (replaced("3", lambda: nn.GroupNorm(4, DIM)), "its pointwise norm is GroupNorm, not nn.BatchNorm2d"),
+    (replaced("0.fn.2", lambda: nn.SyncBatchNorm(DIM)), "its depthwise norm is SyncBatchNorm, not nn.BatchNorm2d"),
+    (
+        replaced("0.fn.0", lambda: nn.Conv2d(DIM, DIM, 3, padding="same")),
+        "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same), "
+        "not depthwise with stride 1, dilation 1 and zero padding 'same'",
+    ),
+    (
+        valid_padding,
+        "its depthwise convolution is Conv2d(64, 64, kernel_size=(5, 5), stride=(1, 1), groups=64), "
+        "not depthwise with stride 1, dilation 1 and zero padding 'same'",
+    ),
+    (
+        attribute("1", "stride", (2, 2)),
+        "its pointwise convolution is Conv2d(64, 64, kernel_size=(1, 1), stride=(2, 2)), "
+        "not 1x1 with stride 1, one group and no padding",
+    ),
+    (replaced("2", nn.SiLU), "its pointwise activation is SiLU(), not GELU, ReLU or Identity"),
+    (inner_hook, "its pointwise convolution has a hook or its own forward"),
+    (replaced_weight, "a parameter or method of its depthwise convolution was replaced"),
+    (replaced_counter, "a parameter, buffer or method of its pointwise norm was replaced"),
     (parametrized, "its pointwise convolution is ParametrizedConv2d, not nn.Conv2d"),
     (own_forward, "it has its own forward"),
     (extra_module, "it has 5 children, not the 4 of a mixer layer"),
 ]
 
 
-@pytest.mark.parametrize(("alter", "reason"), LEFT, ids=[case[0].__name__ for case in LEFT])
+@pytest.mark.parametrize(("alter", "reason"), LEFT, ids=[by_name(case[0]) for case in LEFT])
 def test_layers_that_are_left(alter, reason):
-    model = TimmLike()
+    model = TimmLike().eval()
     alter(model.blocks[1])
     kind = type(model.blocks[1])
     report = accelerate(model)
     assert report.accelerated == 2
     assert report.skipped == [("blocks.1", reason)]
     assert type(model.blocks[1]) is kind
-    if alter not in (norm_synchronised, valid_padding):
+    if alter is not valid_padding:
         assert model(image()).shape == (3, 7)
 
 
@@ -325,7 +311,16 @@ def test_an_accelerated_layer_that_no_longer_runs_as_one_says_so():
     assert accelerate(model).accelerated == 3
 
 
-# ---- copies -------------------------------------------------------------------------------------------------------
+def test_a_block_or_convolution_alone_is_recognized():
+    depthwise, *pointwise = layer()
+    for kind, modules in (("depthwise", depthwise.fn), ("pointwise", pointwise)):
+        block = recognize.recognize_block(kind, *modules)
+        assert (block.conv, block.activation, block.norm) == (modules[0], "gelu", modules[2])
+        assert recognize.why_not_convolution(kind, modules[0]) is None
+    assert "is Conv2d(64, 64, kernel_size=(1, 1)" in recognize.recognize_block("depthwise", *pointwise)
+    assert recognize.why_not_convolution("depthwise", nn.Conv1d(8, 8, 3)) == (
+        "its depthwise convolution is Conv1d, not nn.Conv2d"
+    )
 
 
 def test_copies_keep_the_class(calls):
@@ -364,7 +359,7 @@ print(len(calls))
 
 
 def test_a_saved_model_loads_in_another_process(tmp_path, monkeypatch):
-    """There nobody called accelerate, and the other library's residual is proven on the first forward."""
+    """In that process nobody called accelerate: the first forward proves the other library's residual."""
     (tmp_path / "other_library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
     build = importlib.import_module("other_library").layer

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -89,6 +90,14 @@ def test_the_next_compiler_is_tried(monkeypatch, tmp_path):
         assert _build.find_cxx() == "g++"
     finally:
         _build.cxx_problem.cache_clear()
+
+
+@pytest.mark.parametrize(("release", "works"), [("11.8", False), ("12.3", False), ("12.4", True), ("13.0", True)])
+def test_the_oldest_nvcc(tmp_path, release, works):
+    script = f"echo 'Cuda compilation tools, release {release}, V{release}.0'; for last; do :; done; touch $last"
+    nvcc = _program(tmp_path / "nvcc", script)
+    problem = _build.nvcc_problem(nvcc, "c++")
+    assert problem is None if works else "too old: 12.4 or newer" in problem
 
 
 @pytest.mark.parametrize("script", ["exit 1", "echo 'nvcc fatal   : Unsupported gpu architecture' >&2; exit 1"])
@@ -196,3 +205,86 @@ def test_the_right_module_is_found_behind_a_wrong_one(tmp_path):
     available, detail, warned = _use(mine, older)
     assert (available, detail) == (True, cpu.build_info()["detail"])
     assert warned == []
+
+
+# NVIDIA's compiler from the package index
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The build backend, on a machine with a C++ compiler and without nvcc, driver and network."""
+    monkeypatch.syspath_prepend(str(ROOT / "convmixer_kernels"))
+    module = importlib.import_module("_build_backend")
+    monkeypatch.delenv("CONVMIXER_BUILD_CUDA", raising=False)
+    monkeypatch.setattr(module._build, "find_cxx", lambda: "c++")
+    monkeypatch.setattr(module._build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(module._build, "nvidia_driver", lambda: False)
+    monkeypatch.setattr(module, "_download_problem", lambda packages: None)
+    yield module
+    for name in ("_build_backend", "_build"):
+        sys.modules.pop(name)
+
+
+def _asked_for(module) -> list[str]:
+    wheel, editable = module.get_requires_for_build_wheel(), module.get_requires_for_build_editable()
+    assert wheel == editable
+    return wheel
+
+
+@pytest.mark.parametrize(
+    ("driver", "variable", "nvcc", "asks"),
+    [
+        (True, None, None, True),
+        (False, "1", None, True),
+        (True, "1", None, True),
+        (False, None, None, False),
+        (True, "0", None, False),
+        (True, None, "nvcc", False),
+        (False, "1", "nvcc", False),
+    ],
+)
+def test_who_gets_nvidias_compiler(backend, monkeypatch, driver, variable, nvcc, asks):
+    monkeypatch.setattr(backend._build, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(backend._build, "find_nvcc", lambda: nvcc)
+    if variable is not None:
+        monkeypatch.setenv("CONVMIXER_BUILD_CUDA", variable)
+    assert _asked_for(backend) == (_build.COMPILER_PACKAGES if asks else [])
+    # one minor version for all of them
+    assert {package.split("==")[1] for package in _build.COMPILER_PACKAGES} == {"13.0.*"}
+
+
+def test_a_failed_download_is_a_message_unless_cuda_was_asked_for(backend, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "_download_problem", lambda packages: "ERROR: no network")
+    monkeypatch.setattr(backend._build, "nvidia_driver", lambda: True)
+    assert _asked_for(backend) == []
+    assert "cannot be downloaded (ERROR: no network): installing WITHOUT CUDA kernels" in capsys.readouterr().out
+    monkeypatch.setenv("CONVMIXER_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"no network\), and CONVMIXER_BUILD_CUDA=1 needs it"):
+        backend.get_requires_for_build_wheel()
+
+
+def test_pip_says_what_it_cannot_download(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "convmixer_kernels"))
+    module = importlib.import_module("_build_backend")
+    try:
+        if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode != 0:
+            assert module._download_problem(["convmixer-no-such-package==0"]) is None
+            pytest.skip("no pip here")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        assert "convmixer-no-such-package" in module._download_problem(["convmixer-no-such-package==0"])
+    finally:
+        for name in ("_build_backend", "_build"):
+            sys.modules.pop(name)
+
+
+def test_nvcc_where_pip_puts_it(monkeypatch, tmp_path):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CONVMIXER_BUILD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(_build, "_DEFAULT_TOOLKIT", str(tmp_path / "none"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert _build.find_nvcc() is None
+    toolkit = _toolkit(tmp_path / "nvidia" / "cu13", "exit 0")
+    assert _build.find_nvcc() == toolkit / "bin" / "nvcc"
+    monkeypatch.setenv("CONVMIXER_BUILD_CUDA", "0")
+    assert _build.find_nvcc() is None

@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 from emulation.build import build
-from helpers import ACTIVATIONS, Case, check_case, use_cuda
+from helpers import ACTIVATIONS, Case, check_case, check_relu_stops_gradients, use_cuda
 from torch import Tensor
 
 from convmixer_kernels import _load
@@ -388,6 +388,12 @@ def test_relu_lets_the_gradient_of_a_nan_through(device):
     one = torch.ones(8, 1, 1, 1, device=device)
     ours = cuda.depthwise_input_grad(dy, a, one, "relu", norm, None, False)
     assert relative_error(ours, reference.depthwise_input_grad(dy, a, one, "relu", norm, None, False).double()) < 1e-6
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_stops_gradients_that_are_not_finite(dtype, memory_format, device):
+    check_relu_stops_gradients(cuda, dtype, memory_format, device)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -451,6 +451,24 @@ def test_what_the_table_chooses_on_an_h100(x, passes, hopper, expected, monkeypa
         assert cuda_choice.choose_kernel(x, passes, lambda: hopper) == expected
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_product_and_bias_are_rounded_once(dtype, memory_format, training, monkeypatch):
+    """By torch's GEMM too: rounded twice, relu flips where the two cancel, and gradients are up to 30 times as far off as eager's."""
+    use_cuda(monkeypatch, gemm="torch")
+    shape, options = (4, 96, 17, 17), {"activation": "relu", "training": training}
+    check_case(_case(shape, 101, dtype=dtype, memory_format=memory_format, **options), "cuda")
+
+
+def test_passes_of_a_bias():
+    """Rows take it in the product's epilogue; contiguous images need it as the product's third operand."""
+    x, bias = torch.empty(2, 4, 3, 3), torch.empty(4)
+    assert cuda_gemm.bias_passes(x, None) == 0
+    assert cuda_gemm.bias_passes(x, bias) == 2
+    assert cuda_gemm.bias_passes(x.contiguous(memory_format=torch.channels_last), bias) == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [("tf32", True), ("ieee", False), ("none", False)],
@@ -492,7 +510,7 @@ def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
         cuda_gemm.weight_grad(da, x, rows),
     ]
     monkeypatch.setattr(cuda_gemm, "takes_tf32", lambda t: True)
-    assert not cuda_gemm.adds_bias(x)
+    assert cuda_gemm.bias_passes(x, da) == 0
     found = [
         cuda_gemm.convolution(x, weight, None),
         cuda_gemm.input_grad(da, weight, rows),

@@ -9,7 +9,8 @@ from helpers import BLOCK_TENSORS, Case, make_inputs, ours, skip_unless_it_runs
 from torch import Tensor
 
 import convmixer_kernels as ck
-from convmixer_kernels import autograd, functional
+from convmixer_kernels import functional
+from convmixer_kernels.primitives import MixerEval, Norm
 
 OPERATORS = {
     "depthwise_conv2d": BLOCK_TENSORS[:2],
@@ -171,20 +172,16 @@ def test_registered_operators(left, backend):
 
 @pytest.mark.parametrize("left", LEFT)
 def test_layers_in_one_call(left):
-    if not functional.may_evaluate_mixer_layers(torch.empty(4, 8, 6, 5)):
+    if not functional.can_fuse_layers(torch.empty(4, 8, 6, 5)):
         pytest.skip("no backend here evaluates several layers in one call")
     for at, name in enumerate(["x", *OPERATORS["mixer_layer"]]):
         x, tensors, _ = make_inputs(case_of("mixer_layer", training=False))
         take_memory((x, *tensors)[at], LEFT[left])
-        blocks = (
-            autograd.Block(*tensors[:4]),
-            autograd.Statistics(*tensors[4:6]),
-            autograd.Block(*tensors[6:10]),
-            autograd.Statistics(*tensors[10:]),
-        )
-        layer = functional.MixerArguments(*blocks, 1e-5, "gelu")
+        halves = (tensors[:6], tensors[6:])
+        blocks = [(weight, bias, Norm(mean, var, g, h, 1e-5)) for weight, bias, g, h, mean, var in halves]
+        layer = MixerEval("gelu", *blocks)
         with torch.no_grad(), pytest.raises(RuntimeError, match=f"mixer_layer: {lost(name)}"):
-            functional.evaluate_mixer_layers(x, [layer, layer])
+            functional.run_fused_layers(x, [layer, layer])
 
 
 @pytest.mark.parametrize("op", OPERATORS)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import DIM, SMALL, assert_matches, count_operators, features, image, make_pair, step
+from model_helpers import DIM, SMALL, assert_matches, assert_same_steps, features, image, make_pair
 from torch import nn
 
 import convmixer_kernels
@@ -20,20 +20,7 @@ from convmixer import ConvMixer, MixerLayer, MixerSequential, reference
 from convmixer_kernels import functional
 from convmixer_kernels.backends import cpu
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share; conftest.py restores the number."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The names of the operators that layers call, in order."""
-    return count_operators(monkeypatch)
-
-
-# ---- the tree and its tensors -----------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -102,9 +89,7 @@ def test_wrong_arguments_raise(build, changes, error, message):
         build(**{**SMALL, **changes})
 
 
-# ---- results ----------------------------------------------------------------------------------------------------
-
-# each dtype, activation, mode and memory format at least twice; their product is the operators' own tests' business
+# each dtype, activation, mode and memory format at least twice; the operators' own tests cover the product
 GRID = [
     ("gelu", torch.float32, True, False, 5),
     ("gelu", torch.float32, False, True, 5),
@@ -157,7 +142,7 @@ def test_several_training_steps_follow_the_reference():
 
 
 def test_parts_without_gradients():
-    """requires_grad_(False) on parts: the others' gradients are the reference's, and none appears where not asked."""
+    """requires_grad_(False) on parts: the other parameters get the reference's gradients, and these get none."""
     ours, ref = make_pair()
     for model in (ours, ref):
         model[3][0].requires_grad_(False)
@@ -171,11 +156,7 @@ def test_parts_without_gradients():
 
 def test_empty_batch():
     layer, ref = (m[3] for m in make_pair())
-    results = [step(one, features(0)) for one in (layer, ref)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-# ---- it stays an nn.Sequential ------------------------------------------------------------------------------------
+    assert_same_steps(layer, ref, features(0))
 
 
 def test_slices(calls):
@@ -251,9 +232,6 @@ def test_checkpointing_and_saved_tensor_hooks():
         counters.append([b for n, b in model.named_buffers() if n.endswith("tracked")])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert counters[0] == counters[1]
-
-
-# ---- layers evaluated together -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,9 +341,9 @@ def test_layers_together_refuse_what_a_layer_refuses():
 
 
 def test_what_does_not_fit_is_left_to_the_layers_at_once(monkeypatch):
-    """Images beyond a core's cache: no layer is looked at twice."""
+    """Images larger than a core's cache: the layers run one by one, and none is recognized twice."""
     model, x = make_pair()[0].eval(), features(size=80)
-    monkeypatch.setattr(functional, "evaluate_mixer_layers", lambda *a: pytest.fail("it was asked"))
+    monkeypatch.setattr(functional, "run_fused_layers", lambda *a: pytest.fail("it was asked"))
     with torch.no_grad():
         assert torch.equal(model[3:5](x), nn.Sequential(*model[3:5])(x))
 
@@ -396,9 +374,6 @@ def test_layers_together_see_every_change_and_other_modes(runs):
         torch.testing.assert_close(compiled(image()), ref(image()), rtol=1e-4, atol=1e-4)
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
-
-
 def saved_bytes(model: nn.Module, x: torch.Tensor, unit: int) -> tuple[int, int]:
     """Bytes saved for backward in unique storages without parameters, and how many have at least `unit`."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -407,7 +382,7 @@ def saved_bytes(model: nn.Module, x: torch.Tensor, unit: int) -> tuple[int, int]
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in parameters:
-            # holding the storage keeps its address from being given to another
+            # kept, so that its address is not reused
             storages[storage.data_ptr()] = storage
         return t
 

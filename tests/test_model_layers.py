@@ -14,13 +14,15 @@ from model_helpers import (
     MODES,
     Annotated,
     assert_matches,
-    count_operators,
+    assert_same_steps,
+    attribute,
+    by_name,
     cumulative_average,
     features,
     image,
     make_pair,
     other_eps,
-    step,
+    replaced,
 )
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -28,24 +30,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from convmixer import MixerLayer, reference
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These tensors are too small to share; conftest.py restores the number."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The names of the operators that layers call, in order."""
-    return count_operators(monkeypatch)
-
-
-# ---- settings of norms and convolutions ------------------------------------------------------------------------------
-
-
-def freeze_one_norm(layer):
-    layer[0].fn[2].eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def freeze_norms(layer):
@@ -61,22 +46,6 @@ def untracked(layer):
 def stop_tracking(layer):
     layer[0].fn[2].track_running_stats = False
     layer[3].track_running_stats = False
-
-
-def untracked_pointwise(layer):
-    layer[3] = nn.BatchNorm2d(DIM, track_running_stats=False).train(layer.training)
-
-
-def not_affine(layer):
-    layer[0].fn[2] = nn.BatchNorm2d(DIM, affine=False).train(layer.training)
-
-
-def other_momentum(layer):
-    layer[0].fn[2].momentum = 0.7
-
-
-def other_activation(layer):
-    layer[2] = nn.ReLU(inplace=True)
 
 
 def no_biases(layer):
@@ -109,16 +78,16 @@ def wider(layer):
 ONE, TWO = ["mixer_layer"], ["depthwise_block", "pointwise_block"]
 # change of a layer -> the operators that run it in eval and in training
 SETTINGS = [
-    (freeze_one_norm, ONE, TWO),
+    (attribute("0.fn.2", "training", False), ONE, TWO),
     (freeze_norms, ONE, ONE),
     (cumulative_average, ONE, ONE),
     (untracked, ONE, ONE),
     (stop_tracking, ONE, ONE),
-    (untracked_pointwise, TWO, ONE),
-    (not_affine, ONE, ONE),
+    (replaced("3", lambda: nn.BatchNorm2d(DIM, track_running_stats=False)), TWO, ONE),
+    (replaced("0.fn.2", lambda: nn.BatchNorm2d(DIM, affine=False)), ONE, ONE),
     (other_eps, TWO, TWO),
-    (other_momentum, TWO, TWO),
-    (other_activation, TWO, TWO),
+    (attribute("0.fn.2", "momentum", 0.7), TWO, TWO),
+    (replaced("2", lambda: nn.ReLU(inplace=True)), TWO, TWO),
     (no_biases, ONE, ONE),
     (numeric_padding, ONE, ONE),
     (replaced_kernel, ONE, ONE),
@@ -128,7 +97,7 @@ SETTINGS = [
 
 
 @MODES
-@pytest.mark.parametrize(("change", "eval_calls", "train_calls"), SETTINGS, ids=[s[0].__name__ for s in SETTINGS])
+@pytest.mark.parametrize(("change", "eval_calls", "train_calls"), SETTINGS, ids=[by_name(s[0]) for s in SETTINGS])
 def test_settings_of_norms_and_convolutions(calls, change, eval_calls, train_calls, training):
     layer, ref = (m[3].train(training) for m in make_pair())
     for one in (layer, ref):
@@ -154,9 +123,6 @@ def inner_modules(layer: nn.Sequential) -> dict[str, nn.Module]:
 INNER = ["0", "0.fn", "0.fn.0", "0.fn.1", "0.fn.2", "1", "2", "3"]
 
 
-# ---- never a silently ignored hook ------------------------------------------------------------------------------
-
-
 def forward_hook(module, seen):
     return module.register_forward_hook(lambda m, args, out: seen.append(m))
 
@@ -177,8 +143,11 @@ def legacy_backward_hook(module, seen):
     return module.register_backward_hook(lambda m, grad_in, grad_out: seen.append(m))
 
 
-HOOKS = [forward_hook, forward_pre_hook, full_backward_hook, full_backward_pre_hook, legacy_backward_hook]
-HOOKS = pytest.mark.parametrize("register", HOOKS, ids=lambda f: f.__name__)
+HOOKS = pytest.mark.parametrize(
+    "register",
+    [forward_hook, forward_pre_hook, full_backward_hook, full_backward_pre_hook, legacy_backward_hook],
+    ids=by_name,
+)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
@@ -219,7 +188,7 @@ def test_hooks_on_whole_layers_and_models_fire_beside_the_operator(calls, regist
         torch_module.register_module_full_backward_hook,
         torch_module.register_module_full_backward_pre_hook,
     ],
-    ids=lambda f: f.__name__,
+    ids=by_name,
 )
 def test_hooks_on_all_modules_fire(calls, register):
     layer, seen = make_pair()[0][3], []
@@ -228,7 +197,7 @@ def test_hooks_on_all_modules_fire(calls, register):
         layer(features().requires_grad_()).sum().backward()
     finally:
         handle.remove()
-    # the order of backward hooks is the reverse; each of the 8 inner modules and the layer once
+    # each of the 8 inner modules and the layer once; backward hooks run in the reverse order
     assert {id(m) for m in seen} == {id(m) for m in layer.modules()}
     assert len(seen) == len(INNER) + 1
     assert calls == []
@@ -287,20 +256,17 @@ def own_forward_of_the_residual(layer):
     layer[0].forward = lambda x: x - layer[0].fn(x)
 
 
-def plain_attribute(layer):
-    weight = 2 * layer[1].weight.detach()
-    del layer[1].weight
-    layer[1].weight = weight
+def plain_attribute(path, name):
+    """A change of a layer: a parameter or buffer becomes a plain attribute."""
 
+    def change(layer):
+        holder = layer.get_submodule(path)
+        value = 2 * getattr(holder, name).detach()
+        delattr(holder, name)
+        setattr(holder, name, value)
 
-def _as_plain_attribute(module, name):
-    value = getattr(module, name)
-    delattr(module, name)
-    setattr(module, name, value if value is None else value.detach())
-
-
-def plain_convolution_bias(layer):
-    _as_plain_attribute(layer[1], "bias")
+    change.__name__ = f"plain {path}.{name}"
+    return change
 
 
 def convolution_bias_deleted(layer):
@@ -308,85 +274,13 @@ def convolution_bias_deleted(layer):
     layer[0].fn[0].bias = None
 
 
-def plain_norm_bias(layer):
-    _as_plain_attribute(layer[3], "bias")
-
-
-def plain_running_var(layer):
-    _as_plain_attribute(layer[0].fn[2], "running_var")
-
-
-def plain_counter(layer):
-    _as_plain_attribute(layer[3], "num_batches_tracked")
-
-
-def group_norm(layer):
-    layer[3] = nn.GroupNorm(4, DIM)
-
-
 def sync_batch_norm(layer):
     layer[3] = nn.SyncBatchNorm.convert_sync_batchnorm(layer[3])
-
-
-def group_norm_inside(layer):
-    layer[0].fn[2] = nn.GroupNorm(4, DIM)
-
-
-def silu(layer):
-    layer[0].fn[1] = nn.SiLU()
-
-
-def dilated(layer):
-    layer[0].fn[0].dilation = (2, 2)
-
-
-def reflecting(layer):
-    torch.manual_seed(7)
-    layer[0].fn[0] = nn.Conv2d(DIM, DIM, 5, groups=DIM, padding="same", padding_mode="reflect")
-
-
-def grouped_less(layer):
-    torch.manual_seed(7)
-    layer[0].fn[0] = nn.Conv2d(DIM, DIM, 5, groups=4, padding="same")
-
-
-def grouped_pointwise(layer):
-    torch.manual_seed(7)
-    layer[1] = nn.Conv2d(DIM, DIM, 1, groups=2)
-
-
-def pointwise_of_three(layer):
-    torch.manual_seed(7)
-    layer[1] = nn.Conv2d(DIM, DIM, 3, padding=1)
-
-
-def strided_pointwise(layer):
-    layer[1].stride = (2, 2)
-
-
-def padded_pointwise(layer):
-    layer[1].padding = (1, 1)
 
 
 def replaced_pointwise_weight(layer):
     torch.manual_seed(7)
     layer[1].weight = nn.Parameter(torch.randn(DIM, DIM, 3, 3) / 24)
-
-
-def padding_as_a_number(layer):
-    layer[0].fn[0].padding = 2
-
-
-def infinite_eps(layer):
-    layer[3].eps = float("inf")
-
-
-def momentum_that_is_no_number(layer):
-    layer[0].fn[2].momentum = float("nan")
-
-
-def infinite_momentum(layer):
-    layer[3].momentum = float("inf")
 
 
 def own_conv_forward(layer):
@@ -406,7 +300,6 @@ def hidden_running_mean(layer):
 
 
 def fused_pair(layer):
-    nn.utils.fusion.fuse_conv_bn_weights  # noqa: B018 - the name must exist
     layer[1] = nn.utils.fusion.fuse_conv_bn_eval(layer[1].eval(), layer[3].eval())
     layer[3] = nn.Identity()
 
@@ -450,27 +343,27 @@ ALTERATIONS = [
     pruned,
     own_forward,
     own_forward_of_the_residual,
-    plain_attribute,
-    plain_convolution_bias,
+    plain_attribute("1", "weight"),
+    plain_attribute("1", "bias"),
     convolution_bias_deleted,
-    plain_norm_bias,
-    plain_running_var,
-    plain_counter,
-    group_norm,
-    group_norm_inside,
-    silu,
-    dilated,
-    reflecting,
-    grouped_less,
-    grouped_pointwise,
-    pointwise_of_three,
-    strided_pointwise,
-    padded_pointwise,
+    plain_attribute("3", "bias"),
+    plain_attribute("0.fn.2", "running_var"),
+    plain_attribute("3", "num_batches_tracked"),
+    replaced("3", lambda: nn.GroupNorm(4, DIM)),
+    replaced("0.fn.2", lambda: nn.GroupNorm(4, DIM)),
+    replaced("0.fn.1", nn.SiLU),
+    attribute("0.fn.0", "dilation", (2, 2)),
+    replaced("0.fn.0", lambda: nn.Conv2d(DIM, DIM, 5, groups=DIM, padding="same", padding_mode="reflect")),
+    replaced("0.fn.0", lambda: nn.Conv2d(DIM, DIM, 5, groups=4, padding="same")),
+    replaced("1", lambda: nn.Conv2d(DIM, DIM, 1, groups=2)),
+    replaced("1", lambda: nn.Conv2d(DIM, DIM, 3, padding=1)),
+    attribute("1", "stride", (2, 2)),
+    attribute("1", "padding", (1, 1)),
     replaced_pointwise_weight,
-    padding_as_a_number,
-    infinite_eps,
-    momentum_that_is_no_number,
-    infinite_momentum,
+    attribute("0.fn.0", "padding", 2),
+    attribute("3", "eps", float("inf")),
+    attribute("0.fn.2", "momentum", float("nan")),
+    attribute("3", "momentum", float("inf")),
     own_conv_forward,
     own_input_check,
     hidden_weight,
@@ -486,14 +379,13 @@ ALTERATIONS = [
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=by_name)
 def test_an_altered_layer_runs_its_modules(calls, alter):
     layer, ref = (m[3] for m in make_pair())
     for one in (layer, ref):
         alter(one)
     for _ in range(2):
-        results = [step(one, features()) for one in (layer, ref)]
-        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+        assert_same_steps(layer, ref, features())
     assert type(layer) is MixerLayer
     assert calls == []
 
@@ -512,8 +404,6 @@ def test_a_compiled_inner_module_is_called(calls):
     layer(features())
     assert calls == []
 
-
-# ---- what somebody replaced for all ---------------------------------------------------------------------------------
 
 REPLACED = [
     (nn.Module, "__call__"),
@@ -534,7 +424,7 @@ REPLACED = [
 
 
 @MODES
-@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=by_name)
 def test_what_is_replaced_in_torch_is_called(calls, monkeypatch, owner, name, training):
     model, ref = (m.train(training) for m in make_pair())
     original, seen = getattr(owner, name), []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Case, assert_twice_eager, check_case, eager, make_inputs, ours, run, use_cuda
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 import convmixer_kernels as ck
 
@@ -121,6 +122,32 @@ def test_changes_between_forward_and_backward(op, training, backend):
                 y.backward(dy)
 
 
+class Doubled(torch.Tensor):
+    """A tensor with memory whose operators give twice the result: whoever reads its memory misses that."""
+
+    @staticmethod
+    def __new__(cls, plain):
+        doubled = torch.Tensor._make_subclass(cls, plain)
+        doubled.plain = plain
+        return doubled
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda t: t.plain, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, lambda t: 2 * t, function(*args, **kwargs))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_subclasses_are_asked(op):
+    """Given as x, as the weight or as the last tensor: the operator is dispatched to the subclass."""
+    _, x, tensors, _ = _inputs(op)
+    given = [x, *tensors]
+    expected = 2 * getattr(ck, op)(*given)
+    for i in (0, 1, len(given) - 1):
+        y = getattr(ck, op)(*(Doubled(t) if i == j else t for j, t in enumerate(given)))
+        assert torch.equal(y, expected)
+
+
 def _dual(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
@@ -128,6 +155,7 @@ def _dual(function, x, tangent):
 
 TRANSFORMS = {
     "vmap": lambda f, x, _: torch.func.vmap(f)(torch.stack([x, x + 1, -x])),
+    "vmap-strided": lambda f, x, _: torch.func.vmap(f)(torch.stack([x, x + 1, -x]).mT),
     "grad": lambda f, x, _: torch.func.grad(lambda x: f(x).square().sum())(x),
     "jvp": lambda f, x, tangent: torch.func.jvp(f, (x,), (tangent,))[1],
     "second": lambda f, x, t: torch.func.jvp(torch.func.grad(lambda x: f(x).square().sum()), (x,), (t,))[1],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, Case, check_case, make_inputs, ours
+from helpers import ACTIVATIONS, Case, check_case, check_relu_stops_gradients, make_inputs, ours
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -261,6 +261,13 @@ def test_non_finite_values_go_through(activation, dtype):
     assert torch.equal(mine.isinf(), expected.isinf())
     sums = torch.stack(backend.norm_backward(dy, a, activation, norm)).isfinite()
     assert torch.equal(sums, torch.stack(reference.norm_backward(dy, a, activation, norm)).isfinite())
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_relu_stops_gradients_that_are_not_finite(dtype, memory_format):
+    check_relu_stops_gradients(backend, dtype, memory_format, "cpu")
 
 
 @interpreted

@@ -43,15 +43,9 @@ def build_info() -> dict[str, object]:
     }
 
 
-# ---- arguments of native calls ----------------------------------------------------------------------------------
-
-
 def _preactivation(a: Tensor | None, activation: str, norm: Norm | None) -> int:
-    """a's address, or 0 where da = dy."""
+    """a's address, or 0 if da = dy."""
     return 0 if a is None or (norm is None and activation == "identity") else a.data_ptr()
-
-
-# ---- primitives -------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(
@@ -171,7 +165,7 @@ def mixer_eval(
     layers: Sequence[MixerEval],
     residual: bool,
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
-    """All layers in one native call, image by image; None where an image's channels do not fit in a core's cache."""
+    """All layers in one native call, image by image; None if an image's channels do not fit in a core's cache."""
     threads = torch.get_num_threads()
     n, _, height, width, *layout = shape = shape_args(x)
     widest = max(x.shape[1], *(layer.pointwise[0].shape[0] for layer in layers))
@@ -292,7 +286,7 @@ def depthwise_weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None if bias is."""
     dw = torch.empty_like(weight)
     db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device="cpu")
     native.depthwise_weight_grad(
@@ -315,7 +309,7 @@ def depthwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -323,7 +317,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed."""
     # float32 for 16-bit tensors too: rounding da would add to the error of both products
     narrow = native.pointwise_is_narrow(*weight.shape[:2])
     da = None if narrow else torch.empty_like(dy, dtype=torch.float32)

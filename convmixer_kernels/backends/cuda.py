@@ -51,11 +51,14 @@ def _native() -> _Native:
             return _Native(None, f"CONVMIXER_CUDA_EMULATION={emulated}: {error}", True)
     module, reason = _load.native_module("_cuda")
     if module is None:
-        fix = "with a CUDA 13 toolkit (nvcc): CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
+        fix = "build it: CONVMIXER_BUILD_CUDA=1 pip install --force-reinstall --no-deps ."
         return _Native(None, f"{reason}; {fix}", False)
     count, error = module.device_count()
     if count == 0:
-        why = f"no usable NVIDIA GPU: {error or 'none found'} (it needs a driver of the 580 series or newer)"
+        driver = 580 if module.toolkit >= 13000 else 525
+        why = (
+            f"no usable NVIDIA GPU: {error or 'none found'} (this build needs a driver of the {driver} series or newer)"
+        )
         return _Native(module, why, False)
     return _Native(module, None, False)
 
@@ -94,9 +97,6 @@ def build_info() -> dict[str, object]:
         return {"available": False, "detail": native.reason}
     kind = "emulated on the CPU, for tests only" if native.emulated else "CUDA kernels"
     return {"available": True, "detail": f"{kind}, compiler {native.module.compiler}"}
-
-
-# ---- arguments of native calls ----------------------------------------------------------------------------------
 
 
 class _device_stream:
@@ -158,9 +158,6 @@ def _updates(updates: Sequence[Update]) -> tuple:
         (len(u.mean), u.count, u.mean.data_ptr(), u.var.data_ptr(), *param_args(u[0]), *param_args(u[1]), u.momentum)
         for u in updates
     )
-
-
-# ---- depthwise --------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(
@@ -259,7 +256,7 @@ def depthwise_weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None where bias is."""
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None if bias is."""
     dy, a, x = _aligned(dy), _aligned(a), _aligned(x)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     with _device_stream(dy) as stream:
@@ -282,9 +279,6 @@ def depthwise_weight_grad(
     return dw, db
 
 
-# ---- batch norm -------------------------------------------------------------------------------------------------
-
-
 def normalize(
     a: Tensor,  # (N, C, H, W)
     activation: str,
@@ -295,17 +289,29 @@ def normalize(
     """norm(act(a)) (+ residual), and running statistics, in one launch."""
     y = torch.empty_like(a)
     with _device_stream(a) as stream:
-        _native().module.normalize(
-            *shape_args(a),
-            a.data_ptr(),
-            ACTIVATION_CODES[activation],
-            *norm_args(norm),
-            address(residual),
-            y.data_ptr(),
-            _updates(updates),
-            stream,
-        )
+        _normalize(a, activation, norm, residual, y, updates, stream)
     return y
+
+
+def _normalize(
+    a: Tensor,  # (N, C, H, W)
+    activation: str,
+    norm: Norm | None,
+    residual: Tensor | None,  # (N, C, H, W)
+    y: Tensor,  # (N, C, H, W), may be a
+    updates: Sequence[Update],
+    stream: int,
+) -> None:
+    _native().module.normalize(
+        *shape_args(a),
+        a.data_ptr(),
+        ACTIVATION_CODES[activation],
+        *norm_args(norm),
+        address(residual),
+        y.data_ptr(),
+        _updates(updates),
+        stream,
+    )
 
 
 def norm_backward(
@@ -330,9 +336,6 @@ def norm_backward(
             stream,
         )
     return sums
-
-
-# ---- pointwise --------------------------------------------------------------------------------------------------
 
 
 def _pointwise_forward(
@@ -385,24 +388,17 @@ def pointwise_eval(
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)): one launch, or torch's GEMM and one pass in place over its result."""
-    bare = bias is None and activation == "identity" and norm is None
+    bare = activation == "identity" and norm is None
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        kernel = cuda_choice.choose_kernel(x, 0 if bare else 2, lambda: _runs_wgmma(x, narrow))
+        passes = cuda_gemm.bias_passes(x, bias) + (0 if bare else 2)
+        kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             return _pointwise_forward(x, narrow, bias, activation, norm, kernel, stream)
-    y = cuda_gemm.convolution(x, weight, None)
+    y = cuda_gemm.convolution(x, weight, bias)
     if not bare:
         with _device_stream(x) as stream:
-            _native().module.pointwise_epilogue(
-                *shape_args(y),
-                y.data_ptr(),
-                *param_args(bias),
-                ACTIVATION_CODES[activation],
-                *norm_args(norm),
-                0,
-                stream,
-            )
+            _normalize(y, activation, norm, None, y, (), stream)
     return y
 
 
@@ -419,13 +415,13 @@ def mixer_eval(
     layers: Sequence[MixerEval],
     residual: bool,
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
-    """Each layer in one launch; None where one of them does not fit or two launches are faster."""
+    """Each layer in one launch; None if one of them does not fit or two launches are faster."""
     native, shape = _native().module, shape_args(x)
     with _device_stream(x) as stream:
         for layer in layers:
             kernel, c_out = tuple(layer.depthwise[0].shape[2:]), layer.pointwise[0].shape[0]
             if len(layers) > 1 and c_out != x.shape[1]:
-                return None  # what follows is decided for x
+                return None  # the decisions below hold for x's channels
             if not _size("mixer_fits", x.get_device(), *shape, c_out, *kernel):
                 return None
             if not cuda_choice.use_one_kernel(x, c_out, native.mixer_tiles(*shape)):
@@ -462,34 +458,26 @@ def pointwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train: one launch and the merge.
 
-    Or torch's GEMM, a pass for bias and statistics (it only reads if the GEMM adds the bias), the merge.
+    Or torch's GEMM, a pass that reads a for the statistics, and the merge.
     """
     native, count = _native().module, x.numel() // x.shape[1]
-    adds_bias = cuda_gemm.adds_bias(x)
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        kernel = cuda_choice.choose_kernel(x, 1 if adds_bias or bias is None else 2, lambda: _runs_wgmma(x, narrow))
+        passes = cuda_gemm.bias_passes(x, bias) + 1
+        kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
-            # where operands are not aligned, another kernel makes other parts
+            # another kernel, with another number of parts, runs if the operands are not aligned
             parts = native.pointwise_forward_partials(
                 *shape_args(x), weight.shape[0], x.data_ptr(), narrow.data_ptr(), kernel == "wgmma"
             )
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, stream)
-    a = cuda_gemm.convolution(x, weight, bias if adds_bias else None)
+    a = cuda_gemm.convolution(x, weight, bias)
     with _device_stream(x) as stream:
         shape = shape_args(a)
-        partials = _partials("pointwise_epilogue_partials", a, *shape)
-        native.pointwise_epilogue(
-            *shape,
-            a.data_ptr(),
-            *param_args(None if adds_bias else bias),
-            ACTIVATION_CODES[activation],
-            *NO_NORM,
-            partials.data_ptr(),
-            stream,
-        )
+        partials = _partials("pointwise_statistics_partials", a, *shape)
+        native.pointwise_statistics(*shape, a.data_ptr(), ACTIVATION_CODES[activation], partials.data_ptr(), stream)
         return a, *_merged(native, partials, count, stream)
 
 
@@ -498,7 +486,7 @@ def _pointwise_weight_grad(
     x: Tensor,  # (N, C_in, H, W) contiguous
     weight: Tensor,  # (C_out, C_in, 1, 1): for its shape and dtype
 ) -> Tensor | None:  # as weight
-    """dw by wgmma, in two launches; None where that cannot run."""
+    """dw by wgmma, in two launches; None if that cannot run."""
     if not cuda_choice.use_wgmma_weight_grad(x) or da.dtype != x.dtype or (da.data_ptr() | x.data_ptr()) % 16 != 0:
         return None
     with _device_stream(x) as stream:
@@ -517,7 +505,7 @@ def _pointwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -525,7 +513,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed. da is written once, for the two products."""
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed. da is written once, for the two products."""
     da = torch.empty_like(dy)
     db = torch.empty_like(bias) if needs[2] and bias is not None else None
     with _device_stream(dy) as stream:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Which kernels the `cuda` backend takes for a pointwise block and for a layer: ours, or torch's GEMM (cuda_gemm.py) and a pass.
 
-Forward: either one kernel of ours (csrc/cuda/pointwise_gemm.cu: GEMM, bias, activation, norm or statistics), or torch's
-GEMM and a pass over its result. Backward: two products on a da that one pass has written, for a da computed while the
-operands are loaded would be computed C_in / 128 times over. dx is torch's GEMM: nothing follows it that a kernel of ours
-could save a pass by. dw is torch's too, but for contiguous 16-bit tensors on sm_90 (csrc/cuda/pointwise_weight_grad.cu): images and
-channels interleave there, which for torch means a product an image. At 64x1536x32x32 in bfloat16 on an H100 the backward took
-1486 us by torch's products, about 207 for da by its bytes, 480 for dx and 800 for dw; ours is expected to take 485 for dw.
+Forward: one kernel of ours (csrc/cuda/pointwise_gemm.cu: GEMM, bias, activation, norm or statistics), or torch's GEMM and a pass over
+its result. Backward: one pass writes da, and two products read it; a kernel that computed da as it loads its operands would compute it
+C_in / 128 times. dx is torch's GEMM, because no pass follows that a kernel of ours could save. dw is torch's GEMM, or on sm_90, if asked,
+csrc/cuda/pointwise_weight_grad.cu: images and channels interleave in a contiguous tensor, so torch needs a product an image. At
+64x1536x32x32 in bfloat16 an H100 took 1486 us for the backward by torch's products (da about 207, dx 480, dw 800); ours should take 485
+for dw.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def choose_kernel(
     if narrow and channels <= most_fused_channels(capability, True, passes, wgmma=True) and runs_wgmma():
         return "wgmma"
     if narrow and (channels % 8 != 0 or (x.is_contiguous() and x.shape[2] * x.shape[3] % 8 != 0)):
-        # values come one by one where no 16-byte pieces are aligned
+        # our kernel would load value by value: no 16-byte piece is aligned
         return "torch"
     if takes_tf32(x):
         # ours is float32 throughout
@@ -108,7 +108,7 @@ def choose_kernel(
 def use_wgmma_weight_grad(
     x: Tensor,  # (N, C_in, H, W) contiguous
 ) -> bool:
-    """Whether the weight gradient is ours (csrc/cuda/pointwise_weight_grad.cu) where GPU, shape and build allow it.
+    """Whether the weight gradient is ours (csrc/cuda/pointwise_weight_grad.cu) if GPU, shape and build allow it.
 
     Only where asked: it has not run on hardware.
     """
@@ -159,7 +159,7 @@ def use_one_kernel(
     if forced is not None or not x.is_cuda:
         return forced == "layer"
     if x.shape[1] % 8 != 0 or x.shape[3] % 4 != 0:
-        # values come one by one where no 16-byte pieces of the weight or 8-byte pieces of x are aligned
+        # the kernel would load value by value: no 16-byte piece of the weight or 8-byte piece of x is aligned
         return False
     device = x.get_device()
     pixels = x.shape[0] * x.shape[2] * x.shape[3]

@@ -12,7 +12,7 @@ _PARTIAL_PRODUCTS = 32 << 20
 
 
 def takes_tf32(t: Tensor) -> bool:
-    """Whether a product of this dtype and device may round its operands to tf32: where torch's convolutions may, as is the default.
+    """Whether a product may round its operands to tf32: if torch's convolutions may, which is torch's default.
 
     Then torch's convolution computes it: its matrix products have a setting of their own.
     """
@@ -33,7 +33,7 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def is_rows(*tensors: Tensor | None) -> bool:
-    """Whether these tensors of one image size lie as rows: channels_last, or H = W = 1, where both formats agree."""
+    """Whether these tensors lie as rows: channels_last, or H = W = 1, which is both formats."""
     return any(t is not None and (not t.is_contiguous() or t.shape[2] * t.shape[3] == 1) for t in tensors)
 
 
@@ -44,33 +44,40 @@ def _formatted(t: Tensor, like: Tensor) -> Tensor:
 def images_product(
     matrix: Tensor,  # (R, C)
     t: Tensor,  # (N, C, H, W)
+    bias: Tensor | None = None,  # (R,)
 ) -> Tensor:  # (N, R, H * W)
-    """matrix @ t of each image, without copies of the matrix."""
+    """matrix @ t (+ bias) of each image, without copies of the matrix."""
     planes = t.view(t.shape[0], t.shape[1], -1)
+    bias = None if bias is None else bias[:, None]
     if planes.shape[0] == 1:
-        return torch.mm(matrix, planes[0]).unsqueeze(0)
-    return torch.bmm(matrix.expand(planes.shape[0], -1, -1), planes)
+        product = torch.mm(matrix, planes[0]) if bias is None else torch.addmm(bias, matrix, planes[0])
+        return product.unsqueeze(0)
+    matrices = matrix.expand(planes.shape[0], -1, -1)
+    return torch.bmm(matrices, planes) if bias is None else torch.baddbmm(bias, matrices, planes)
 
 
-def adds_bias(x: Tensor) -> bool:
-    """Whether `convolution` adds a bias in the product's epilogue: in a GEMM of rows, where the bias runs along them."""
-    return is_rows(x) and not takes_tf32(x)
+def bias_passes(x: Tensor, bias: Tensor | None) -> int:
+    """How many passes over its result `convolution` needs for a bias: none in a GEMM of rows, else a copy that the product reads."""
+    return 0 if bias is None or is_rows(x) or takes_tf32(x) else 2
 
 
 def convolution(
     x: Tensor,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)
-    bias: Tensor | None,  # (C_out,), where adds_bias(x)
+    bias: Tensor | None,  # (C_out,)
 ) -> Tensor:  # (N, C_out, H, W)
-    """The product, in x's memory format."""
+    """The product with its bias, in x's memory format.
+
+    The bias is in the product, so that the sum is rounded once: rounded before the bias and again after it, relu flips if the two cancel,
+    and gradients were 9 times as far off as eager's.
+    """
     if takes_tf32(x):
         return _formatted(torch.nn.functional.conv2d(x, weight, bias), x)
-    matrix = weight.flatten(1).to(x.dtype)
+    matrix, bias = weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not is_rows(x):
-        return images_product(matrix, x).view(x.shape[0], -1, *x.shape[2:])
+        return images_product(matrix, x, bias).view(x.shape[0], -1, *x.shape[2:])
     rows = rows_of(x)
-    out = torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias.to(x.dtype), rows, matrix.t())
-    return from_rows(out, x)
+    return from_rows(torch.mm(rows, matrix.t()) if bias is None else torch.addmm(bias, rows, matrix.t()), x)
 
 
 def input_grad(

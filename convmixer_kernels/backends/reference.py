@@ -28,9 +28,6 @@ def build_info() -> dict[str, object]:
     return {"available": True, "detail": "torch operations"}
 
 
-# ---- elementwise pieces -----------------------------------------------------------------------------------------
-
-
 def _per_channel(t: Tensor) -> Tensor:
     return wide(t).view(1, -1, 1, 1)
 
@@ -70,12 +67,12 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
         rstd = torch.rsqrt(norm.var.double() + norm.eps)
         if sums is not None:
             count = dy.numel() // dy.shape[1]
-            # the activation as the forward rounded it: its mean is what the statistics hold
+            # the activation rounded as in the forward, because the statistics hold the mean of that
             hhat = (activate(wide(a), activation).double() - _per_channel(norm.mean)) * _per_channel(rstd)
             da = da - _per_channel(sums[0] / count) - hhat * _per_channel(sums[1] / count)
         da = da * _per_channel(rstd if norm.weight is None else rstd * norm.weight)
     if activation == "relu":
-        # 0 where relu is, whatever dh, and dh where a is NaN: as torch's threshold_backward
+        # 0 for a <= 0, also if dh is NaN; dh if a is NaN: as torch's threshold_backward
         return da.masked_fill(h <= 0, 0.0)
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
@@ -85,11 +82,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) ->
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format: F.conv2d takes the weight's where that has the strides of channels_last."""
+    """y in x's memory format. (F.conv2d follows a channels_last weight.)"""
     return y.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-
-
-# ---- primitives -------------------------------------------------------------------------------------------------
 
 
 def depthwise_eval(
@@ -198,7 +192,7 @@ def depthwise_weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None where bias is."""
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None if bias is."""
     # one convolution sums over all N * H * W values, in float64: float32 would lose digits that eager's sum over images keeps
     da = _da(dy, a, activation, norm, sums)
     n, channels, height, width = x.shape
@@ -215,7 +209,7 @@ def depthwise_weight_grad(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -223,7 +217,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed."""
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed."""
     da = _da(dy, a, activation, norm, sums)
     dx = dw = db = None
     if needs[0]:

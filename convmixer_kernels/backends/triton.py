@@ -127,9 +127,6 @@ class _On:
             self.guard.__exit__(*exception)
 
 
-# ---- depthwise --------------------------------------------------------------------------------------------------
-
-
 def _depthwise_kernels(x: Tensor, weight: Tensor) -> tuple[ModuleType, bool]:
     """The module of the form that the table chooses, and whether it is the one on tensor cores."""
     kernels = _kernels()
@@ -179,7 +176,7 @@ def depthwise_input_grad(
     sums: tuple[Tensor, Tensor] | None,
     residual: bool,
 ) -> Tensor:  # (N, C, H, W)
-    """dx = correlate(da, flipped weight) (+ dy): da in one launch, where it differs from dy, and dx in another.
+    """dx = correlate(da, flipped weight) (+ dy): da in one launch, if it differs from dy, and dx in another.
 
     In a prologue da would be computed once for each window that a value lies in: 4 times at least.
     """
@@ -210,7 +207,7 @@ def depthwise_weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dw[c, 0, i, j] = sum da * shifted x and db = sum da; db is None where bias is.
+    """dw[c, 0, i, j] = sum da * shifted x and db = sum da; db is None if bias is.
 
     Two launches on tensor cores; on FMA units, whose programs of one filter row each would repeat it, da comes first: three.
     """
@@ -233,9 +230,9 @@ def _depthwise_weight_grad_of_da(
     x: Tensor,  # (N, C, H, W)
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
-    bias_parts: Tensor | None,  # (parts, C); given where bias is
+    bias_parts: Tensor | None,  # (parts, C); given if bias is
 ) -> tuple[Tensor, Tensor | None]:
-    """dw and db from what grad_prologue left, in two launches."""
+    """dw and db from grad_prologue's da and parts, in two launches."""
     form, on_tensor_cores = _depthwise_kernels(da, weight)
     if on_tensor_cores:
         return form.weight_grad(da, None, x, weight, bias, "identity", None, None, bias_parts)
@@ -248,7 +245,7 @@ def _depthwise_weight_grad_of_da(
 def depthwise_block_backward(
     dy: Tensor,  # (N, C, H, W)
     a: Tensor,  # (N, C, H, W)
-    x: Tensor | None,  # (N, C, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C, H, W); None if dw is not needed
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     activation: str,
@@ -285,7 +282,7 @@ def _block_prologue(
     batch_statistics: bool,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """da, parts of db, dgamma and dbeta, where needed: the sums over dy and the pass that finishes and uses them."""
+    """da, parts of db, dgamma and dbeta, those that are needed: the sums over dy, and the pass that finishes and uses them."""
     batch_norm, sums, dgamma, dbeta = _kernels().batch_norm, None, None, None
     if batch_statistics or needs[3] or needs[4]:
         dgamma = torch.empty_like(norm.weight) if needs[3] else None
@@ -297,9 +294,6 @@ def _block_prologue(
         dy, a, activation, norm, sums, want_da, want_sums, constant_statistics=not batch_statistics
     )
     return da, bias_parts, dgamma, dbeta
-
-
-# ---- batch norm -------------------------------------------------------------------------------------------------
 
 
 def normalize(
@@ -323,9 +317,6 @@ def norm_backward(
     """sum dy and sum dy * hhat over N, H, W, (C,) float32 each: two launches."""
     with _On(dy):
         return _kernels().batch_norm.norm_backward(dy, a, activation, norm)
-
-
-# ---- pointwise --------------------------------------------------------------------------------------------------
 
 
 def pointwise_eval(
@@ -356,7 +347,7 @@ def pointwise_train(
 def pointwise_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,): for its presence and dtype
     activation: str,
@@ -364,7 +355,7 @@ def pointwise_backward(
     sums: tuple[Tensor, Tensor] | None,
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None where not needed.
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed.
 
     da is written once for both products, or computed in their prologues where config.fuse_prologue says so.
     """
@@ -390,7 +381,7 @@ def pointwise_backward(
 
 
 def _pointwise_products(
-    dy: Tensor,  # (N, C_out, H, W); da where `a` is None
+    dy: Tensor,  # (N, C_out, H, W); da if `a` is None
     a: Tensor | None,  # (N, C_out, H, W)
     x: Tensor | None,  # (N, C_in, H, W)
     weight: Tensor,  # (C_out, C_in, 1, 1)
@@ -424,7 +415,7 @@ def _pointwise_products(
 def pointwise_block_backward(
     dy: Tensor,  # (N, C_out, H, W)
     a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None where dw is not needed
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
     weight: Tensor,  # (C_out, C_in, 1, 1)
     bias: Tensor | None,  # (C_out,)
     activation: str,
@@ -433,7 +424,7 @@ def pointwise_block_backward(
     residual: bool,
     needs: tuple[bool, bool, bool, bool, bool],  # dx, dw, db, dgamma, dbeta
 ) -> tuple[Tensor | None, ...] | None:
-    """As depthwise_block_backward; None where the products compute da in their prologues, in five launches too."""
+    """As depthwise_block_backward; None if the products compute da in their prologues, in five launches too."""
     if not any(needs[:3]) or _kernels().config.fuse_prologue(dy.dtype, weight.shape[1]):
         return None
     with _On(dy):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batch norm's passes, and what ends every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
+"""Batch norm's passes, and the last launch of every sum over parts. x, a, dy: (N, C, H, W), contiguous or channels_last.
 
     normalize       y = (act(a) - mean) * scale + shift (+ residual), and running statistics
     norm_backward   sum dy and sum dy * hhat, hhat = (act(a) - mean) * rstd
@@ -27,15 +27,15 @@ from .common import (
     activate,
     affine,
     backward_vectors_of,
+    channel_tile,
     channel_vector,
     narrow,
     preactivation_grad,
-    split_program,
     sum_of_parts,
     tile_offsets,
     total,
 )
-from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, norm_arguments, power_of_2, unit
 
 _SIZES = ["images", "channel_units", "plane_units", "blocks_per_part", "parts", "sum_parts", "count"]
 _SIZES += ["size", "second_parts", "second_size", "batch_channels", "second_channels"]
@@ -49,7 +49,7 @@ def _lerp(old, new, weight):
 
 @triton.jit
 def _move(running_ptr, new, c, c_ok, momentum):
-    """running_ptr[c] towards `new`, where the pointer is not None."""
+    """running_ptr[c] towards `new`, if the pointer is not None."""
     if running_ptr is not None:
         old = tl.load(running_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
         tl.store(running_ptr + c, narrow(_lerp(old, new, momentum), running_ptr.dtype.element_ty), mask=c_ok)
@@ -73,7 +73,7 @@ def normalize_kernel(
     beta_ptr,
     residual_ptr,  # (N, C, H, W) or None
     y_ptr,  # (N, C, H, W)
-    # what _update takes, twice; a mean of None: nothing
+    # _update's arguments, twice; a mean of None: no update
     running_mean_ptr,
     running_var_ptr,
     batch_mean_ptr,
@@ -107,13 +107,10 @@ def normalize_kernel(
     blocks = tl.cdiv(images.to(tl.int64) * plane, BLOCK_P)
     first = blocks * tl.cdiv(channels, BLOCK_C)
     if pid < first:
-        block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
-        lane = tl.arange(0, BLOCK_C)
-        c = first_channel + lane
+        block, first_channel, lane, c, c_ok = channel_tile(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
         start, offsets, ok = tile_offsets(
             block, lane, first_channel, images, channels, plane, CHANNELS_LAST, WIDE, BLOCK_P
         )
-        c_ok = c < channels
         ok = ok[:, None] & c_ok[None, :]
         mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST)
         h = activate(tl.load(a_ptr + start + offsets, mask=ok, other=0.0).to(tl.float32), ACT, FAST)
@@ -173,10 +170,7 @@ def norm_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     FAST: tl.constexpr = a_ptr.dtype.element_ty != tl.float32
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
-    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    part, first_channel, lane, c, c_ok = channel_tile(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
     mean, rstd, _ = affine(mean_ptr, var_ptr, None, None, eps, c, c_ok, FAST)
     sum_dy = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_dy_hhat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -205,7 +199,7 @@ def grad_prologue_kernel(
     sum_dy_ptr,  # (C,) or None: constant statistics
     sum_dy_hhat_ptr,
     sum_partials_ptr,  # (sum_parts, 2, C): norm_backward's, to be finished here; or None
-    dbeta_ptr,  # (C,) or None: where sum dy, finished here, is wanted
+    dbeta_ptr,  # (C,) or None: receives sum dy, finished here
     dgamma_ptr,  # (C,) or None: and sum dy * hhat
     da_ptr,  # (N, C, H, W) or None: only the sums are wanted
     partials_ptr,  # (parts, C) or None: only da is wanted
@@ -231,10 +225,7 @@ def grad_prologue_kernel(
     FAST: tl.constexpr = dy_ptr.dtype.element_ty != tl.float32
     NORM: tl.constexpr = mean_ptr is not None
     channels, plane = channel_units * CHANNEL_UNIT, plane_units * PLANE_UNIT
-    part, first_channel = split_program(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    part, first_channel, lane, c, c_ok = channel_tile(pid, parts, channels, CHANNELS_LAST, BLOCK_C)
     if sum_partials_ptr is not None:
         # a program finishes its channels' sums itself, and those of the first part store them: no launch between
         at = sum_partials_ptr + c
@@ -351,9 +342,7 @@ def merge_kernel(
     tl.store(var_ptr + c, (tl.sum(acc, 0) / count).to(tl.float32), mask=c_ok)
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------
-
-#: Channels of a program that moves running statistics; what a launch without any is given.
+#: Channels of a program that moves running statistics; _update's arguments if there is nothing to move.
 _BLOCK_UPDATE = 256
 _NO_UPDATE = (None, None, None, None, 0, 1.0, 0.0)
 #: Parts of norm_backward's sums: every program of grad_prologue reads all of them, 16 or 32 KB of L2 at most.
@@ -361,7 +350,7 @@ _MOST_SUMS = 64
 
 
 def partial_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the parts of sums: float64 where the result is float32 (common.total)."""
+    """The dtype of partial sums: float64 if the result is float32 (common.total)."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
@@ -461,7 +450,7 @@ def norm_backward(
 
 
 class UnfinishedSums(NamedTuple):
-    """norm_backward's parts, for grad_prologue to finish, and where it stores what the parameters' gradients are."""
+    """norm_backward's parts, which grad_prologue finishes, and the parameters' gradients, which it stores."""
 
     partials: Tensor  # (parts, 2, C)
     dbeta: Tensor | None  # (C,)
@@ -478,7 +467,7 @@ def grad_prologue(
     want_sums: bool,
     constant_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None where not wanted. One launch.
+    """da in dy's dtype, and (parts, C) partial sums of the unrounded da; None if not wanted. One launch.
 
     With `constant_statistics` the sums, unfinished then, are the parameters' gradients and no part of da.
     """
@@ -486,7 +475,7 @@ def grad_prologue(
     da = torch.empty_like(dy) if want_da else None
     # identity without a norm: da is dy, and a may not be there
     a = None if norm is None and activation == "identity" else a
-    mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, _, eps = norm_arguments(norm)
     unfinished = sums if isinstance(sums, UnfinishedSums) else None
     finished = sums if unfinished is None and sums is not None else (None, None)
     sum_parts_ = 0 if unfinished is None else unfinished.partials.shape[0]

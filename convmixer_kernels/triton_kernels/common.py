@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Device functions that the kernels share: activations, batch norm's pieces, rounding, where a channel's values lie.
+"""Device functions that the kernels share: activations, batch norm's pieces, rounding, addresses.
 
 ACT is the activation's code, its index in primitives.py's ACTIVATIONS: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh.
 FAST says that the result is rounded to 16 bits: then erf comes from csrc/math.h's fast_normal_tail, |error| <= 4e-6.
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 
 #: Triton's interpreter (TRITON_INTERPRET=1, read when the kernels are decorated) has no bfloat16 arithmetic: it multiplies the
-#: bits, and truncates where hardware rounds. There operands are widened before products, and rounded by hand.
+#: bits, and truncates instead of rounding. Under it the kernels widen operands before products, and round by hand.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -38,9 +38,6 @@ def dot(left, right, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(left, right, acc)
     return acc
-
-
-# ---- activations ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -104,12 +101,9 @@ def activate_with_grad(a, ACT: tl.constexpr, FAST: tl.constexpr):
     return h, slope
 
 
-# ---- batch norm ---------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def channel_vector(ptr, c, c_ok, default: tl.constexpr):
-    """ptr[c] in float32, (BLOCK_C,); `default` where ptr is None."""
+    """ptr[c] in float32, (BLOCK_C,); `default` if ptr is None."""
     if ptr is not None:
         values = tl.load(ptr + c, mask=c_ok, other=default).to(tl.float32)
     else:
@@ -153,7 +147,7 @@ def affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, c_ok, FAST: tl.conste
 def backward_vectors(
     mean_ptr, var_ptr, gamma_ptr, sum_dy_ptr, sum_dy_hhat_ptr, eps, count, c, c_ok, FAST: tl.constexpr
 ):
-    """mean, scale, and, 0 where the statistics were constants, mean_dy and what h - mean is multiplied by; all (BLOCK_C,)."""
+    """mean, scale, mean_dy and the factor of h - mean, all (BLOCK_C,); the last two are 0 if the statistics were constants."""
     mean = channel_vector(mean_ptr, c, c_ok, 0.0)
     rstd = _rstd(var_ptr, eps, c, c_ok, FAST)
     scale = rstd * channel_vector(gamma_ptr, c, c_ok, 1.0)
@@ -203,14 +197,17 @@ def preactivation_grad(
         if BATCH:
             dh = dh - mean_dy - (h - mean) * factor
         dh = dh * scale
-    if ACT != 0:
+    if ACT == 1:
+        # a select, so that a NaN or infinite dh is 0 for a <= 0, as in torch
+        dh = tl.where(slope == 0.0, 0.0, dh)
+    elif ACT != 0:
         dh = dh * slope
     return dh
 
 
 @triton.jit
 def moments(h, ok, count, AXIS: tl.constexpr, FAST: tl.constexpr):
-    """mean and M2 = sum (h - mean)^2 of the values of h where ok, `count` of them along AXIS."""
+    """mean and M2 = sum (h - mean)^2 of the values of h that exist (ok), `count` of them along AXIS."""
     mean = (total(tl.where(ok, h, 0.0), AXIS, FAST) / count).to(tl.float32)
     deviation = tl.where(ok, h - tl.expand_dims(mean, AXIS), 0.0)
     return mean, total(deviation * deviation, AXIS, FAST).to(tl.float32)
@@ -223,9 +220,6 @@ def store_moments(partials_ptr, c, c_ok, part, channels, count, mean, m2):
     tl.store(at, tl.zeros_like(mean) + count, mask=c_ok)
     tl.store(at + channels, mean, mask=c_ok)
     tl.store(at + 2 * channels, m2, mask=c_ok)
-
-
-# ---- where values lie -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -250,7 +244,7 @@ def tile_offsets(
     BLOCK_P: tl.constexpr,
 ):
     """Where the block-th BLOCK_P values of the channels first_channel + c lie: a start (int64), offsets from it (BLOCK_P, BLOCK_C),
-    and which values exist, (BLOCK_P,). Offsets are 64-bit where WIDE."""
+    and which values exist, (BLOCK_P,). Offsets are 64-bit if WIDE."""
     image, further, index = positions(block * BLOCK_P, plane, BLOCK_P)
     ok = image + further < images
     if WIDE:
@@ -265,11 +259,14 @@ def tile_offsets(
 
 
 @triton.jit
-def split_program(pid, blocks, channels, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The block and the first channel of a program (int64): neighbours in memory run side by side."""
+def channel_tile(pid, blocks, channels, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's block and first channel (int64), its lanes 0 to BLOCK_C - 1, their channels, and which of these exist.
+    Programs that are neighbours in memory run side by side."""
     if CHANNELS_LAST:
         groups = tl.cdiv(channels, BLOCK_C)
         block, first_channel = pid // groups, pid % groups * BLOCK_C
     else:
         block, first_channel = pid % blocks, pid // blocks * BLOCK_C
-    return block, first_channel
+    lane = tl.arange(0, BLOCK_C)
+    c = first_channel + lane
+    return block, first_channel, lane, c, c < channels

@@ -59,7 +59,7 @@ def _everywhere(*configs: Config) -> dict[str, list[Config]]:
 #: Kernel -> generation -> configurations. The last of each fits into 99 KB of shared memory.
 _SMALL_TOEPLITZ = _toeplitz(32, 4, 1)
 _LISTS: dict[str, dict[str, list[Config]]] = {
-    # of what issues (sm_90 machine code, k = 9) 29 % are FMAs that count in contiguous float32, 31 % in channels_last: there 16
+    # 29 % of the issued instructions (sm_90 machine code, k = 9) are useful FMAs in contiguous float32, 31 % in channels_last: there 16
     # channels are a whole sector, and 4 x 16 weights few enough for every thread to load its own (4 x 64 take a barrier a tap: 22 %)
     "depthwise_fma": _everywhere(_fma(4, 512, 1, 4), _fma(4, 256, 1, 4)),
     "depthwise_fma_channels_last": _everywhere(_fma(4, 64, 16, 4), _fma(4, 8, 64, 4)),
@@ -133,11 +133,8 @@ def candidates(kernel: str, generation: str) -> list[Config]:
     return _LISTS[kernel][generation]
 
 
-# ---- forms --------------------------------------------------------------------------------------------------------
-
-
 def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, int]) -> str:
-    """Which depthwise kernels run by default: "fma" or "toeplitz"; both take everything.
+    """The depthwise kernels that run by default: "fma" or "toeplitz"; both run any case.
 
     By estimate (instructions an output, one 32x32 plane of bfloat16 is 305 cycles of an H100's memory; no run yet):
 
@@ -154,7 +151,7 @@ def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, i
 
 
 def fuse_prologue(dtype: torch.dtype, columns: int) -> bool:
-    """Whether a pointwise gradient computes da in its prologue: where one tile holds all columns of the product.
+    """Whether a pointwise gradient computes da in its prologue: if one tile holds all columns of the product.
 
     By count: da in memory is 2 reads, 1 write and 1 read of each product; in the prologues 2 reads of each product, and the
     arithmetic again. With more tiles every tile would repeat it. In float32 the products are bound by their arithmetic, and da beside
@@ -164,5 +161,5 @@ def fuse_prologue(dtype: torch.dtype, columns: int) -> bool:
 
 
 def input_precision() -> str:
-    """Of products of float32 tensors: tf32 only where torch's own matrix products may use it."""
+    """The precision of float32 products: tf32 only if torch's own matrix products may use it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

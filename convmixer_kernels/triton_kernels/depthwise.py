@@ -20,15 +20,15 @@ from torch import Tensor
 from ..primitives import ACTIVATIONS, Norm
 from . import tuning
 from .batch_norm import partial_dtype
-from .common import activate, affine, moments, narrow, positions, split_program, store_moments, tile_offsets, total
-from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
+from .common import activate, affine, channel_tile, moments, narrow, positions, store_moments, tile_offsets, total
+from .launch import OPTIONS, Layout, ceil_div, layout_of, norm_arguments, power_of_2, unit
 
 _SIZES = ["images", "channel_units", "height", "width_units", "blocks_per_part", "parts"]
 
 
 @triton.jit
 def _tap(acc, x_at, w_at, offset, row_ok, column, i, i_ok, c_ok, width, KW: tl.constexpr):
-    """acc (ROWS, BLOCK_P, BLOCK_C) + the tap in this row of the filter whose input lies at column `column`."""
+    """acc (ROWS, BLOCK_P, BLOCK_C) + one tap of this filter row, with its input at column `column`."""
     ok = (row_ok & (column >= 0) & (column < width))[:, None] & c_ok[None, :]
     x = tl.load(x_at + offset, mask=ok, other=0.0).to(tl.float32)
     w = tl.load(w_at + (i * KW)[:, None], mask=i_ok, other=0.0).to(tl.float32)
@@ -74,10 +74,7 @@ def forward_kernel(
     plane = height * width
     groups = tl.cdiv(height, ROWS) * width
     blocks = tl.cdiv(images.to(tl.int64) * groups, BLOCK_P)
-    block, first_channel = split_program(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    block, first_channel, lane, c, c_ok = channel_tile(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
     image, further, index = positions(block * BLOCK_P, groups, BLOCK_P)
     y0, x0 = index // width * ROWS, index % width
     n_ok = image + further < images
@@ -171,10 +168,7 @@ def weight_grad_kernel(
     taps = pid % (KH * COLUMNS)
     i = (taps // COLUMNS).to(tl.int32)
     j = (taps % COLUMNS).to(tl.int32) * TAPS + tl.arange(0, TAPS)
-    part, first_channel = split_program(pid // (KH * COLUMNS), parts, channels, CHANNELS_LAST, BLOCK_C)
-    lane = tl.arange(0, BLOCK_C)
-    c = first_channel + lane
-    c_ok = c < channels
+    part, first_channel, lane, c, c_ok = channel_tile(pid // (KH * COLUMNS), parts, channels, CHANNELS_LAST, BLOCK_C)
     pitch = channels if CHANNELS_LAST else 1
     if WIDE:
         row_pitch = width.to(tl.int64) * pitch
@@ -200,9 +194,6 @@ def weight_grad_kernel(
         acc += da[None, :, :] * x
     at = partials_ptr + (part * channels + c)[None, :] * (KH * KW) + (i * KW + j)[:, None]
     tl.store(at, total(acc, 1, FAST), mask=(j < KW)[:, None] & c_ok[None, :])
-
-
-# ---- launches -----------------------------------------------------------------------------------------------------
 
 
 def _arguments(layout: Layout, kernel: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, int | bool]]:
@@ -233,7 +224,7 @@ def forward(
     layout, kernel = layout_of(x), tuple(weight.shape[2:])
     y = torch.empty_like(x)
     sizes, constants = _arguments(layout, kernel)
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, beta, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> Tensor | None:
         config = layout.fit(config)

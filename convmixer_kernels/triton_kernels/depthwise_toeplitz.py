@@ -34,7 +34,7 @@ from .common import (
     sum_of_parts,
     total,
 )
-from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2
+from .launch import OPTIONS, Layout, ceil_div, layout_of, norm_arguments, power_of_2
 
 _SIZES = ["images", "channels", "blocks_per_part", "parts", "bias_parts", "count"]
 
@@ -355,9 +355,6 @@ def finish_kernel(
         tl.store(db_ptr + c + lane, narrow(db, db_ptr.dtype.element_ty), mask=lane < tl.where(pid % groups == 0, 1, 0))
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------
-
-
 def _arguments(layout: Layout, kernel: tuple[int, int], tile: Tile) -> tuple[tuple[int, int], dict[str, object]]:
     """images and channels, and the constants of both kernels."""
     constants = {
@@ -393,7 +390,7 @@ def forward(
     left = kernel[1] // 2 if flip else (kernel[1] - 1) // 2
     y, tile = torch.empty_like(x), tile_of(kernel, left)
     sizes, constants = _arguments(layout, kernel, tile)
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, beta, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> Tensor | None:
         parts, per_part = _parts(layout, tile, layout.channels, config["BLOCK_M"])
@@ -446,7 +443,7 @@ def weight_grad(
     tile = tile_of(kernel, (kernel[1] - 1) // 2)
     sizes, constants = _arguments(layout, kernel, tile)
     a = None if norm is None and activation == "identity" else a
-    mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, _, eps = norm_arguments(norm)
     rows = tile.STEPS * tile.UR
 
     def call(config: tuning.Config) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What launches share: a tensor's layout as kernel arguments. Sizes are passed as multiples of a constant unit, so that the
-compiler knows what is aligned without a new kernel for each size."""
+"""A tensor's layout as kernel arguments, for all launches. Sizes are passed as multiples of a constant unit, so that the
+compiler knows the alignment without a new kernel for each size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..primitives import Norm
 from .config import Config
 
 #: Of every launch. a * b + c in one instruction: Triton's default until 3.9, and no longer from 3.10 on.
@@ -27,6 +28,11 @@ def power_of_2(a: int) -> int:
 def unit(size: int) -> int:
     """The largest power of 2 up to 16 that divides `size`: 16 elements are a whole vector access of any dtype."""
     return math.gcd(size, 16)
+
+
+def norm_arguments(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]:
+    """mean, var, gamma, beta and eps; a mean of None tells a kernel that there is no norm."""
+    return (None, None, None, None, 0.0) if norm is None else norm
 
 
 class Layout(NamedTuple):

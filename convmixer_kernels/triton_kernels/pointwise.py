@@ -30,7 +30,7 @@ from .common import (
     preactivation_grad,
     store_moments,
 )
-from .launch import OPTIONS, Layout, ceil_div, layout_of, power_of_2, unit
+from .launch import OPTIONS, Layout, ceil_div, layout_of, norm_arguments, power_of_2, unit
 
 _SIZES = ["images", "k_units", "n_units", "plane_units", "blocks_per_part", "parts", "count"]
 
@@ -317,9 +317,6 @@ def weight_grad_kernel(
             tl.store(bias_partials_ptr + part * n_size + c, sum_da, mask=c_ok)
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------
-
-
 def _arguments(x: Layout, y: Layout) -> tuple[tuple[int, ...], dict[str, object]]:
     """images, k_units, n_units, plane_units of a product from x's channels to y's, and the constants that belong to them."""
     k_unit, n_unit, plane_unit = unit(x.channels), unit(y.channels), unit(x.plane)
@@ -373,7 +370,7 @@ def input_grad(
     sums: tuple[Tensor, Tensor] | None,
     dx: Tensor,  # (N, C_in, H, W): written
 ) -> None:
-    """dx = da W, in one launch; da = dy where `a` is None."""
+    """dx = da W, in one launch; da = dy if `a` is None."""
     if a is None:
         activation, norm, sums = "identity", None, None
     _gemm(dy, a, weight.to(dy.dtype), None, activation, norm, sums, dx, False, True)
@@ -382,7 +379,7 @@ def input_grad(
 def _gemm(x, a, weight, bias, activation, norm, sums, y, statistics, weight_rows) -> Tensor | None:
     x_layout, y_layout = layout_of(x), layout_of(y)
     sizes, constants = _arguments(x_layout, y_layout)
-    mean, var, gamma, beta, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, beta, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> Tensor | None:
         config = _fit(config, x_layout, y_layout)
@@ -426,12 +423,12 @@ def weight_grad(
     sums: tuple[Tensor, Tensor] | None,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:  # (parts, C_out * C_in), (parts, C_out), float32
-    """Parts of dW, and with `want_bias` (only where `a` is given) of db = sum da, in one launch."""
+    """Parts of dW, and with `want_bias` (only if `a` is given) of db = sum da, in one launch."""
     if a is None:
         activation, norm, sums = "identity", None, None
     x_layout, y_layout = layout_of(x), layout_of(dy)
     sizes, constants = _arguments(x_layout, y_layout)
-    mean, var, gamma, _, eps = norm or (None, None, None, None, 0.0)
+    mean, var, gamma, _, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
         config = _fit(config, x_layout, y_layout)

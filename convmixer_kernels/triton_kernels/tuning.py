@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Picks a kernel's configuration: measured once on each kind of GPU, kept on disk, never asked of at import.
+"""Picks a kernel's configuration: measured once on each kind of GPU and kept on disk; an import measures nothing.
 
 The first call of a kernel with a new key runs every configuration of its list (config.py) on the call's own tensors and keeps the
 fastest. Keys hold what changes the answer (kernel, dtype, layout, channels, image and kernel size), not the batch.
@@ -38,7 +38,7 @@ _chosen: dict[tuple, Config] = {}
 
 
 def enabled() -> bool:
-    """Whether measured configurations are used; what is not known yet is measured, except while a CUDA graph is captured."""
+    """Whether measured configurations are used; unknown ones are measured, except while a CUDA graph is captured."""
     return not INTERPRETED.value and _switched_on() and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -104,7 +104,7 @@ def run(
 
 
 def _first_that_fits(candidates: list[Config], call: Callable[[Config], T]) -> T:
-    """The lists end with what fits everywhere: a GPU with less shared memory than its generation takes a later one."""
+    """Each list ends with a configuration that fits everywhere: a GPU with less shared memory than its generation's takes a later one."""
     for candidate in candidates[:-1]:
         with contextlib.suppress(OutOfResources):
             return call(candidate)
@@ -112,7 +112,7 @@ def _first_that_fits(candidates: list[Config], call: Callable[[Config], T]) -> T
 
 
 def _measure(kernel: str, key: tuple, candidates: list[Config], call: Callable[[Config], T]) -> Config | None:
-    """The fastest configuration, None where none fits."""
+    """The fastest configuration, None if none fits."""
     times: list[float] = []
     for candidate in candidates:
         try:
@@ -139,9 +139,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times)
-
-
-# ---- on disk ------------------------------------------------------------------------------------------------------
 
 
 def cache_file(device: int) -> Path:

@@ -175,6 +175,8 @@ int norm_backward(const NormBackward& p, void* stream) {
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+int toolkit_version() { return CUDART_VERSION; }
+
 int device_count(int* count) { return static_cast<int>(cudaGetDeviceCount(count)); }
 
 }  // namespace convmixer

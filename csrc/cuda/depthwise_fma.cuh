@@ -261,7 +261,8 @@ struct GradientSource {
         const float4 k = constants[kChannelsLast ? channel + j : channel];
         float dh = fmaf(k.w, d.v[j], k.x);
         if (centered) dh = fmaf(k.z, convmixer::activation<decltype(act)::value>(v.v[j]) - k.y, dh);
-        d.v[j] = j < count ? dh * activation_grad<decltype(act)::value>(v.v[j]) : 0.f;
+        constexpr int kAct = decltype(act)::value;
+        d.v[j] = j < count ? times_grad<kAct>(dh, activation_grad<kAct>(v.v[j])) : 0.f;
       }
     });
     return d;

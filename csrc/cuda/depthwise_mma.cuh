@@ -102,8 +102,9 @@ __device__ __forceinline__ uint4 grad_through_block(uint4 dy, uint4 a, const Aff
   dispatch_activation(act, [&](auto code) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const ValueAndGrad h = fast_activation_and_grad<decltype(code)::value>(v.v[i]);
-      g.v[i] = fmaf(k.scale, g.v[i], fmaf(k.slope, h.value, k.shift)) * h.grad;
+      constexpr int kAct = decltype(code)::value;
+      const ValueAndGrad h = fast_activation_and_grad<kAct>(v.v[i]);
+      g.v[i] = times_grad<kAct>(fmaf(k.scale, g.v[i], fmaf(k.slope, h.value, k.shift)), h.grad);
     }
   });
   return g.pack();
@@ -148,7 +149,7 @@ __device__ float recompute(const Args& p, const Affine& k, int n, int c, int y, 
           constexpr int act = decltype(code)::value;
           // slope is 0 without sums, but act(a) may be infinite
           const float of_sums = p.sums.dy == nullptr ? 0.f : fmaf(k.slope, activation<act>(a), k.shift);
-          v = fmaf(k.scale, v, of_sums) * activation_grad<act>(a);
+          v = times_grad<act>(fmaf(k.scale, v, of_sums), activation_grad<act>(a));
         });
         v = to_float(from_float<T>(v));
       }

@@ -259,7 +259,7 @@ __device__ __forceinline__ float grad_of(const GradInput& g, const GradCoefficie
   float dh = fmaf(k.scale, dy, offset);
   // slope is 0 without sums, but h may be infinite
   if (g.has_sums) dh = fmaf(k.slope, h.value, dh);
-  return dh * h.grad;
+  return times_grad<ACT>(dh, h.grad);
 }
 
 }  // namespace weight_grad

@@ -198,19 +198,15 @@ int64_t mixer_tiles(const Shape& shape);
 int mixer_forward(const MixerForward& p, void* stream);
 
 // pointwise.cu
-// One pass over the result of torch's GEMM, in place.
-//   partials == null (eval)   y = norm(act(a + bias))
-//   partials != null (train)  a = a + bias, and partials as in DepthwiseForward
-struct PointwiseEpilogue {
+// Statistics of act(a), partials as in DepthwiseForward, over the result of a torch GEMM.
+struct PointwiseStatistics {
   Shape shape;
-  void* a;
-  Param bias;
+  const void* a;
   int activation;
-  Norm norm;
   float* partials;
 };
-int64_t pointwise_epilogue_partials(const Shape& shape);
-int pointwise_epilogue(const PointwiseEpilogue& p, void* stream);
+int64_t pointwise_statistics_partials(const Shape& shape);
+int pointwise_statistics(const PointwiseStatistics& p, void* stream);
 
 // da = dh * act'(a), written once in the tensors' dtype for torch's GEMMs, and db = sum da unless db is null.
 struct PointwiseGradPrologue {
@@ -229,6 +225,7 @@ int64_t pointwise_grad_prologue_workspace(const Shape& shape);
 int pointwise_grad_prologue(const PointwiseGradPrologue& p, void* stream);
 
 const char* error_string(int error);
+int toolkit_version();  // CUDART_VERSION: 1000 * major + 10 * minor
 int device_count(int* count);
 
 }  // namespace convmixer

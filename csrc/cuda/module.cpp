@@ -121,9 +121,9 @@ void mixer_forward(SHAPE, int64_t c_out, int kh, int kw, Address x, Vector depth
   check("mixer_forward", convmixer::mixer_forward(p, at(stream)));
 }
 
-void pointwise_epilogue(SHAPE, Address a, PARAM(bias), int activation, NORM, Address partials, Address stream) {
-  const PointwiseEpilogue p{SHAPE_VALUE, at(a), PARAM_VALUE(bias), activation, NORM_VALUE, at<float>(partials)};
-  check("pointwise_epilogue", convmixer::pointwise_epilogue(p, at(stream)));
+void pointwise_statistics(SHAPE, Address a, int activation, Address partials, Address stream) {
+  const PointwiseStatistics p{SHAPE_VALUE, at(a), activation, at<float>(partials)};
+  check("pointwise_statistics", convmixer::pointwise_statistics(p, at(stream)));
 }
 
 void pointwise_grad_prologue(SHAPE, Address dy, Address a, int activation, NORM, SUMS, Address da, PARAM(db),
@@ -150,6 +150,7 @@ void define(py::module_& m) {
   m.attr("compiler") = __VERSION__;
   m.attr("digest") = CONVMIXER_DIGEST;
   m.def("device_count", &device_count);
+  m.attr("toolkit") = convmixer::toolkit_version();
 #if defined(CONVMIXER_EMULATED)
   m.def("launches", [] { return emu::launches; });
 #endif
@@ -165,7 +166,7 @@ void define(py::module_& m) {
   m.def("mixer_fits",
         [](SHAPE, int64_t c_out, int kh, int kw) { return convmixer::mixer_fits(SHAPE_VALUE, c_out, kh, kw); });
   m.def("mixer_tiles", [](SHAPE) { return convmixer::mixer_tiles(SHAPE_VALUE); });
-  m.def("pointwise_epilogue", &pointwise_epilogue);
+  m.def("pointwise_statistics", &pointwise_statistics);
   m.def("pointwise_grad_prologue", &pointwise_grad_prologue);
   m.def("pointwise_weight_grad", &pointwise_weight_grad);
 
@@ -181,7 +182,7 @@ void define(py::module_& m) {
   m.def("pointwise_runs_hopper", [](SHAPE, int64_t c_out, Address x, Address weight) {
     return convmixer::pointwise_runs_hopper(SHAPE_VALUE, c_out, at(x), at(weight));
   });
-  m.def("pointwise_epilogue_partials", [](SHAPE) { return convmixer::pointwise_epilogue_partials(SHAPE_VALUE); });
+  m.def("pointwise_statistics_partials", [](SHAPE) { return convmixer::pointwise_statistics_partials(SHAPE_VALUE); });
   m.def("pointwise_grad_prologue_workspace",
         [](SHAPE) { return convmixer::pointwise_grad_prologue_workspace(SHAPE_VALUE); });
   m.def("pointwise_weight_grad_workspace",

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The passes before and after torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
-//   pointwise_epilogue, eval   y = norm(act(a + bias)), in place over the GEMM's result
-//   pointwise_epilogue, train  a = a + bias rounded to its dtype, in place, and by part count, mean, M2 of act(a)
+//   pointwise_statistics       count, mean, M2 of act(a), by part; it only reads
 //   pointwise_grad_prologue    da = dh * act'(a), written once for the GEMMs, with
 //                              dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M), in eval gamma * rstd *
 //                              dy; db = sum da by part, then a warp adds up the parts of a channel
@@ -12,55 +11,23 @@ namespace convmixer {
 namespace {
 
 template <class T>
-struct EpilogueEvalOp {
-  static constexpr int kInputs = 1, kStats = 0;
-  static constexpr bool kMoments = false, kWrites = true, kWide = false, kUpdates = false;
-  struct Channel {
-    elementwise::Affine norm;
-    float bias;
-  };
-
-  const T* first;  // a
-  const T* second;
-  T* out;  // y, in a's place
-  elementwise::Partial<EpilogueEvalOp>* partials;
-  int activation;
-  Norm norm;
-  Param bias;
-
-  __device__ __forceinline__ Channel channel(int64_t c) const {
-    return {elementwise::affine(norm, c), load_param(bias, c)};
-  }
-
-  template <int ACT>
-  __device__ __forceinline__ float element(const Channel& k, float a, float, float (&)[1]) const {
-    const float h = elementwise::activate<ACT, T>(a + k.bias);
-    return fmaf(h - k.norm.mean, k.norm.scale, k.norm.shift);
-  }
-};
-
-template <class T>
-struct EpilogueTrainOp {
+struct StatisticsOp {
   static constexpr int kInputs = 1, kStats = 1;
-  static constexpr bool kMoments = true, kWrites = true, kUpdates = false;
-  struct Channel {
-    float bias;
-  };
+  static constexpr bool kMoments = true, kWrites = false, kUpdates = false;
+  struct Channel {};
 
   const T* first;  // a
   const T* second;
-  T* out;                                           // a + bias, in its place, or null
-  elementwise::Partial<EpilogueTrainOp>* partials;  // (C, parts): count, mean, M2
+  T* out;                                        // null
+  elementwise::Partial<StatisticsOp>* partials;  // (C, parts): count, mean, M2
   int activation;
-  Param bias;
 
-  __device__ __forceinline__ Channel channel(int64_t c) const { return {load_param(bias, c)}; }
+  __device__ __forceinline__ Channel channel(int64_t) const { return {}; }
 
   template <int ACT>
-  __device__ __forceinline__ float element(const Channel& k, float a, float, float (&stat)[2]) const {
-    const float rounded = to_float(from_float<T>(a + k.bias));
-    stat[0] = elementwise::activate<ACT, T>(rounded);
-    return rounded;
+  __device__ __forceinline__ float element(const Channel&, float a, float, float (&stat)[2]) const {
+    stat[0] = elementwise::activate<ACT, T>(a);
+    return a;
   }
 };
 
@@ -101,7 +68,7 @@ struct GradPrologueOp {
     float dh = fmaf(k.scale, dy, k.offset);
     // slope is 0 without sums, but h may be infinite
     if (sums.dy != nullptr) dh = fmaf(k.slope, h.value - k.mean, dh);
-    stat[0] = dh * h.grad;
+    stat[0] = times_grad<ACT>(dh, h.grad);
     return stat[0];
   }
 };
@@ -118,20 +85,13 @@ __global__ void __launch_bounds__(128)
 
 }  // namespace
 
-int64_t pointwise_epilogue_partials(const Shape& shape) { return elementwise::parts_of(shape); }
+int64_t pointwise_statistics_partials(const Shape& shape) { return elementwise::parts_of(shape); }
 
-int pointwise_epilogue(const PointwiseEpilogue& p, void* stream) {
+int pointwise_statistics(const PointwiseStatistics& p, void* stream) {
   return elementwise::with_type(p.shape.dtype, [&](auto type) {
     using T = decltype(type);
-    T* a = static_cast<T*>(p.a);
-    if (p.partials != nullptr) {
-      // without a bias a does not change: only read it
-      T* out = p.bias.data == nullptr ? nullptr : a;
-      auto* partials = reinterpret_cast<elementwise::Partial<EpilogueTrainOp<T>>*>(p.partials);
-      const EpilogueTrainOp<T> op{a, nullptr, out, partials, p.activation, p.bias};
-      return elementwise::launch<T>(op, p.shape, {p.a}, stream);
-    }
-    const EpilogueEvalOp<T> op{a, nullptr, a, nullptr, p.activation, p.norm, p.bias};
+    auto* partials = reinterpret_cast<elementwise::Partial<StatisticsOp<T>>*>(p.partials);
+    const StatisticsOp<T> op{static_cast<const T*>(p.a), nullptr, nullptr, partials, p.activation};
     return elementwise::launch<T>(op, p.shape, {p.a}, stream);
   });
 }

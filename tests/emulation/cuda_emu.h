@@ -8,6 +8,7 @@
 //   * Divergent barriers, collectives with absent lanes, and misaligned ldmatrix or cp.async throw.
 // clang-format off: many small stand-ins take one line each
 #pragma once
+#define CUDART_VERSION 0  // no toolkit
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>

@@ -110,11 +110,11 @@ MUTATIONS = [
         "if (c >= p.c) return;", "if (c > p.c) return;",
     ),
     Mutation(
-        "epilogue: window's moments with another mean", "elementwise.cuh", "pointwise", "pointwise_epilogue",
+        "statistics: window's moments with another mean", "elementwise.cuh", "pointwise", "pointwise_statistics",
         "value[0][j] - window.mean : 0.f", "value[0][j] : 0.f",
     ),
     Mutation(
-        "epilogue: count of the rows", "elementwise.cuh", "pointwise", "pointwise_epilogue",
+        "statistics: count of the rows", "elementwise.cuh", "pointwise", "pointwise_statistics",
         "count += 1.f;", "count += 2.f;",
     ),
     Mutation(
@@ -571,7 +571,7 @@ def _stand_ins() -> str:
         "int merge_statistics(const MergeStatistics&, void*)",
         "int normalize(const Normalize&, void*)",
         "int norm_backward(const NormBackward&, void*)",
-        "int pointwise_epilogue(const PointwiseEpilogue&, void*)",
+        "int pointwise_statistics(const PointwiseStatistics&, void*)",
         "int pointwise_grad_prologue(const PointwiseGradPrologue&, void*)",
         "int pointwise_forward(const PointwiseForward&, void*)",
         "int64_t pointwise_forward_partials(const Shape&, int64_t, const void*, const void*, bool)",
@@ -580,7 +580,7 @@ def _stand_ins() -> str:
         "int64_t mixer_tiles(const Shape&)",
         "int mixer_forward(const MixerForward&, void*)",
         "int64_t norm_backward_workspace(const Shape&)",
-        "int64_t pointwise_epilogue_partials(const Shape&)",
+        "int64_t pointwise_statistics_partials(const Shape&)",
         "int64_t pointwise_grad_prologue_workspace(const Shape&)",
         "int pointwise_weight_grad(const PointwiseWeightGrad&, void*)",
         "int64_t pointwise_weight_grad_workspace(const Shape&, int64_t)",
@@ -591,6 +591,7 @@ def _stand_ins() -> str:
         bodies[signature.format("_fma")] = "return 801;"
         bodies[signature.format("")] = f"return {name}({arguments});"
     bodies["const char* error_string(int)"] = 'return "a stand-in was called";'
+    bodies["int toolkit_version()"] = "return 0;"
     bodies["int device_count(int* n)"] = "*n = 1; return 0;"
     lines = [f"__attribute__((weak)) {signature} {{ {body} }}" for signature, body in bodies.items()]
     return "\n".join(['#include "kernels.h"', "namespace convmixer {", *lines, "}", ""])

@@ -90,8 +90,8 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
 
     Raises:
         ValueError: an unknown name.
-        NotImplementedError: the backend that was asked for by name cannot run this.
-        RuntimeError: the backend that was asked for by name is not available here.
+        NotImplementedError: the named backend cannot run this.
+        RuntimeError: the named backend is not available here.
     """
     name = requested_backend(op, backend)
     if name is not None:

@@ -90,7 +90,7 @@ class Update(NamedTuple):
 
     running_mean: Tensor | None  # (C,) updated in place, float32 or x's dtype; None: not tracked
     running_var: Tensor | None  # (C,) as running_mean
-    mean: Tensor  # (C,) of the batch, float32 (float64 where x is)
+    mean: Tensor  # (C,) of the batch, float32 (float64 if x is)
     var: Tensor  # (C,) biased
     count: int  # values of a channel, N * H * W
     momentum: float
@@ -120,7 +120,7 @@ def activate(a: Tensor, activation: str) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
     """F.conv2d in x's dtype; differentiable as often as F.conv2d."""
-    # on a CPU 16-bit operands are widened whatever the kernel's size: float32 is no slower there
+    # on a CPU 16-bit operands are always widened: float32 is no slower there
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     bias = None if bias is None else bias.to(dtype)
     return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=padding, groups=groups).to(x.dtype)

@@ -192,7 +192,7 @@ def _wrong_arguments():
         backward = op.endswith("_backward")
         for name, value in _arguments(op, training=False).items():
             if isinstance(value, torch.Tensor):
-                # a of a backward says what the others must be
+                # the a of a backward determines what the other tensors must be
                 said = r"must be|must be \(" if not (backward and name[0] == "a") else "must be"
                 yield op, name, lambda t: t[..., None], ValueError, said
                 yield op, name, _to_meta, ValueError, "device|must be on"

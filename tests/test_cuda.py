@@ -73,7 +73,7 @@ DEPTHWISE_CASES = [
     *(_depthwise((2, 4, 12, 13), k) for k in (1, 4, 11, (3, 10))),
     _depthwise((1, 1, 20, 33), 31, dtype=torch.bfloat16),
     _depthwise((1, 1, 9, 33), 31),
-    # eval, activations, what may be None, parameters of another dtype
+    # eval, activations, tensors that may be None, parameters of another dtype
     *(_depthwise((2, 3, 16, 16), 9, dtype=d, training=False, memory_format=f) for d in DTYPES for f in FORMATS),
     *(_depthwise((2, 3, 9, 16), 5, dtype=d, activation=a) for d in DTYPES[:2] for a in ("relu", "gelu_tanh")),
     _depthwise((2, 3, 9, 16), 5, activation="identity"),

@@ -42,7 +42,7 @@ CASES = [
     _case((5, 8, 1, 1), (3, 3), 8),
     # kernels: even, of one row and one column, of one value
     *(_case((1, 8, 18, 12), k, 8) for k in ((8, 8), (2, 9), (9, 4), (1, 7), (6, 1), (1, 1))),
-    # channels around the warps, the stages and the weight's rows; the weight value by value where C % 8 != 0
+    # channels around the warps, the stages and the weight's rows; the weight is copied value by value if C % 8 != 0
     *(
         _case((1, c, 6, 8), (3, 3), out, dtype)
         for c, out, dtype in (
@@ -58,7 +58,7 @@ CASES = [
     ),
     _case((1, 256, 4, 16), (9, 9), 256),
     _case((1, 250, 4, 16), (9, 9), 3, torch.float16),
-    # activations, what may be None, parameters of another dtype, memory
+    # activations, tensors that may be None, parameters of another dtype, memory
     *(_case((1, 8, 8, 20), (9, 9), 16, d, activation=a) for d in DTYPES for a in ("relu", "gelu_tanh", "identity")),
     _case((1, 8, 8, 8), (3, 3), absent=("bias", "norm_weight", "norm_bias")),
     _case((1, 8, 8, 8), (3, 3), absent=("norm_bias",), dtype=torch.float16),

@@ -67,7 +67,7 @@ CASES = [
             ((130, 9, 1, 1), 8),
         )
     ),
-    # eval, activations, what may be None, parameters of another dtype
+    # eval, activations, tensors that may be None, parameters of another dtype
     *(_case((2, 16, 8, 9), 24, dtype=d, training=False, memory_format=f) for d in DTYPES for f in FORMATS),
     *(
         _case((2, 8, 8, 5), 16, dtype=d, activation=a, training=t)
@@ -529,7 +529,7 @@ def test_the_choice_can_be_forced(monkeypatch):
         for value, expected in choices:
             monkeypatch.setenv("CONVMIXER_CUDA_GEMM", value)
             cuda_choice.forced_gemm.cache_clear()
-            # a CPU tensor, as in the emulation: torch's unless asked
+            # a CPU tensor, as in the emulation: torch's GEMM unless forced
             assert cuda_choice.choose_kernel(torch.empty(1, 8, 8, 8), 2, lambda: True) == expected
         monkeypatch.setenv("CONVMIXER_CUDA_GEMM", "cutlass")
         cuda_choice.forced_gemm.cache_clear()

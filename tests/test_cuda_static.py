@@ -244,7 +244,7 @@ def test_detours_of_divided_warps_are_no_part_of_a_loop():
     (kernel,) = sass.parse_sass(_DETOURS.splitlines())
     (loop,) = kernel.all_loops()
     path = kernel.once_through(loop, lambda counts: (counts["MUFU.EX2"],))
-    # neither the call nor what lies behind the switch's end
+    # neither the call nor the code behind the end of the switch
     assert (path["all"], path["CALL"], path["SHFL"], path["MUFU.EX2"], path["MUFU.RCP"]) == (9, 0, 0, 1, 0)
-    # an access that never happens takes an issue slot alone, two matrices two cycles
+    # an access that is predicated off takes only an issue slot, two matrices take two cycles
     assert static_kernels.shared_cycles(path) == 1 + 2

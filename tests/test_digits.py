@@ -41,7 +41,7 @@ def _pooled(name: str, backend: str, case) -> None:
     assert_twice_eager(name, ours, eager, exact)
 
 
-# a border of two pixels beside a mean of 1e4 is where a shift by the first pixel failed
+# with a border of two pixels beside a mean of 1e4, a shift by the first pixel failed
 STATISTICS = [
     *itertools.product(["depthwise"], [((1, 8, 97, 1), 3), ((2, 32, 16, 16), 3), ((2, 8, 9, 11), 9)]),
     *itertools.product(["pointwise"], [((2, 8, 9, 7), 8), ((2, 32, 16, 16), 32), ((1, 24, 6, 5), 17)]),

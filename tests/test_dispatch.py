@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choosing a backend, what the operators count and keep, and the registered operators."""
+"""The choice of a backend, FLOP counts and saved tensors of the operators, and the registered operators."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_function_transforms(op, transform):
-    """vmap, grad, jvp and forward-mode differentiation give what the equivalent gives."""
+    """vmap, grad, jvp and forward-mode differentiation give the results of the equivalent in torch operations."""
     case, x, tensors, tangent = _inputs(op)
     apply = TRANSFORMS[transform]
     exact = [t.double() for t in tensors]

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The passes before and after torch's GEMM in the pointwise block; elementwise.cuh says what a block and a thread own.
-//   pointwise_statistics       count, mean, M2 of act(a), by part; it only reads
-//   pointwise_grad_prologue    da = dh * act'(a), written once for the GEMMs, with
-//                              dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M), in eval gamma * rstd *
-//                              dy; db = sum da by part, then a warp adds up the parts of a channel
+//   pointwise_statistics     count, mean, M2 of act(a), by part; it only reads
+//   pointwise_grad_prologue  da = dh * act'(a), written once for the GEMMs, and db = sum da: by part, then a warp adds
+//                            up the parts of a channel
+//                              train  dh = gamma * rstd * (dy - sum_dy / M - hhat * sum_dy_hhat / M)
+//                              eval   dh = gamma * rstd * dy
 // Bound: HBM (two or three accesses an element).
 #include "elementwise.cuh"
 

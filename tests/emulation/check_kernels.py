@@ -72,7 +72,7 @@ def normalize() -> None:
 
 
 def _running_statistics(a: torch.Tensor, norm: Norm) -> None:
-    """What normalize's last launch moves: of two blocks, of other dtypes, one of them wider than a block of threads; of some, None."""
+    """The updates of normalize's launch: for two blocks, of other dtypes, one wider than a block of threads; some are None."""
     generator = torch.Generator().manual_seed(0)
     updates, expected = [], []
     for c, count, dtypes in ((5, 7, (torch.float32, torch.float16)), (259, 1, (torch.bfloat16, None))):
@@ -105,7 +105,7 @@ def norm_backward() -> None:
 
 
 def statistics() -> None:
-    """merge_statistics alone: partials of unequal counts, an empty one among them."""
+    """merge_statistics with partials of unequal counts, one of them empty."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(5, n, generator=generator) + 2 for n in [*range(1, 36), 0]]
     moments = [(torch.full((5,), float(p.shape[1])), p.mean(1), p.var(1, correction=0) * p.shape[1]) for p in parts]
@@ -120,7 +120,7 @@ def statistics() -> None:
 
 
 def _merge_in_torch(native, partials, count, stream):
-    """merge_statistics' part of a training forward, so that another kernel's check does not depend on it."""
+    """Computes in torch what merge_statistics computes, so that a check of another kernel does not depend on it."""
     counts, means, m2 = partials.double().unbind(2)
     if counts.isnan().any():
         raise Wrong("a part of the statistics was not written")
@@ -137,7 +137,7 @@ def pointwise_statistics() -> None:
 
 
 def _pointwise_forward(dtype: torch.dtype, last: bool) -> None:
-    """Whole tiles and parts of them, more values of C_in than the stages hold, aligned and not."""
+    """Whole tiles and parts of tiles, more values of C_in than the stages hold, aligned and unaligned."""
     cuda._merged = _merge_in_torch
     cuda_choice.forced_gemm = lambda: "fused"
     for shape, c_out in (((5, 136, 7, 8), 136), ((2, 24, 5, 8), 24), ((3, 41, 5, 7), 70)):
@@ -182,7 +182,7 @@ def pointwise_weight_grad() -> None:
 
 
 def mixer() -> None:
-    """More steps than stages, rows of a second pass, more channels than warps; tiles that end in the image and beside it."""
+    """More steps than stages, rows of a second pass, more channels than warps; tiles inside the image and across its edge."""
     cuda_choice.forced_gemm = lambda: "layer"
     for shape, kernel, c_out in (((1, 40, 17, 8), (9, 8), 136), ((2, 18, 5, 19), (4, 9), 20)):
         (x,), norm, (bias, _), (weight, product, *vectors) = _tensors(
@@ -226,7 +226,7 @@ def _depthwise(dtype: torch.dtype, last: bool, more_shapes: tuple = ()):
         *more_shapes,
     ):
         tensors, norm, sums, (weight,) = _tensors(shape, dtype, last, 3, (shape[1], 1, kernel, kernel))
-        # means of the size of dy: what is not masked beside the image then shows
+        # means of the size of dy: a value beside the image that is not masked gives a wrong result
         count = shape[0] * shape[2] * shape[3]
         yield tensors, norm, tuple(count * t for t in sums), weight / kernel
 
@@ -275,7 +275,7 @@ def _nan_input_grad(dtype: torch.dtype, last: bool) -> None:
     for (dy, a, _), norm, _, weight in _depthwise(dtype, last):
         # behind constant statistics act(a) does not count, and relu lets the gradient of a NaN through
         a[0, 1, -1, -1], dy[0, 1, 0, 0] = float("nan"), float("nan")
-        # where relu is 0 the reference's gradient is 0 even of a NaN, which the kernels multiply by 0
+        # if relu is 0, the reference's gradient is 0 even for a NaN; the kernels multiply the NaN by 0
         a[0, 1, 0, 0] = 1
         _same_nan("depthwise_input_grad", dy, a, weight, "relu", norm, None, True)
 

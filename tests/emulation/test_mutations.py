@@ -37,7 +37,7 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = [
-    # elementwise.cuh and what stands on it
+    # elementwise.cuh and the kernels that use it
     Mutation(
         "planes: barrier before the warps' partials", "elementwise.cuh", "batch_norm", "norm_backward",
         "if (lane == 0) shared[warp] = partial;\n    __syncthreads();", "if (lane == 0) shared[warp] = partial;",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, composite
+from . import checks, composite, prepared
 from .primitives import Block, Grads, MixerEval, Needs, Norm, Options, Statistics, Update
 
 Sums = tuple[Tensor, Tensor]
@@ -292,7 +292,7 @@ def mixer_forward(
     if entry is None:
         checks.check_memory("mixer_layer", MIXER_TENSORS, x, *blocks[0], *running[0], *blocks[1], *running[1])
     elif entry.train is not None:
-        result = entry.train(x, blocks[1].weight)
+        result = entry.train.forward(x, blocks[1].weight)
         _count_versions(*running[0], *running[1])
         return result
     if not options.batch_statistics and not options.save:
@@ -450,6 +450,22 @@ class BlockFunction(Function):
         )
 
 
+def _states(x, a, w1, g1, w2, g2, statistics) -> tuple:
+    """The states of what a layer saves: if they are those of the forward, no hook has changed them and they hold their memory."""
+    tensors = (x, *a, w1, g1, w2, g2, *statistics[0], *statistics[1])
+    return tuple(None if t is None else prepared.state_of(t) for t in tensors)
+
+
+def _as_made(dy: Tensor, a: Tensor) -> bool:
+    """Whether an incoming gradient is in a's format and in memory."""
+    return (
+        dy.stride() == a.stride()
+        and dy.untyped_storage().nbytes() >= (dy.storage_offset() + dy.numel()) * dy.itemsize
+        and not dy.is_neg()
+        and not dy._is_zerotensor()
+    )
+
+
 class MixerFunction(Function):
     """mixer_layer in eager mode."""
 
@@ -464,6 +480,11 @@ class MixerFunction(Function):
         ctx.biases = tuple(map(_unsaved, (b1, h1, b2, h2)))
         # z is rebuilt with h1's values of now
         ctx.h1 = None if h1 is None else h1.detach().clone()
+        ctx.states, entry, parameters = None, options.entry, (w1, b1, g1, h1, w2, b2, g2, h2)
+        # entry.train.backward gives the gradients of all parameters
+        all_needed = all(t is None or need for t, need in zip(parameters, needs[1:9], strict=True))
+        if entry is not None and entry.train is not None and all_needed:
+            ctx.states = _states(x, a, w1, g1, w2, g2, statistics)
         ctx.options, ctx.contiguous, ctx.backend = options, x.is_contiguous(), backend
         return y
 
@@ -478,6 +499,13 @@ class MixerFunction(Function):
             h1 = None if h1 is None else composite.with_value(h1.in_graph(), ctx.h1)
             blocks = Block(w1, _in_graph(b1), g1, h1), Block(w2, _in_graph(b2), g2, _in_graph(h2))
             grads = composite.mixer_backward(dy, ctx.stand_in if x is None else x, (a1, a2), blocks, *rest)
+        elif (
+            ctx.states is not None
+            and not torch._C._is_any_autocast_enabled()
+            and ctx.states == _states(x, (a1, a2), w1, g1, w2, g2, rest[0])
+            and _as_made(dy, a2)
+        ):
+            grads = ctx.options.entry.train.backward(dy, x, (a1, a2), w2, rest[0], ctx.h1, ctx.needs_input_grad[0])
         else:
             blocks = Block(w1, _tensor(b1), g1, ctx.h1), Block(w2, _tensor(b2), g2, _tensor(h2))
             grads = mixer_backward(ctx.backend, dy, x, (a1, a2), blocks, *rest, ctx.contiguous)

@@ -8,18 +8,29 @@ network. prepared.py decides when such a function may be called again: it compar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..primitives import Block, MixerEval, Statistics
+from ..primitives import Block, Grads, MixerEval, Statistics
 from . import cuda, cuda_choice, cuda_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, norm_args, param_args, shape_args
 
 #: x and the pointwise weight, which is rounded to x's dtype at each call -> y.
 Evaluate = Callable[[Tensor, Tensor], Tensor]
-#: The same -> y, both a, and the batch's statistics of both blocks. Running statistics move.
-Train = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]]
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]]
+Backward = Callable[..., Grads]
+
+
+class Train(NamedTuple):
+    """A training step of a layer."""
+
+    #: x and the pointwise weight -> y, both a, and the batch's statistics of both blocks. Running statistics move.
+    forward: Forward
+    #: dy, x, both a, the pointwise weight, both statistics, h1 as the forward had it, whether x needs a gradient -> the gradients of
+    #: x and of all eight parameters. All tensors are as the forward left them.
+    backward: Backward
 
 
 def revision() -> tuple:
@@ -99,7 +110,7 @@ def prepare_mixer_train(
     eps: float,
     activation: str,
 ) -> Train | None:
-    """The forward of a training step, with its residual, for inputs of x's form. None as prepare_mixer_eval."""
+    """A training step, with the layer's residual, for inputs of x's form. None as prepare_mixer_eval."""
     (w1, b1, g1, h1), (upper, b2, g2, h2) = blocks
     made = _Layer(x, w1, upper, b2, activation, 1)
     if not made.prepares:
@@ -120,6 +131,10 @@ def prepare_mixer_train(
         if r.mean is not None
     ]
 
+    w1_shape, w1_dtype = w1.shape, w1.dtype
+    b1_like, b2_like = (None if b is None else {"dtype": b.dtype} for b in (b1, b2))
+    affine_dtypes = [None if t is None else t.dtype for t in (g1, h1, g2, h2)]
+
     def run(x: Tensor, upper: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]:
         source, narrow = cuda._aligned(x), upper.to(x.dtype)
         a1, z, a2, y = torch.empty_like(x), torch.empty_like(x), made.empty_output(), made.empty_output()
@@ -138,4 +153,65 @@ def prepare_mixer_train(
             native.normalize(*y_shape, a2_at, code, *norm2, 0, y.data_ptr(), updates, stream)
         return y, (a1, a2), (Statistics(mean1, var1), Statistics(mean2, var2))
 
-    return run
+    workspace = max(
+        cuda._size("norm_backward_workspace", index, *made.shape),
+        cuda._size("norm_backward_workspace", index, *y_shape),
+        cuda._size("pointwise_grad_prologue_workspace", index, *y_shape),
+        cuda._size("depthwise_weight_grad_workspace", index, *made.shape, *made.kernel),
+    )
+    weight_args = param_args(w1)
+
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        a: tuple[Tensor, Tensor],
+        upper: Tensor,
+        statistics: tuple[Statistics, Statistics],
+        h1: Tensor | None,
+        x_needed: bool,
+    ) -> Grads:
+        (mean1, var1), (mean2, var2) = statistics
+        dy_at, a1_at, a2_at, source = dy.data_ptr(), a[0].data_ptr(), a[1].data_ptr(), cuda._aligned(x)
+        # only z needs beta
+        norm1 = (True, mean1.data_ptr(), 0, var1.data_ptr(), 0, *affine1[:2], 0, 0, eps)
+        norm2 = (True, mean2.data_ptr(), 0, var2.data_ptr(), 0, *affine2[:2], 0, 0, eps)
+        rebuilt = (*norm1[:7], *param_args(h1), eps)
+        scratch = x.new_empty(workspace, dtype=torch.uint8)
+        at = scratch.data_ptr()
+        dbeta1, dgamma1, dbeta2, dgamma2 = (
+            x.new_empty(c, dtype=torch.float32) for c in (channels, channels, c_out, c_out)
+        )
+        sums1, sums2 = (dbeta1.data_ptr(), dgamma1.data_ptr()), (dbeta2.data_ptr(), dgamma2.data_ptr())
+        z, da, db2 = (
+            torch.empty_like(x),
+            torch.empty_like(dy),
+            None if b2_like is None else dy.new_empty(c_out, **b2_like),
+        )
+        with cuda._device_stream(x) as stream:
+            native.normalize(*made.shape, a1_at, code, *rebuilt, x.data_ptr(), z.data_ptr(), (), stream)
+            native.norm_backward(*y_shape, dy_at, a2_at, code, *norm2, *sums2, at, stream)
+            native.pointwise_grad_prologue(
+                *y_shape, dy_at, a2_at, code, *norm2, *sums2, da.data_ptr(), *param_args(db2), at, stream
+            )
+        rows = cuda_gemm.is_rows(da, z)
+        dz = cuda_gemm.input_grad(da, upper, rows)
+        dw2 = None if rows else cuda._pointwise_weight_grad(da, z, upper)
+        if dw2 is None:
+            dw2 = cuda_gemm.weight_grad(da, z, rows).view(upper.shape).to(upper.dtype)
+        dx, dw1 = torch.empty_like(x) if x_needed else None, dy.new_empty(w1_shape, dtype=w1_dtype)
+        db1, dz_at = None if b1_like is None else dy.new_empty(channels, **b1_like), dz.data_ptr()
+        with cuda._device_stream(x) as stream:
+            native.norm_backward(*made.shape, dz_at, a1_at, code, *norm1, *sums1, at, stream)
+            if dx is not None:
+                native.depthwise_input_grad(
+                    *below_shape, dz_at, a1_at, *weight_args, code, *norm1, *sums1, True, dx.data_ptr(), stream
+                )
+            native.depthwise_weight_grad(
+                *(*below_shape, dz_at, a1_at, source.data_ptr(), code, *norm1, *sums1),
+                *(*param_args(dw1), *param_args(db1), at, stream),
+            )
+        sums = zip(affine_dtypes, (dgamma1, dbeta1, dgamma2, dbeta2), strict=True)
+        dg1, dh1, dg2, dh2 = (None if dtype is None else t.to(dtype) for dtype, t in sums)
+        return dx, dw1, db1, dg1, dh1, dw2, db2, dg2, dh2
+
+    return Train(run, backward)

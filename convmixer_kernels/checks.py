@@ -29,7 +29,7 @@ def check_memory(op: str, names: Sequence[str], *tensors: Tensor | None) -> None
     for i, t in enumerate(tensors):
         if t is not None:
             room = t.untyped_storage().nbytes() - t.nbytes
-            # of an expanded tensor, whose bytes are counted again and again, there is no room either
+            # also for an expanded tensor, whose nbytes count the same bytes several times
             if room < 0 or ((offset := t.storage_offset()) and room < offset * t.itemsize):
                 check_reach(op, names[i], t)
 
@@ -48,7 +48,7 @@ def check_reach(op: str, name: str, t: Tensor) -> None:
 
 
 def check_before_copy(op: str, name: str, t: Tensor) -> None:
-    """check_reach for what is copied before a kernel sees it; some tensors have no storage here."""
+    """check_reach for tensors that are copied before a kernel reads them. Traced and transformed tensors have no storage."""
     if not torch.compiler.is_compiling() and type(t) in gates.PLAIN_TENSORS and not gates.torch_func_active():
         check_reach(op, name, t)
 
@@ -139,7 +139,7 @@ def check_norm(
     running_var: Tensor | None,
     training: bool,
 ) -> None:
-    """Batch norm's tensors must be (C,) each; running statistics come together and are needed where training is False."""
+    """Batch norm's tensors must be (C,) each; running statistics come together and are needed if training is False."""
     _check_vector(op, f"{prefix}norm_weight", norm_weight, x, channels, "C")
     _check_vector(op, f"{prefix}norm_bias", norm_bias, x, channels, "C")
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
@@ -202,7 +202,7 @@ def check_block_backward(
     a_name: str = "a",
     x_name: str = "x",
 ) -> None:
-    """dy must be like a, x (N, C_in, H, W) and there where it is needed; the parameters and statistics as in the forward.
+    """dy must be like a, x (N, C_in, H, W) and not None if it is needed, the parameters and statistics as in the forward.
 
     They come from an operator's caller, or were saved and may have been through hooks.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The operators in torch's own differentiable operations, for whatever must see through an operator: torch.func's transforms
-and forward-mode differentiation in the forward; in the backward also a graph of it (create_graph) and a batch of gradients.
+"""The operators in torch's own differentiable operations, for calls that a kernel cannot serve: torch.func's transforms and
+forward-mode differentiation; in the backward also a graph of it (create_graph) and a batch of gradients.
 
 A backward here is the derivative of the operator's equivalent, from what the Functions save. Where that lacks x or the bias of
 then, their `a` gives the convolution its value: derivatives ask no more of either than its place in the graph, and a `stand_in`
@@ -31,11 +31,8 @@ def replaces_backward(dy: Tensor) -> bool:
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy) or gates.transformed()
 
 
-# ---- forward ----------------------------------------------------------------------------------------------------------
-
-
 def _without_autocast(t: Tensor) -> contextlib.AbstractContextManager:
-    """Its casts are done; in here a dtype means what it says."""
+    """No autocast: functional.py has cast already."""
     kind = t.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
@@ -50,7 +47,7 @@ def block_forward(
     block: Block,
     running: Statistics,
     options: Options,
-    a: Tensor | None = None,  # (N, C_out, H, W): the convolution's value, where it is known
+    a: Tensor | None = None,  # (N, C_out, H, W): the convolution's value, if it is known
 ) -> Tensor:  # (N, C_out, H, W)
     """The equivalent of the operators' docstrings, with the norm in float32 beside 16-bit tensors, as in the kernels."""
     convolved = convolution_forward(x, block.weight, block.bias, x.shape[1] if kind == "depthwise" else 1)
@@ -78,12 +75,9 @@ def convolution_forward(
 
 
 def _set_value(t: Tensor, value: Tensor) -> None:
-    """t's value, while its derivative stays that of what computed it."""
+    """Set t's value; its place in the graph, and so its derivative, stays."""
     with torch.no_grad():
         t.copy_(value)
-
-
-# ---- backward ---------------------------------------------------------------------------------------------------------
 
 
 class _StandIn(Function):
@@ -113,8 +107,8 @@ def with_value(t: Tensor, value: Tensor) -> Tensor:
 def block_backward(
     dy: Tensor,  # (N, C_out, H, W)
     kind: str,
-    x: Tensor | None,  # (N, C, H, W), or its stand_in; None where neither it nor the weight needs a gradient
-    a: Tensor | None,  # (N, C_out, H, W), where x or the bias has not the value of then
+    x: Tensor | None,  # (N, C, H, W), or its stand_in; None if neither it nor the weight needs a gradient
+    a: Tensor | None,  # (N, C_out, H, W), if x or the bias no longer has the forward's value
     block: Block,
     statistics: Statistics,
     options: Options,
@@ -132,7 +126,7 @@ def block_backward(
 
 def mixer_backward(
     dy: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C, H, W), or its stand_in; None where neither it nor a weight needs a gradient
+    x: Tensor | None,  # (N, C, H, W), or its stand_in; None if neither it nor a weight needs a gradient
     a: tuple[Tensor | None, Tensor | None],  # as block_backward's
     blocks: tuple[Block, Block],
     statistics: tuple[Statistics, Statistics],
@@ -155,7 +149,7 @@ def mixer_backward(
 
 def convolution_backward(
     dy: Tensor,  # (N, C, H, W)
-    x: Tensor | None,  # (N, C, H, W), where the weight needs a gradient
+    x: Tensor | None,  # (N, C, H, W), if the weight needs a gradient
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     needs: Needs,  # x, weight, bias

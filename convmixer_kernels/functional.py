@@ -192,7 +192,7 @@ def mixer_layer(
     checks.check_layer(op, x, blocks, running, training)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
-        # autocast meets a wide x only outside a model: the blocks know what eager does with its residual
+        # a model's x is narrow under autocast; for a wide one the blocks handle the residual as eager does
         shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, "backend": backend}
         # the first block's statistics move when the second has succeeded
         moving = tuple(t.clone() if training and t is not None else t for t in running[0])
@@ -369,9 +369,6 @@ def depthwise_conv2d(
     return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, _name(chosen))
 
 
-# ---- shared pieces ------------------------------------------------------------------------------------------------
-
-
 def _run_block(
     kind: str, x: Tensor, block: Block, running: Statistics, options: Options, backend: ModuleType | str
 ) -> Tensor:
@@ -412,7 +409,7 @@ def _of_dtype(block: Block, dtype: torch.dtype) -> Block:
 
 
 def _autocast(x: Tensor, *blocks: Block) -> tuple:
-    """x and the blocks as autocast hands them to F.conv2d: x cast, and convolution parameters of a third dtype."""
+    """x and the blocks as F.conv2d gets them under autocast: x cast, and convolution parameters of a third dtype."""
     kind = x.device.type
     if not autocast_enabled(kind) or x.dtype == torch.float64:
         return x, *blocks
@@ -458,8 +455,8 @@ def _direct(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _recorded(op: str, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), under the operator's name where a profiler records: autograd and the dispatcher, which name the other calls,
-    do not see a direct one."""
+    """function(*args), under the operator's name if a profiler records. Autograd and the dispatcher name the other calls; they do
+    not see a direct one."""
     if not torch._C._autograd._profiler_enabled():
         return function(*args)
     with torch.autograd.profiler.record_function(f"convmixer::{op}"):

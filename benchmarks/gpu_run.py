@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import cases, tables
+from benchmarks.machine import ROOT
+
 Job = dict[str, Any]
 
 #: Seconds that a worker may take before its first job: it imports torch and makes a context.
@@ -40,8 +42,9 @@ class Run:
         """To the list `key`."""
         self._write({"append": key, "value": value})
 
-    def row(self, row: dict[str, object]) -> None:
-        self.append("results", row)
+    def row(self, row: dict[str, Any], key: str = "results") -> None:
+        """A row of suite.measure, or a part of one: parts of a case become one row of the list `key`."""
+        self.append(key, row)
         print(describe_row(row), flush=True)
 
     def _write(self, line: dict[str, object]) -> None:
@@ -69,27 +72,41 @@ class Run:
                 except ValueError:
                     continue
                 if "append" in found:
-                    self.document.setdefault(found["append"], []).append(found["value"])
+                    self._append(self.document.setdefault(found["append"], []), found["value"])
                 else:
                     self.document[found["note"]] = found["value"]
 
+    @staticmethod
+    def _append(values: list[Any], value: Any) -> None:
+        known = None
+        if isinstance(value, dict) and "implementations" in value:
+            known = next((row for row in values if row["case"] == value["case"]), None)
+        if known is None:
+            values.append(value)
+            return
+        for key in ("implementations", "absent"):
+            known[key] |= value[key]
+        known["wrong"] += value["wrong"]
+
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A row as a line of the log."""
-    if "median_us" in row:
-        shown = f"{row['median_us']:10.1f} us {row.get('percent_of_floor', 0):6.1f} % of the floor"
-        shown += f", host {row['host_us']:.0f} us" if "host_us" in row else ""
-    else:
-        shown = row.get("error") or ("wrong" if row.get("ok") is False else "right")
-    probe = " ".join(f"{key.removeprefix('CONVMIXER_')}={value}" for key, value in row.get("settings", {}).items())
-    return f"{row['case']:<44}{row['dtype']:<9}{row['layout']:<14}{row['implementation']:<19}{shown} {probe}".rstrip()
-
-
-# ---- workers: a case that hangs or crashes costs its row ------------------------------------------------------------
+    """A row as lines of the log."""
+    lines = [f"WRONG {tables.explain(row, each)}" for each in row["wrong"]]
+    lines += [f"{row['case']}: {name}: - ({reason})" for name, reason in row["absent"].items()]
+    for name, each in row["implementations"].items():
+        shown = "right" if each.get("passed", True) else "not within eager's error"
+        if "median_ms" in each:
+            shown = f"{1e3 * each['median_ms']:10.1f} us {each.get('percent_of_floor', 0):6.1f} % of the floor"
+            shown += f", host {1e3 * each['host_ms']:.0f} us" if "host_ms" in each else ""
+        lines.append(f"{row['case']:<64}{name:<20}{shown}")
+    return "\n".join(lines)
 
 
 def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
-    """Every job in order while `seconds` last, in workers; the rest is named as left out."""
+    """Every job in order while `seconds` last, in workers; the rest is named as left out.
+
+    A job that hangs or crashes costs its row: it is noted as broken, and the next worker goes on behind it.
+    """
     until = min(time.monotonic() + seconds, run.deadline - 3)
     first = 0
     while first < len(jobs) and time.monotonic() < until:
@@ -100,7 +117,13 @@ def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
 
 
 def _label(job: Job) -> str:
-    return " ".join(str(value) for key, value in job.items() if key != "limit")
+    return " ".join(_word(value) for key, value in job.items() if key not in ("limit", "settings"))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return cases.from_json(value).name
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:

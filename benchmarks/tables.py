@@ -253,7 +253,7 @@ def models(document: Document) -> Table:
 def model_notes(document: Document) -> list[str]:
     """What the columns mean, and what was left out."""
     rows = document["results"]
-    repeats = {each["repeats"] for row in rows for each in row["implementations"].values()}
+    repeats = {each["repeats"] for row in rows for each in row["implementations"].values() if "repeats" in each}
     number = f"{min(repeats)} " if len(repeats) == 1 else ""
     layouts = sorted({row["layout"] for row in rows})
     lines = [

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.optional import require
 
 from benchmarks import __main__ as command
 from benchmarks import compare, environment, report, report_ops
-from benchmarks.optional import require
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
 

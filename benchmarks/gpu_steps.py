@@ -304,8 +304,8 @@ def summary(document: dict[str, Any]) -> str:
     for key, left in document.items():
         if key.endswith("_left_out"):
             lines.append(f"{key.removesuffix('_left_out')}: {len(left)} left out, from {left[0]} on")
-    timed = {"results": [row for row in document["results"] if row["implementations"]]}
-    lines += ["", *tables.markdown_lines(tables.operators(timed, short=True), 3), ""]
+    timed = [row for row in document["results"] if row["implementations"]]
+    lines += ["", *tables.markdown_lines(tables.operators(timed, "cuda"), 3), ""]
     lines += [f"- {backend}: {reason}" for backend, reason in document.get("absent", {}).items()]
     steps = ", ".join(f"{each['step']} {each['seconds']:.0f} s" for each in document.get("steps", []))
     return "\n".join([*lines, f"steps: {steps}", ""])

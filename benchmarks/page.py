@@ -66,7 +66,7 @@ def _section(index: int, document: Mapping[str, object]) -> tuple[str, str]:
         (headings, cells), notes = tables.models(document), tables.model_notes(document)
         body = [[(cell, "") for cell in each] for each in cells]
     else:
-        (headings, cells), notes = tables.operators(document), tables.operator_notes(document)
+        (headings, cells), notes = tables.operators(rows), tables.operator_notes(document)
         body = [_marked(headings, row, each) for row, each in zip(rows, cells, strict=True)]
     heading = f"{document['kind'].capitalize() if document['kind'] != 'gpu' else 'GPU'}: {device}"
     return heading, _about(document) + _table(index, headings, body) + _list(notes)

@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (console.MissingPackage, Refused, OSError) as error:
         print(f"benchmarks ops: {error}", file=sys.stderr)
         return 2
-    console.show_table(tables.machine(document), *tables.operators(document), tables.operator_notes(document))
+    console.show_table(
+        tables.machine(document), *tables.operators(document["results"]), tables.operator_notes(document)
+    )
     return tell_wrong(document)
 
 

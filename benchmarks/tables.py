@@ -179,18 +179,16 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     return [heading for heading, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
 
 
-def operators(document: Document, short: bool = False) -> Table:
+def operators(rows: Sequence[Row], device_type: str | None = None) -> Table:
     """A row for each case and a column for each implementation.
 
     Args:
-        short: the columns of docs/performance.md, less those without any figure.
+        device_type: instead, the columns of docs/performance.md for this device, less those without any figure.
     """
-    rows = document["results"]
-    if not short:
+    if device_type is None:
         every = [(name, lambda row, name=name: _cell(row, name)) for name in _implementations(rows)]
         return _table(rows, [*_START, *every, *_END])
-    columns = _SHORT[document["environment"]["device_type"]]
-    shown = [column for column in columns if any(column[1](row) != ABSENT for row in rows)]
+    shown = [column for column in _SHORT[device_type] if any(column[1](row) != ABSENT for row in rows)]
     return _table(rows, [*_START, *shown, *_END[1:]])
 
 
@@ -357,7 +355,8 @@ def markdown(document: Document) -> str:
     if document.get("kind") == "models":
         table, notes = models(document), model_notes(document)
     else:
-        table, notes = operators(document, short=True), operator_notes(document, reasons=False)
+        table = operators(document["results"], document["environment"]["device_type"])
+        notes = operator_notes(document, reasons=False)
     # two spaces at its end keep a line from running into the next
     lines = [*(f"{line}  " for line in notes[:-1]), notes[-1]]
     return "\n".join([machine(document) + ":", "", *markdown_lines(table, 3), "", *lines])

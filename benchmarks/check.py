@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.cases import DTYPES, Case, ModelCase
+from benchmarks.cases import DTYPES, Case, ModelCase, OpCase
 from benchmarks.ops import OPERATORS
 from benchmarks.peers import Prepared, Workload
 from convmixer_kernels.testing import UNIT_ROUNDOFF, relative_error, within_twice_eager
@@ -21,8 +21,10 @@ Results = dict[str, Tensor]
 
 #: The errors of a few numbers compare by luck, so vectors over the channels are pooled over several inputs to so many.
 POOL = 128
-#: float64 convolves slowly: above so many multiply-adds, channels that depend on no other are sampled.
+#: float64 convolves slowly, and large tensors take long to compare: above so many multiply-adds (of convolutions whose channels depend
+#: on no other) and so many values, a sample of the channels is checked.
 _LARGEST_EXACT = 300_000_000
+_LARGEST_COMPARED = 1 << 24
 #: A GPU's time is short, and float64 slow there: a model is checked by its inference on so many images.
 _GPU_IMAGES = 4
 
@@ -93,7 +95,7 @@ class Expected(NamedTuple):
 
     exact: list[Results]  # of each set of inputs
     eager: list[Results]
-    kept: Tensor | None  # the channels that were computed; None: all
+    kept: Tensor | None  # the channels that are compared; None: all
 
 
 def pooled_inputs(case: Case) -> int:
@@ -109,16 +111,24 @@ def expect(workload: Workload) -> Expected:
         wide = dataclasses.replace(checked, images=checked.images.double(), cotangent=checked.cotangent.double())
         exact = _model_results(wide, copy.deepcopy(workload.reference).double())
         return Expected([exact], results(workload, baseline, 1, None), None)
-    operator, n, (_, c, h, w) = OPERATORS[case.op], case.shape[0], case.shape
-    kept, work = None, n * c * h * w * case.kernel**2 * operator.convolutions
-    if not case.has_pointwise and operator.convolutions and work > _LARGEST_EXACT and c > POOL:
-        kept = torch.arange(0, c, max(1, min(c // POOL, work // _LARGEST_EXACT)), device=workload.device)
+    kept, exact = _sampled_channels(case, workload.device), []
     sets = workload.inputs[: pooled_inputs(case)]
-    exact = []
     for inputs in sets:
-        wide = (inputs if kept is None else inputs.channels(kept)).double()
-        exact.append(dict(zip(operator.outputs, operator.call(wide)(), strict=True)))
+        alone = kept is not None and not case.has_pointwise
+        wide = (inputs.channels(kept) if alone else inputs).double()
+        exact.append(_named(workload, OPERATORS[case.op].call(wide)(), None if alone else kept))
     return Expected(exact, results(workload, baseline, len(sets), kept), kept)
+
+
+def _sampled_channels(case: OpCase, device: torch.device) -> Tensor | None:
+    n, c, h, w = case.shape
+    work = n * c * h * w * case.kernel**2 * OPERATORS[case.op].convolutions
+    fewer = n * max(c, case.out) * h * w // _LARGEST_COMPARED
+    if not case.has_pointwise:
+        fewer = max(fewer, work // _LARGEST_EXACT)
+    narrow = min(c, case.out)
+    step = min(narrow // POOL, fewer)
+    return torch.arange(0, narrow, step, device=device) if step > 0 else None
 
 
 def results(workload: Workload, prepared: Prepared, count: int, kept: Tensor | None) -> list[Results]:

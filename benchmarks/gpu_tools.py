@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers, suite
+from benchmarks import peers
 from benchmarks.cases import LAYOUTS, OPERATORS, OpCase
 from benchmarks.gpu_run import Run, end
 from benchmarks.machine import ROOT
-from convmixer_kernels.backends import cuda
+from benchmarks.ops import make_inputs
+from convmixer_kernels.backends import cuda_gemm
+
+_DEVICE = torch.device("cuda")
 
 
 def _command(run: Run, command: list[str], limit: float, log: Path, **environment: str) -> tuple[int | None, float]:
@@ -178,23 +181,25 @@ def profile(run: Run, limit: float) -> None:
     print(f"ncu: {'out of time' if status is None else f'status {status}'}, {seconds:.0f} s", flush=True)
 
 
-def _run_ours(case: OpCase, name: str = "ours cuda") -> None:
-    workload = suite.make_workload(case, torch.device("cuda"), rotate=False)
-    prepared = peers.prepare(name, workload, False)
+def _prepared(case: OpCase, name: str) -> peers.Prepared:
+    return peers.prepare(name, peers.Workload(case, _DEVICE, make_inputs(case, _DEVICE, 1)), False)
+
+
+def _run_ours(case: OpCase, name: str) -> None:
+    prepared = _prepared(case, name)
     with prepared.setting():
         prepared.calls[0]()
 
 
 def sanitizer_workload() -> int:
-    """Every kernel once at sizes with every kind of edge, without torch's GEMMs: the tools have complaints about those."""
-    cuda._pointwise = lambda x, weight, bias: x.clone()
-    # a pointwise backward has torch's GEMMs in it
-    ops = [op for op in OPERATORS if not op.startswith("pointwise") or op.endswith(("_eval", "_train", "_kernel"))]
-    ops = [op for op in ops if op != "layer_step"]
+    """Every kernel once at sizes with every kind of edge, without torch's products: the tools have complaints about those."""
+    cuda_gemm.convolution = lambda x, *rest: x.clone()
+    cuda_gemm.input_grad = lambda da, *rest: da.clone()
+    cuda_gemm.weight_grad = lambda da, x, *rest: da.new_zeros(da.shape[1], x.shape[1])
     for dtype in ("bfloat16", "float32"):
         for layout in LAYOUTS:
             for shape, kernel in (((2, 8, 17, 16), 9), ((3, 5, 7, 7), 4), ((1, 8, 33, 40), 15)):
-                for op in ops:
+                for op in OPERATORS:
                     case = OpCase(op, "sanitizer", shape, kernel, dtype=dtype, layout=layout)
                     for gemm in ("", " layer") if op in ("pointwise_eval", "pointwise_train", "layer_eval") else ("",):
                         _run_ours(case, f"ours cuda{gemm}")
@@ -211,9 +216,8 @@ def profile_workload() -> int:
     cases += [OpCase("depthwise_eval", "", half), OpCase("depthwise_eval", "", (64, 768, 17, 17), dtype="bfloat16")]
     cases += [OpCase("pointwise_eval", "", shape, dtype="bfloat16") for shape in (big, (64, 256, 32, 32))]
     for case in cases:
-        workload = suite.make_workload(case, torch.device("cuda"), rotate=False)
         for gemm in (" fused", " wgmma") if case.op == "pointwise_eval" else ("",):
-            prepared = peers.prepare(f"ours cuda{gemm}", workload, False)
+            prepared = _prepared(case, f"ours cuda{gemm}")
             with prepared.setting():
                 prepared.calls[0]()
                 torch.cuda.synchronize()
@@ -221,6 +225,6 @@ def profile_workload() -> int:
                 prepared.calls[0]()
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
-        del workload, prepared
+        del prepared
         torch.cuda.empty_cache()
     return 0

@@ -281,22 +281,28 @@ def test_bad_options_are_told_without_a_traceback(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_sampled_channels_are_the_whole_s(monkeypatch):
+@pytest.mark.parametrize(
+    "op", ["depthwise_step", "depthwise_train_kernel", "pointwise_step", "layer_step", "normalize"]
+)
+def test_sampled_channels_are_the_whole_s(monkeypatch, op):
     """A check of some channels sees the same numbers as one of all."""
-    case = OpCase("depthwise_step", "sweep", (2, 256, 5, 6), 3, layout="channels_last")
-    workload = make_workload(case)
+    out = 320 if op == "pointwise_step" else None
+    workload = make_workload(OpCase(op, "sweep", (2, 256, 5, 6), 3, out, layout="channels_last"))
     whole = check.expect(workload)
     monkeypatch.setattr(check, "_LARGEST_EXACT", 1000)
+    monkeypatch.setattr(check, "_LARGEST_COMPARED", 5000)
     sampled = check.expect(workload)
     assert whole.kept is None
     assert len(sampled.kept) == 128
     for name, tensor in sampled.exact[0].items():
         everything = whole.exact[0][name]
-        expected = everything[:, sampled.kept] if name in ("y", "dx") else everything[sampled.kept]
+        expected = everything[:, sampled.kept] if name in ("y", "dx", "a") else everything[sampled.kept]
         torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
     prepared = peers.prepare("ours cpu", workload, False)
-    for name, tensor in check.results(workload, prepared, 1, sampled.kept)[0].items():
+    found = check.results(workload, prepared, 1, sampled.kept)
+    for name, tensor in found[0].items():
         assert tensor.shape == sampled.exact[0][name].shape
+    assert all(each.passed for each in check.judge(workload, sampled, found, complete=True))
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

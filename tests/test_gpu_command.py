@@ -20,7 +20,7 @@ from helpers import use_cuda
 
 from benchmarks import cases, check, gpu, gpu_run, gpu_steps, gpu_tools, machine, peers, suite, tables, timing
 from benchmarks.cases import OpCase
-from convmixer_kernels.backends import cuda, cuda_choice, triton
+from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, triton
 
 _MEMCHECK = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: {}\n"
 _RACECHECK = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {}\n"
@@ -176,6 +176,31 @@ def _jobs() -> list[gpu_run.Job]:
     jobs = gpu_steps.check_jobs(["cuda"]) + gpu_steps.operator_jobs("cuda", True) + gpu_steps.triton_jobs()
     jobs += gpu_steps.model_jobs(["cuda"]) + gpu_steps.compile_jobs()
     return [*jobs, gpu_steps.names_job(), *gpu_steps.confirm_jobs()]
+
+
+def test_the_sanitizer_sees_every_operator_and_no_product_of_torch(emulated, monkeypatch):
+    """One of its sizes, emulated; the others differ in tensors only."""
+    honest, ran = gpu_tools._run_ours, []
+
+    def run_ours(case, name):
+        ran.append((case.op, name))
+        if (case.shape, case.dtype, case.layout) == ((3, 5, 7, 7), "float32", "contiguous"):
+            honest(case, name)
+
+    def product(*arguments, **options):
+        raise AssertionError("a product of torch")
+
+    monkeypatch.setattr(gpu_tools, "_run_ours", run_ours)
+    monkeypatch.setattr(gpu_tools, "_DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("mm", "addmm", "bmm", "baddbmm", "matmul"):
+        monkeypatch.setattr(torch, name, product)
+    for name in ("convolution", "input_grad", "weight_grad"):
+        # the workload replaces them for good, in a process of its own
+        monkeypatch.setattr(cuda_gemm, name, getattr(cuda_gemm, name))
+    assert gpu_tools.sanitizer_workload() == 0
+    assert {op for op, _ in ran} == set(cases.OPERATORS)
+    assert ("layer_eval", "ours cuda layer") in ran
 
 
 def test_the_first_backend_is_measured_everywhere(monkeypatch):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 import convmixer_kernels
-from benchmarks import console, machine, models, peers, roofline, suite, tables, timing
+from benchmarks import console, engine, machine, models, peers, suite, tables, timing
 from benchmarks.cases import DTYPES, LAYOUTS, PRESETS, ModelCase, Preset
 
 REPEATS, QUICK_REPEATS = 11, 5
@@ -56,18 +57,19 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "results": [],
     }
     cases = list(_cases(options))
-    with console.progress(sum(_work(case, options) for case in cases)) as progress:
+    with console.progress(len(cases)) as progress:
         progress("measuring the machine's peaks", 0)
         peaks = machine.measure_peaks(device, options.dtype)
         document["sessions"].append(machine.session(device, peaks))
         for case in cases:
-            images = models.image_batch(picture, case.batch, case.preset.image_size)
             label = f"{case.preset.label}, {case.op}, {case.dtype}"
-            progress(f"{label}: building and checking against float64", 0)
-            workload = suite.model_workload(case, images, device, options.checkpoint)
-            progress(label, _checking(case))
-            row = _measure(workload, str(described["backend"]), options, peaks, progress)
+            progress(f"{label}: checking against float64", 0)
+            images = models.image_batch(picture, case.batch, case.preset.image_size)
+            workload = engine.model_workload(case, images, device, options.checkpoint)
+            tell = functools.partial(progress, f"{label}: timing", 0)
+            row = _measure(workload, str(described["backend"]), options, peaks, tell)
             document["results"].append({**row, "session": 0})
+            progress(label, 1)
             if options.json is not None:
                 # after every row: a run that is cut off keeps what it has
                 suite.save(document, options.json)
@@ -79,17 +81,17 @@ def _measure(
     backend: str,
     options: argparse.Namespace,
     peaks: machine.Peaks,
-    progress: Callable[[str, float], None],
-) -> suite.Row:
+    on_timing: Callable[[], None],
+) -> engine.Row:
     """The row of eager PyTorch and ours, timed in a process of their own."""
     case = workload.case
     names = (peers.EAGER[case.layout], f"ours {backend}")
-    left = len(names) * (options.repeats + _warmup(options)) * _cost(case)
 
     def clock(ready: Mapping[str, peers.Prepared]) -> Mapping[str, timing.Timing]:
         if len(ready) < len(names):
             # ours is wrong, and eager alone says nothing
             return {}
+        on_timing()
         return models.time_in_new_process(
             {name: prepared.model for name, prepared in ready.items()},
             workload.images,
@@ -97,15 +99,12 @@ def _measure(
             training=case.training,
             backend=options.backend,
             repeats=options.repeats,
-            warmup=_warmup(options),
-            on_call=lambda name: progress(f"{case.preset.label}, {case.op}: timing", _cost(case)),
+            warmup=1 if options.quick else 2,
         )
 
-    row = suite.measure(workload, names, clock, peaks)
+    row = engine.measure(workload, names, clock, peaks)
     if row["absent"]:
         raise peers.Absent("; ".join(f"{name}: {reason}" for name, reason in row["absent"].items()))
-    if row["wrong"]:
-        progress(f"{case.preset.label}, {case.op}: wrong", left)
     return row
 
 
@@ -122,24 +121,6 @@ def _cases(options: argparse.Namespace) -> Iterator[ModelCase]:
 def _trains(preset: Preset, batch: int, options: argparse.Namespace) -> bool:
     # batch norm and pooling over one image leave nothing of it: every gradient before them is 0, up to rounding
     return (preset.quick_training or not options.quick) and batch > 1
-
-
-def _warmup(options: argparse.Namespace) -> int:
-    return 1 if options.quick else 2
-
-
-def _cost(case: ModelCase) -> float:
-    """Of one call, in GFLOP; a training step takes longer than its arithmetic says."""
-    return 2e-9 * roofline.multiply_adds(case.preset, case.batch, False) * (5 if case.training else 1)
-
-
-def _checking(case: ModelCase) -> float:
-    """A pass in float64 takes about five times as long as one in float32."""
-    return 7 * _cost(case)
-
-
-def _work(case: ModelCase, options: argparse.Namespace) -> float:
-    return _checking(case) + 2 * (options.repeats + _warmup(options)) * _cost(case)
 
 
 def _parser() -> argparse.ArgumentParser:

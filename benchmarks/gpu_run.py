@@ -43,13 +43,13 @@ class Run:
         self._write({"append": key, "value": value})
 
     def row(self, row: dict[str, Any], key: str = "results") -> None:
-        """A row of suite.measure, or a part of one: parts of a case become one row of the list `key`."""
+        """Append a row of engine.measure, or a part of one, to the list `key`: parts of a case become one row."""
         self.append(key, row)
         print(describe_row(row), flush=True)
 
     def _write(self, line: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # behind a line that a kill cut off begins a new one
+        # if a kill has cut off the last line, a new one begins behind it
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with open(self.path, "a") as file:
             file.write("\n" * torn + json.dumps(line) + "\n")
@@ -58,7 +58,7 @@ class Run:
         self.reload()
 
     def reload(self) -> None:
-        """Take over what other processes have written; a line that was cut off by a kill is left out."""
+        """Take over what other processes have written, less a line that a kill has cut off."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -78,15 +78,19 @@ class Run:
 
     @staticmethod
     def _append(values: list[Any], value: Any) -> None:
+        """A part of a row joins the row of its case; what was known of the same implementations is forgotten."""
         known = None
         if isinstance(value, dict) and "implementations" in value:
             known = next((row for row in values if row["case"] == value["case"]), None)
         if known is None:
             values.append(value)
             return
+        names = {*value["implementations"], *value["absent"], *(each["implementation"] for each in value["wrong"])}
+        wrong = [each for each in known["wrong"] if each["implementation"] not in names] + value["wrong"]
+        merged = {"wrong": wrong}
         for key in ("implementations", "absent"):
-            known[key] |= value[key]
-        known["wrong"] += value["wrong"]
+            merged[key] = {name: each for name, each in known[key].items() if name not in names} | value[key]
+        known |= {**value, **merged}
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -123,7 +127,7 @@ def _label(job: Job) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, dict):
         return cases.from_json(value).name
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return " ".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, gpu_confirm, gpu_tools, machine, peers, suite, tables
+from benchmarks import check, engine, gpu_confirm, gpu_tools, machine, peers, tables
 from benchmarks.cases import ModelCase, OpCase, cases, from_json, select, to_json
 from benchmarks.console import first_line
 from benchmarks.gpu_run import Job, Run, run_jobs
@@ -62,18 +62,18 @@ def _peaks(run: Run) -> None:
 def _measure(run: Run, case: dict[str, Any], names: Sequence[str], timed: bool = True) -> None:
     """The row of a case, on disk implementation by implementation; one that fails does not take the others with it."""
     measured = from_json(case)
-    workload = suite.make_workload(measured, _DEVICE, rotate=timed)
+    workload = engine.make_workload(measured, _DEVICE, rotate=timed)
     expected = check.expect(workload)
     sessions = run.document["sessions"]
     peaks = machine.Peaks(**sessions[-1]["peaks"]) if timed else None
-    seconds = _MODEL_SECONDS if isinstance(measured, ModelCase) else suite.GPU_SECONDS
-    clock = suite.clock_of(_DEVICE, seconds, None) if timed else None
+    seconds = _MODEL_SECONDS if isinstance(measured, ModelCase) else engine.GPU_SECONDS
+    clock = engine.clock_of(_DEVICE, seconds, None) if timed else None
     for name in names:
         try:
-            row = suite.measure(workload, [name], clock, peaks, compile_all=True, expected=expected)
+            row = engine.measure(workload, [name], clock, peaks, compile_all=True, expected=expected)
         except _failures() as error:
             torch.cuda.synchronize()
-            row = {**suite.case_fields(measured), "implementations": {}, "absent": {}, "wrong": []}
+            row = {**engine.case_fields(measured), "implementations": {}, "absent": {}, "wrong": []}
             if name.startswith("ours"):
                 row["wrong"].append({"implementation": name, "failure": first_line(error)})
             else:
@@ -96,7 +96,7 @@ def _names(run: Run, cases: Sequence[dict[str, Any]]) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     for case in map(from_json, cases):
-        workload = suite.make_workload(case, _DEVICE, rotate=False)
+        workload = engine.make_workload(case, _DEVICE, rotate=False)
         call = peers.prepare("ours cuda", workload, False).calls[0]
         call()
         torch.cuda.synchronize()

@@ -187,37 +187,28 @@ def time_in_new_process(
     backend: str | None,
     repeats: int,
     warmup: int,
-    on_call: Callable[[str], None],
 ) -> dict[str, timing.Timing]:
     """Times of `models`, interleaved, in a process that does nothing else: as a program that serves, or that trains.
 
     Args:
         images, cotangent, training: as in `call`.
         backend: of this package, or None: its own choice.
-        repeats, warmup, on_call: as in `timing.interleaved`.
+        repeats, warmup: as in `timing.interleaved`.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "computation.pt")
         torch.save((models, images, cotangent), path)
-        return timing.in_new_process(
-            _time, path, training, backend, repeats, warmup, torch.get_num_threads(), on_call=on_call
-        )
+        return timing.in_new_process(_time, path, training, backend, repeats, warmup, torch.get_num_threads())
 
 
 def _time(
-    path: Path,
-    training: bool,
-    backend_name: str | None,
-    repeats: int,
-    warmup: int,
-    threads: int,
-    on_call: Callable[[str], None],
+    path: Path, training: bool, backend_name: str | None, repeats: int, warmup: int, threads: int
 ) -> dict[str, timing.Timing]:
     torch.set_num_threads(threads)
     models, images, cotangent = torch.load(path, weights_only=False)  # this program's own file, modules included
     calls = {name: call(model, images, cotangent, training) for name, model in models.items()}
     with backend(backend_name):
-        return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device, on_call=on_call)
+        return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device)
 
 
 def backend(name: str | None) -> contextlib.AbstractContextManager[None]:

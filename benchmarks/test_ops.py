@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks import cases, check, peers, suite
+from benchmarks import cases, check, engine, peers
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -28,18 +28,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _workload(case: cases.Case, rotate: bool) -> tuple[peers.Workload, check.Expected]:
-    workload = suite.make_workload(case, _DEVICE, rotate)
+    workload = engine.make_workload(case, _DEVICE, rotate)
     return workload, check.expect(workload)
 
 
 def test_operator(benchmark, request: pytest.FixtureRequest, case: cases.Case, name: str) -> None:
     option = request.config.getoption
     workload, expected = _workload(case, option("--cases") != "tiny")
-    ready, absent = suite.prepare(workload, [name], option("--compile-all"))
-    verdicts = suite.verify(workload, expected, ready, absent)
+    ready, absent = engine.prepare(workload, [name], option("--compile-all"))
+    verdicts = engine.verify(workload, expected, ready, absent)
     if name in absent:
         pytest.skip(absent[name])
     assert not name.startswith("ours") or all(each.passed for each in verdicts[name])
     benchmark.group = case.name
     benchmark.extra_info.update({"implementation": name, "op": case.op})
-    benchmark(suite.rotating(ready[name], _DEVICE))
+    benchmark(engine.rotating(ready[name], _DEVICE))

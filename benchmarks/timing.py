@@ -66,7 +66,6 @@ def interleaved(
     repeats: int,
     warmup: int,
     device: torch.device,
-    on_call: Callable[[str], None] | None = None,
     before_call: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:
     """Time `functions` in rounds: each round calls every one once, and every other round in reverse order.
@@ -76,8 +75,7 @@ def interleaved(
         repeats: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
         device: where they run; a CUDA device is synchronised before and after each call.
-        on_call: told the name after each call, outside the timed part.
-        before_call: told it before, outside too.
+        before_call: told the name before each call, outside the timed part.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -93,8 +91,6 @@ def interleaved(
                 taken = elapsed(functions[name], device)
                 if round_number >= warmup:
                     seconds[name].append(taken)
-                if on_call is not None:
-                    on_call(name)
     finally:
         if collecting:
             gc.enable()
@@ -170,17 +166,14 @@ def _graph_of(call: Callable[[], object], times: int) -> tuple[Callable[[], obje
     return graph.replay, None
 
 
-def in_new_process(
-    work: Callable[..., Result], *arguments: object, on_call: Callable[[str], None] | None = None
-) -> Result:
-    """`work(*arguments, on_call=...)`, computed in a new process that has done nothing before but import torch.
+def in_new_process(work: Callable[..., Result], *arguments: object) -> Result:
+    """`work(*arguments)`, computed in a new process that has done nothing before but import torch.
 
     What an earlier computation leaves behind changes the times of a later one: glibc keeps the memory that a training step
     has freed, and hands it to an evaluation that would take page faults for every tensor in a process of its own.
 
     Args:
         work: a function of a module's top level; it and `arguments` and its result must be picklable.
-        on_call: told here what `work` tells its own.
 
     Raises:
         RuntimeError: the one that `work` raised (NotImplementedError is one), or the process ended without a result.
@@ -193,14 +186,7 @@ def in_new_process(
     process.start()
     sender.close()
     try:
-        while True:
-            kind, value = receiver.recv()
-            if kind == "result":
-                return value
-            if kind == "error":
-                raise value
-            if on_call is not None:
-                on_call(value)
+        result, error = receiver.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"a process that was timing ended with exit status {process.exitcode}") from None
@@ -208,13 +194,16 @@ def in_new_process(
         process.terminate()
         process.join()
         receiver.close()
+    if error is not None:
+        raise error
+    return result
 
 
 def _send(sender: multiprocessing.connection.Connection, work: Callable[..., object], arguments: tuple) -> None:
-    # Control-C reaches this process too; whoever waits for the result ends it.
+    # Control-C reaches this process too; the process that waits for the result ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        message = ("result", work(*arguments, on_call=lambda name: sender.send(("call", name))))
+        message = work(*arguments), None
     except RuntimeError as error:  # torch's and the backends'; any other ends this process with its traceback
-        message = ("error", error)
+        message = None, error
     sender.send(message)

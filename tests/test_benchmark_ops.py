@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, check, machine, ops, peers, roofline, suite
+from benchmarks import cases, check, engine, machine, ops, peers, roofline, suite
 from benchmarks.cases import ModelCase, OpCase
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
@@ -35,21 +35,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-CLOCK = suite.clock_of(CPU, 1.0, repeats=1)
+CLOCK = engine.clock_of(CPU, 1.0, repeats=1)
 PEAKS = machine.Peaks(1e10, 1e11, dict.fromkeys(cases.DTYPES, 1e11), "invented")
 
 
 def make_workload(case: cases.Case) -> peers.Workload:
-    return suite.make_workload(case, CPU, rotate=False)
+    return engine.make_workload(case, CPU, rotate=False)
 
 
 def verified(case: cases.Case, name: str, compile_all: bool = False) -> list[check.Comparison]:
     """The verdict on an implementation; skips the test if it cannot run here."""
     workload = make_workload(case)
-    ready, absent = suite.prepare(workload, [name], compile_all)
+    ready, absent = engine.prepare(workload, [name], compile_all)
     if name in absent:
         pytest.skip(absent[name])
-    return suite.verify(workload, check.expect(workload), ready, {})[name]
+    return engine.verify(workload, check.expect(workload), ready, {})[name]
 
 
 def run(path: Path, *arguments: str) -> tuple[int, dict]:
@@ -63,7 +63,7 @@ def test_every_case_runs_and_is_right(op):
     found = [case for case in TINY_CASES.values() if case.op == op]
     assert found
     for case in found:
-        row = suite.measure(make_workload(case), peers.names("cpu"), CLOCK, PEAKS)
+        row = engine.measure(make_workload(case), peers.names("cpu"), CLOCK, PEAKS)
         assert not row["wrong"], row["wrong"]
         json.dumps(row, allow_nan=False)
         expected = {"ours cpu"}
@@ -88,7 +88,7 @@ def test_every_gpu_case_can_be_made(op):
     names = peers.names("cuda")
     found = {case.tiny().name: case.tiny() for case in cases.cases("cuda") if case.op == op}
     for case in found.values():
-        ready, absent = suite.prepare(make_workload(case), names, False)
+        ready, absent = engine.prepare(make_workload(case), names, False)
         assert set(ready) | set(absent) == set(names)
         assert all(absent.values())
         assert (
@@ -109,9 +109,9 @@ def test_the_triton_column_is_right(op):
     if op in cases.MODEL_MODES:
         case = ModelCase(op, "tiny", 2)
     workload = make_workload(case)
-    ready, absent = suite.prepare(workload, ["ours triton"], False)
+    ready, absent = engine.prepare(workload, ["ours triton"], False)
     assert absent == {}
-    found = suite.verify(workload, check.expect(workload), ready, absent)["ours triton"]
+    found = engine.verify(workload, check.expect(workload), ready, absent)["ours triton"]
     assert [each for each in found if not each.passed] == []
 
 
@@ -212,13 +212,13 @@ def test_a_peer_that_fails_is_a_dash_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(peers, "prepare", prepare)
     broken = {"eager channels_last"}
-    ready, absent = suite.prepare(workload, peers.names("cpu"), False)
+    ready, absent = engine.prepare(workload, peers.names("cpu"), False)
     assert absent["eager channels_last"] == "failed: no memory"
     assert "ours cpu" in ready
     for name in ("ours cpu", "eager NCHW"):
         broken = {name}
         with pytest.raises(RuntimeError, match="no memory"):
-            suite.prepare(workload, peers.names("cpu"), False)
+            engine.prepare(workload, peers.names("cpu"), False)
 
 
 def test_a_peer_that_fails_at_its_first_call_is_a_dash(monkeypatch):
@@ -235,13 +235,13 @@ def test_a_peer_that_fails_at_its_first_call_is_a_dash(monkeypatch):
     monkeypatch.setattr(peers, "prepare", prepare)
     names = ["ours cpu", "eager NCHW", "eager channels_last"]
     broken = {"eager channels_last"}
-    row = suite.measure(workload, names, CLOCK, PEAKS)
+    row = engine.measure(workload, names, CLOCK, PEAKS)
     assert row["absent"] == {"eager channels_last": "failed: RuntimeError"}
     assert set(row["implementations"]) == {"ours cpu", "eager NCHW"}
     for name in ("ours cpu", "eager NCHW"):
         broken = {name}
         with pytest.raises(RuntimeError):
-            suite.measure(workload, names, CLOCK, PEAKS)
+            engine.measure(workload, names, CLOCK, PEAKS)
 
 
 def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
@@ -261,7 +261,7 @@ def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
     monkeypatch.setattr(peers, "_graph", lambda workload: (b"", []))
     monkeypatch.setattr(peers, "require", lambda name: runtime)
     workload = make_workload(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"])
-    _, absent = suite.prepare(workload, ["onnxruntime"], False)
+    _, absent = engine.prepare(workload, ["onnxruntime"], False)
     assert absent == {"onnxruntime": "failed: no kernel for this"}
 
 

@@ -18,7 +18,7 @@ import torch
 from emulation.build import build
 from helpers import use_cuda
 
-from benchmarks import cases, check, gpu, gpu_run, gpu_steps, gpu_tools, machine, peers, suite, tables, timing
+from benchmarks import cases, check, engine, gpu, gpu_run, gpu_steps, gpu_tools, machine, peers, tables, timing
 from benchmarks.cases import OpCase
 from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, triton
 
@@ -170,6 +170,17 @@ def test_parts_of_a_row_become_one(run):
         "wrong": [{"implementation": "ours triton", "failure": "no"}],
     }
     assert second["case"] == "b"
+    # a later run of the same implementation replaces what was known of it
+    run.row({**row, "implementations": {"ours triton": {"median_ms": 3.0}}, "session": 1})
+    run.row({**row, "wrong": [{"implementation": "ours cuda", "failure": "no"}], "session": 1})
+    first, second = _saved(run)["results"]
+    assert first == {
+        **row,
+        "implementations": {"ours triton": {"median_ms": 3.0}},
+        "absent": {"eager NCHW": "no memory"},
+        "wrong": [{"implementation": "ours cuda", "failure": "no"}],
+        "session": 1,
+    }
 
 
 def _jobs() -> list[gpu_run.Job]:
@@ -289,7 +300,7 @@ def on_the_cpu(monkeypatch, run):
         return clock
 
     monkeypatch.setattr(gpu_steps, "_DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(suite, "clock_of", clock_of)
+    monkeypatch.setattr(engine, "clock_of", clock_of)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # not the pooled hundreds of channels, which an interpreter and an emulation take minutes for
@@ -364,8 +375,8 @@ def test_every_operator_of_the_emulated_kernels_with_settings(op, run, on_the_cp
     """A worker's way: the case by its JSON, a setting that only it sees, every choice of GEMM, right or wrong only."""
     case = OpCase(op, "sweep", (2, 16, 5, 8), 3, dtype="bfloat16")
     seen = []
-    honest = suite.measure
-    monkeypatch.setattr(suite, "measure", lambda *a, **k: seen.append(os.environ["EMU_BLOCKS"]) or honest(*a, **k))
+    honest = engine.measure
+    monkeypatch.setattr(engine, "measure", lambda *a, **k: seen.append(os.environ["EMU_BLOCKS"]) or honest(*a, **k))
     names = ["ours cuda", *(f"ours cuda {gemm}" for gemm in peers.gemms_of(case, (8, 0)))]
     job = gpu_steps._job(case, names, 10, timed=False, settings={"EMU_BLOCKS": "3"})
     gpu_steps.do(run, json.loads(json.dumps(job)))
@@ -397,7 +408,7 @@ def test_models_are_measured_with_the_backend_that_there_is(run, on_the_cpu, mon
 def test_a_model_is_timed_in_the_mode_of_its_case(monkeypatch):
     """On a GPU its inference alone is checked: that must not leave the training step in eval mode."""
     case = cases.ModelCase("model_step", "tiny", 8)
-    workload = suite.make_workload(case, torch.device("cpu"))
+    workload = engine.make_workload(case, torch.device("cpu"))
     # what checks a few images of a model asks for the device's type
     workload.device = torch.device("cuda")
     expected = check.expect(workload)
@@ -412,7 +423,7 @@ def test_a_model_is_timed_in_the_mode_of_its_case(monkeypatch):
 
 def test_the_report_of_triton_alone_shows_its_times(run):
     row = {
-        **suite.case_fields(OpCase("normalize", "", (2, 4, 5, 6))),
+        **engine.case_fields(OpCase("normalize", "", (2, 4, 5, 6))),
         "implementations": {
             "ours triton": {"median_ms": 0.01, "percent_of_floor": 50.0},
             "eager NCHW": {"median_ms": 0.03, "percent_of_floor": 20.0},
@@ -518,7 +529,7 @@ def test_every_forced_gemm_is_one_that_the_backend_knows(monkeypatch):
 def test_float32_is_held_against_eager_s_product_of_all_channels():
     """The order of a product's sums depends on its size: eager's few channels of a narrow product err less than those of the whole."""
     case = OpCase("pointwise_eval", "", (2, 256, 4, 4))
-    workload = suite.make_workload(case, torch.device("cpu"), rotate=False)
+    workload = engine.make_workload(case, torch.device("cpu"), rotate=False)
     expected = check.expect(workload)
     assert expected.kept is None
     assert expected.eager[0]["y"].shape == case.shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -223,57 +224,43 @@ def _our_block(inputs: Inputs, training: bool, backend: str, x: Tensor, *tensors
     return public(x, *tensors, training=training, eps=EPS, momentum=MOMENTUM, backend=backend)
 
 
-def _our_gradients(inputs: Inputs, backend: str, needs: tuple[bool, bool, bool], sums: Results) -> Results:
-    """Those of x, weight and bias that `needs` asks for."""
-    module, p, i = backend_module(backend), inputs.parameters, inputs
+def _our_gradients(
+    needs: tuple[bool, bool, bool],  # of x, weight, bias
+    whole: bool,  # the reduction of batch norm's backward is in it
+    backend: str,
+    i: Inputs,
+    sums: Results | None,  # of the reduction, if it is not
+) -> Results:
+    module, p = backend_module(backend), i.parameters
+    if whole:
+        sums = module.norm_backward(i.dy, i.a, "gelu", i.norm)
     if p.weight.shape[1] != 1:
-        found = module.pointwise_backward(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums, needs)
-        return tuple(grad for grad, needed in zip(found, needs, strict=True) if needed)
-    if needs[0]:
-        return (module.depthwise_input_grad(i.dy, i.a, p.weight, "gelu", i.norm, sums, True),)
-    return module.depthwise_weight_grad(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums)
+        every = module.pointwise_backward(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums, needs)
+        found = tuple(grad for grad, needed in zip(every, needs, strict=True) if needed)
+    elif needs[0]:
+        found = (module.depthwise_input_grad(i.dy, i.a, p.weight, "gelu", i.norm, sums, True),)
+    else:
+        found = module.depthwise_weight_grad(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums)
+    # sum dy is beta's gradient, sum dy * hhat gamma's
+    return (*found, sums[1], sums[0]) if whole else found
 
 
-def _our_backward(needs: tuple[bool, bool, bool]) -> Callable[[Inputs, str], Callable[[], Results]]:
-    """From dy: the reduction of batch norm's backward, and the gradients that `needs` asks for."""
-
-    def prepared(inputs: Inputs, backend: str) -> Callable[[], Results]:
-        def call() -> Results:
-            sums = backend_module(backend).norm_backward(inputs.dy, inputs.a, "gelu", inputs.norm)
-            # sum dy is beta's gradient, sum dy * hhat gamma's
-            return *_our_gradients(inputs, backend, needs, sums), sums[1], sums[0]
-
-        return call
-
-    return prepared
-
-
-def _our_part(needs: tuple[bool, bool, bool]) -> Callable[[Inputs, str], Callable[[], Results]]:
-    """The gradients that `needs` asks for, from dy and the reduction's result."""
-
-    def prepared(inputs: Inputs, backend: str) -> Callable[[], Results]:
-        sums = backend_module(backend).norm_backward(inputs.dy, inputs.a, "gelu", inputs.norm)
-        return lambda: _our_gradients(inputs, backend, needs, sums)
-
-    return prepared
-
-
-def _our_statistics(inputs: Inputs, backend: str) -> Callable[[], Results]:
-    p, module = inputs.parameters, backend_module(backend)
+def _our_statistics(backend: str, i: Inputs, sums: None) -> Results:
+    p, module = i.parameters, backend_module(backend)
     primitive = module.depthwise_train if p.weight.shape[1] == 1 else module.pointwise_train
-    return lambda: primitive(inputs.x, p.weight, p.bias, "gelu")
+    return primitive(i.x, p.weight, p.bias, "gelu")
 
 
-def _our_normalize(inputs: Inputs, backend: str) -> Callable[[], Results]:
-    return lambda: (backend_module(backend).normalize(inputs.a, "gelu", inputs.norm, inputs.x),)
+def _our_normalize(backend: str, i: Inputs, sums: None) -> Tensor:
+    return backend_module(backend).normalize(i.a, "gelu", i.norm, i.x)
 
 
-def _our_norm_backward(inputs: Inputs, backend: str) -> Callable[[], Results]:
-    return lambda: backend_module(backend).norm_backward(inputs.dy, inputs.a, "gelu", inputs.norm)
+def _our_norm_backward(backend: str, i: Inputs, sums: None) -> Results:
+    return backend_module(backend).norm_backward(i.dy, i.a, "gelu", i.norm)
 
 
-def _our_convolution(inputs: Inputs, backend: str) -> Callable[[], Results]:
-    return lambda: (ck.depthwise_conv2d(inputs.x, *inputs.parameters[:2], backend=backend),)
+def _our_convolution(backend: str, i: Inputs, sums: None) -> Tensor:
+    return ck.depthwise_conv2d(i.x, *i.parameters[:2], backend=backend)
 
 
 @dataclass(frozen=True)
@@ -288,8 +275,9 @@ class Operator:
     passes: tuple[int, int]
     convolutions: int  # of each block
     activations: int  # evaluations of erf an element, for gelu, its derivative or both, of each block
-    #: made ready to be timed, for a backend; None: the public operator
-    prepared: Callable[[Inputs, str], Callable[[], Results]] | None = None
+    #: of a backend's name, the inputs and the result of the reduction; None: ours is the public operator
+    primitives: Callable[..., Tensor | Results] | None = None
+    reduced: bool = False  # ours starts at the result of the reduction, which is not timed
     training: bool = False
     step: bool = False
     part: bool = False  # one kernel of ours; eager PyTorch has no call of the same contents
@@ -306,8 +294,9 @@ class Operator:
 
     def ours(self, inputs: Inputs, backend: str) -> Callable[[], Results]:
         """What is timed, for one of our backends."""
-        if self.prepared is not None:
-            return self.prepared(inputs, backend)
+        if self.primitives is not None:
+            sums = _our_norm_backward(backend, inputs, None) if self.reduced else None
+            return lambda: _tuple(self.primitives(backend, inputs, sums))
 
         def function(x: Tensor, *tensors: Tensor) -> Tensor:
             return _our_block(inputs, self.training, backend, x, *tensors)
@@ -416,10 +405,11 @@ OPERATORS = {
         _TRAIN.format("depthwise", ", + x"), _train, _all, _FORWARD, (2, 3), 1, 2, training=True,
     ),
     "depthwise_input_grad": Operator(
-        _INPUT.format(", + dy"), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, _our_backward(_X),
+        _INPUT.format(", + dy"), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
     ),
     "depthwise_weight_grad": Operator(
-        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, _our_part(_WEIGHT),
+        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
+        reduced=True,
     ),
     "depthwise_step": Operator(
         _STEP.format("depthwise"), _train, _all, ("y", *_GRADS), (4, 9), 3, 5, training=True, step=True,
@@ -432,15 +422,16 @@ OPERATORS = {
         _TRAIN.format("pointwise", ""), _train, _all, _FORWARD, (1, 3), 1, 2, training=True,
     ),
     "pointwise_input_grad": Operator(
-        _INPUT.format(""), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, _our_backward(_X),
+        _INPUT.format(""), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
     ),
     "pointwise_weight_grad": Operator(
-        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, _our_part(_WEIGHT),
+        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
+        reduced=True,
     ),
     "pointwise_backward": Operator(
         "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the convolution's "
         "gradients dx, dw and db.",
-        _backward, _backward_arguments, _GRADS, (2, 6), 2, 3, _our_backward(_ALL),
+        _backward, _backward_arguments, _GRADS, (2, 6), 2, 3, partial(_our_gradients, _ALL, True),
     ),
     "pointwise_step": Operator(
         _STEP.format("pointwise"), _train, _all, ("y", *_GRADS), (3, 9), 3, 5, training=True, step=True,
@@ -466,7 +457,8 @@ OPERATORS = {
     ),
     "depthwise_input_grad_kernel": Operator(
         "Ours only, depthwise_input_grad without the reduction: from dy, a and the result of norm_backward to dx.",
-        _dx, _backward_arguments, ("dx",), (1, 2), 1, 1, _our_part(_X), part=True,
+        _dx, _backward_arguments, ("dx",), (1, 2), 1, 1, partial(_our_gradients, _X, False),
+        reduced=True, part=True,
     ),
     "pointwise_train_kernel": Operator(
         "Ours only, the first kernel of pointwise_train: from x to a and the mean and variance of GELU(a).",

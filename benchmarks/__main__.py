@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         document = run(options)
     except (console.MissingPackage, models.CheckpointError, OSError, NotImplementedError, peers.Absent) as error:
-        # what a user can cause (a package, a file, a backend that cannot run this) is told without a traceback
+        # a user can cause these (a missing package, a bad file, a backend that cannot run this): no traceback
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

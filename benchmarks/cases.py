@@ -2,11 +2,11 @@
 """Which cases are measured, and why these.
 
 The full grid (every operator, kernel size, shape, batch, dtype and layout) is days of work. So each axis is walked once while
-the others stay where its effect shows best:
+the others stay at a point that shows its effect:
 
 * kernel: every depthwise operator at one shape, k from 3 to 31;
 * shape: inference and a training step of the block at the shapes of published networks, with their kernel sizes;
-* batch: the smallest plane, where the fixed cost of a call shows;
+* batch: the smallest plane, because it shows the fixed cost of a call;
 * dtype and layout: every operator at 256 channels on 16x16, the plane of ConvMixer-256/8.
 
 `quick` marks a selection: on a CPU a few minutes, on a GPU what `python -m benchmarks.gpu` measures.
@@ -260,7 +260,7 @@ def _gpu_operators() -> Iterator[OpCase]:
     every = (*DEPTHWISE[1:], *PARTS, *NORM, "pointwise_eval", "pointwise_train", "pointwise_backward", "pointwise_step")
     for layout in LAYOUTS:
         yield from (case(op, big, layout=layout) for op in (*every, *LAYER))
-    # where a layer in one kernel, and our GEMM instead of torch's, are close calls
+    # at these sizes a layer in one kernel is about as fast as two launches, and our GEMM as torch's
     narrow = [(64, c, 32, 32) for c in (256, 128, 64)]
     yield from (case("layer_eval", shape) for shape in (*narrow, (256, 256, 16, 16)))
     for shape in (*((64, c, 32, 32) for c in (128, 256, 384, 512, 768)), (256, 256, 16, 16)):
@@ -309,10 +309,10 @@ def cases(device_type: str = "cpu") -> list[Case]:
 
 
 def select(all_cases: list[Case], quick: bool, patterns: list[str]) -> list[Case]:
-    """Those that a run was asked for.
+    """The cases that the options of a run name.
 
     Args:
-        quick: only the cases with that mark.
+        quick: only cases with that mark.
         patterns: a case stays if each of its words' patterns fits: "depthwise_eval k9", "*step float32", "RepLKNet*".
     """
     return [

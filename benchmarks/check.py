@@ -172,7 +172,7 @@ def _model_results(workload: Workload, model: nn.Module) -> Results:
             return training_step(model, workload.images, workload.cotangent)
         return evaluate(model, workload.images)
     finally:
-        # what is timed next may be the other mode
+        # the mode of the timed calls may be the other one
         model.train(mode)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the commands share on a terminal, and packages that only they need, imported where they are used."""
+"""Output on a terminal, and imports of packages that only the benchmarks need."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def progress(work: float) -> Iterator[Callable[[str, float], None]]:
-    """A function to call with what is going on and how much of `work` was done since its last call.
+    """Yields a function that takes a description of the current work and how much of `work` was done since its last call.
 
     On a terminal it moves a bar with the time left, else it writes lines to stderr.
     """

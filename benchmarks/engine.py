@@ -17,7 +17,7 @@ from benchmarks.ops import make_inputs
 from benchmarks.peers import Prepared, Workload
 
 Row = dict[str, object]
-#: Times what is ready, by name.
+#: Times ready implementations, by name.
 Clock = Callable[[Mapping[str, Prepared]], Mapping[str, timing.Timing]]
 
 #: Of timing one implementation on a GPU.
@@ -37,10 +37,10 @@ def measure(
     """A row: each implementation checked, and timed if it is right (or is not ours).
 
     Args:
-        clock: None: checked only.
-        peaks: what the floor is computed from; None: no floor.
-        compile_all: torch.compile for a case without the mark, too.
-        expected: what check.expect(workload) has found, if it is known.
+        clock: times the implementations; None: they are only checked.
+        peaks: of this machine, for the floor; None: no floor.
+        compile_all: run torch.compile even if the case has no mark for it.
+        expected: the result of check.expect(workload), if it is known.
 
     Raises:
         RuntimeError: ours or eager PyTorch in the case's layout failed. The row says so of any other.
@@ -86,7 +86,7 @@ def case_fields(case: Case) -> Row:
 
 
 def make_workload(case: Case, device: torch.device, rotate: bool = True) -> Workload:
-    """The inputs of a case; of an operator so many sets that together they exceed the cache twice, and no call finds its own there.
+    """The inputs of a case: for an operator so many sets that together they exceed the cache twice, so that no call finds its own in it.
 
     Args:
         rotate: False for only as many sets as a check needs.
@@ -132,7 +132,7 @@ def prepare(workload: Workload, names: Sequence[str], compile_all: bool) -> tupl
         except peers.Absent as reason:
             absent[name] = str(reason)
         except RuntimeError as error:
-            # a peer that cannot take a case (an engine's refusal, no memory) is a dash; ours and the measure of all are not
+            # if a peer cannot take a case (an engine refuses it, no memory), it gets a dash; ours and the baseline must run
             if name.startswith("ours") or name == peers.EAGER[workload.case.layout]:
                 raise
             absent[name] = f"failed: {console.first_line(error)}"
@@ -145,7 +145,7 @@ def verify(
     """Every implementation's results against float64, beside eager PyTorch's in the case's layout.
 
     Args:
-        absent: takes the peers that fail at their first call, and why.
+        absent: a peer that fails at its first call is added, with the reason.
     """
     verdicts = {}
     for name, prepared in ready.items():
@@ -223,7 +223,7 @@ def rotating(prepared: Prepared, device: torch.device) -> Callable[[], None]:
 def _interleaved(
     ready: Mapping[str, Prepared], device: torch.device, seconds: float, repeats: int | None
 ) -> dict[str, timing.Timing]:
-    """In as many rounds as fit into `seconds`, between 5 and 101, or as many as asked for."""
+    """In as many rounds as fit into `seconds`, between 5 and 101, or in `repeats` rounds."""
     functions = {
         name: _rotating(prepared) if prepared.setting is Prepared.setting else rotating(prepared, device)
         for name, prepared in ready.items()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """python -m benchmarks.gpu: check, measure, profile, test and sanitize the kernels on this machine's GPU, within 9 minutes.
 
-Nothing that happens on the device loses what was found before: every row is appended to DIR/rows.jsonl and flushed before the
-next begins, and cases run in worker processes of their own. One that hangs or crashes costs its row; the next worker goes on
-behind it. At the end DIR/summary.txt says what is wrong and what is fast, and `python -m benchmarks.gpu --fold DIR` makes
-benchmarks/results/<gpu>.json of it. Needs no network. Without _cuda the Triton backend alone is measured.
+A broken kernel loses no earlier result: every row is appended to DIR/rows.jsonl and flushed before the next begins, and cases
+run in worker processes. A case that hangs or crashes costs its own row; the next worker goes on behind it. At the end
+DIR/summary.txt lists wrong results and all times, and `python -m benchmarks.gpu --fold DIR` makes benchmarks/results/<gpu>.json
+of the rows. Needs no network. Without _cuda the Triton backend alone is measured.
 
 If you have a machine with a GPU for minutes only, compile first elsewhere: `python -m benchmarks.gpu --prepare DIR` writes the
 device objects, and the same option on the GPU's machine compiles and links only the binding for its Python.
@@ -24,7 +24,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-# --prepare runs before torch is there: what imports torch is imported where it is used
+# --prepare must run without torch, so modules that import it are imported in main
 _ROOT = Path(__file__).resolve().parent.parent
 
 #: The steps in their order, with the most seconds that each may take.
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     what = __doc__.split(": ", 1)[1].split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=what)
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where the files go (gpu-results)", default="gpu-results"
+        "--output", type=Path, metavar="DIR", help="folder of the results (gpu-results)", default="gpu-results"
     )
     parser.add_argument("--seconds", type=float, default=540, help="stop after so many (540)")
     parser.add_argument("--only", default=",".join(_DEFAULT_STEPS), help=f"steps, of {','.join(STEPS)}")

@@ -24,7 +24,7 @@ _START_LIMIT = 60
 
 
 class Run:
-    """What has been found out so far, on disk after every row, and how much time is left."""
+    """The results so far, on disk after every row, and how much time is left."""
 
     def __init__(self, path: Path, seconds: float = float("inf")) -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
@@ -78,7 +78,7 @@ class Run:
 
     @staticmethod
     def _append(values: list[Any], value: Any) -> None:
-        """A part of a row joins the row of its case; what was known of the same implementations is forgotten."""
+        """Add a value. A part of a row joins the row of its case and replaces earlier results of the same implementations."""
         known = None
         if isinstance(value, dict) and "implementations" in value:
             known = next((row for row in values if row["case"] == value["case"]), None)

@@ -137,7 +137,7 @@ def _job(case: OpCase | ModelCase, names: Sequence[str], limit: float, **more: A
 
 
 def check_jobs(backends: Sequence[str]) -> list[Job]:
-    """The riskiest kernels, right or wrong only: what has run the least on hardware goes first."""
+    """Checks of the riskiest kernels, without times; those that have run least on hardware come first."""
 
     def job(op: str, shape: tuple[int, int, int, int], *gemms: str, layout: str = "contiguous", **more: Any) -> Job:
         case = OpCase(op, "check", shape, layout=layout, **{"dtype": "bfloat16", **more})

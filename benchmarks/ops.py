@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What an operator's row contains: its inputs, eager PyTorch's way, ours, and the bytes and FLOPs that nobody can avoid.
+"""The operators: their inputs, eager PyTorch's way, ours, and the bytes and FLOPs that no implementation can avoid.
 
-A row has the same start and end for everyone and on every device; the table OPERATORS says which, and docs/performance.md is
-generated from it.
+A row starts and ends at the same tensors for every implementation and device. The table OPERATORS names them, and
+docs/performance.md is generated from it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Inputs:
         return Inputs(*activations, tuple(Parameters(*map(function, block)) for block in self.blocks))
 
     def double(self) -> Inputs:
-        """The same numbers in float64; what was derived from others is derived again."""
+        """The same numbers in float64; da is derived again."""
         wide = self.map(Tensor.double)
         wide.da = _da(wide)
         return wide

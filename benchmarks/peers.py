@@ -23,7 +23,7 @@ Results = tuple[Tensor, ...]
 Calls = list[Callable[[], Results]]
 
 EAGER = {"contiguous": "eager NCHW", "channels_last": "eager channels_last"}
-#: What torch.compile is told. layout_optimization is what TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 sets.
+#: Arguments of torch.compile. TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 sets the same option as the last.
 COMPILE = {
     "compile": {},
     "compile max-autotune": {"mode": "max-autotune"},
@@ -31,8 +31,6 @@ COMPILE = {
 }
 CUDNN = {f"cudnn {mode}": mode for mode in ("auto", "cudnn", "native")}
 CLONE = "clone"
-
-
 #: The products of ours on a GPU that CONVMIXER_CUDA_GEMM can force: "ours cuda wgmma" is "ours cuda" with that choice.
 GEMMS = ("fused", "torch", "wgmma", "layer")
 
@@ -44,8 +42,8 @@ def names(device_type: str) -> list[str]:
     return [*ours, *EAGER.values(), *COMPILE, *others, CLONE]
 
 
-#: What exists beside names(), for those who name it: the reference backend, which is not made to be fast, backends that take CPU
-#: tensors in an emulation or interpreter, and forced products.
+#: Implementations that run only if named: the reference backend, which is not made to be fast, backends that take CPU tensors in an
+#: emulation or interpreter, and forced products.
 EXTRA = (*(f"ours {name}" for name in dispatch.BACKENDS), *(f"ours cuda {gemm}" for gemm in GEMMS))
 
 

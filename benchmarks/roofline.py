@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""FLOPs and bytes that nobody can avoid, and the least time that this machine needs for them: the floor of a row.
+"""The FLOPs and bytes that no implementation can avoid, and the least time that this machine needs for them: a row's floor.
 
 FLOPs are nominal: 2 per multiply-add, padding taps included. A floor leaves those taps out and, on a CPU, adds the time of 18
 multiply-adds per exact GELU (what a vector erf costs). A model's training step does every convolution three times (forward,

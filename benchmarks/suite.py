@@ -23,7 +23,7 @@ INTERRUPTED = 130
 SECONDS, QUICK_SECONDS = 4.0, 1.0
 #: Rows of one file must be comparable: what may not change between a run and its resumption.
 _SAME = ("device", "cpu", "instruction_set", "threads", "torch", "commit", "convmixer_kernels")
-#: Options that decide what a row holds: as little.
+#: Options that decide a row's contents; they may not change either.
 _ASKED = ("implementations", "compile_all", "tiny")
 
 
@@ -102,7 +102,7 @@ def _open(path: Path, options: argparse.Namespace, device: torch.device) -> dict
     ]
     if changed:
         raise Refused(f"{path} was measured on something else ({'; '.join(changed)}): --overwrite starts anew")
-    # rows that are there would lack what is asked for now, and nothing would say so
+    # otherwise the rows of the file would silently lack what the options name now
     known = document.get("options", asked)
     changed = [f"--{name.replace('_', '-')} was {known.get(name)}, is {asked[name]}" for name in asked]
     changed = [each for each, name in zip(changed, asked, strict=True) if known.get(name) != asked[name]]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tables from the JSON files: what a row's cells say, for the terminal, README.md, docs/performance.md and the HTML page."""
+"""Tables from the JSON files, for the terminal, README.md, docs/performance.md and the HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks import ops, roofline
+from benchmarks import ops, peers, roofline
 
 Row = Mapping[str, object]
 Document = Mapping[str, object]
@@ -16,7 +16,6 @@ Table = tuple[list[str], list[list[str]]]
 ABSENT, INEXACT, SUM, WRONG = "-", "*", "+", "WRONG"
 #: In the order in which the package chooses among them.
 _OURS = ("ours cpu", "ours cuda", "ours triton", "ours reference")
-_EAGER = {"contiguous": "eager NCHW", "channels_last": "eager channels_last"}
 
 
 def milliseconds(value: float) -> str:
@@ -26,7 +25,7 @@ def milliseconds(value: float) -> str:
 
 
 def machine(document: Document) -> str:
-    """What it was measured on, in one line."""
+    """The machine in one line."""
     found = document["environment"]
     device = found["device"]
     if found["device_type"] == "cpu":
@@ -67,7 +66,7 @@ def ours(row: Row) -> str | None:
 def best_peer(row: Row, start: str = "") -> str | None:
     """The fastest implementation that is neither ours nor the bound, of those whose name begins with `start`."""
     found = row["implementations"]
-    names = [name for name in found if name.startswith(start) and not name.startswith("ours ") and name != "clone"]
+    names = [name for name in found if name.startswith(start) and not name.startswith("ours ") and name != peers.CLONE]
     return min((name for name in names if "median_ms" in found[name]), key=lambda name: median(row, name), default=None)
 
 
@@ -114,7 +113,7 @@ def _floor(row: Row) -> str:
 
 def _memory(row: Row) -> str:
     """Peak of torch's allocator in MiB, ours and eager PyTorch's in the same layout."""
-    sizes = [row["implementations"].get(name, {}).get("peak_bytes") for name in (ours(row), _EAGER[row["layout"]])]
+    sizes = [row["implementations"].get(name, {}).get("peak_bytes") for name in (ours(row), peers.EAGER[row["layout"]])]
     return " / ".join(ABSENT if size is None else _mebibytes(size) for size in sizes)
 
 
@@ -132,7 +131,7 @@ def _other_products(row: Row) -> str:
 
 def _called(row: Row) -> str:
     """A model that is called from Python, not as a CUDA graph: ours, and how many times faster than eager PyTorch."""
-    pair = [row["implementations"].get(name, {}).get("called_ms") for name in (ours(row), _EAGER[row["layout"]])]
+    pair = [row["implementations"].get(name, {}).get("called_ms") for name in (ours(row), peers.EAGER[row["layout"]])]
     return f"{milliseconds(pair[0])}, {_times(pair[1] / pair[0])}" if "model" in row and all(pair) else ABSENT
 
 
@@ -167,7 +166,7 @@ _SHORT: dict[str, list[Column]] = {
     "cuda": [
         ("ours", _ours_cell),
         ("Triton", lambda row: ABSENT if ours(row) == "ours triton" else _cell(row, "ours triton")),
-        ("eager, same layout", lambda row: _cell(row, _EAGER[row["layout"]])),
+        ("eager, same layout", lambda row: _cell(row, peers.EAGER[row["layout"]])),
         ("torch.compile", lambda row: _cell(row, best_peer(row, "compile"))),
         ("other products", _other_products),
         ("called, not as a graph", _called),
@@ -193,7 +192,7 @@ def operators(rows: Sequence[Row], device_type: str | None = None) -> Table:
 
 
 def operator_notes(document: Document, reasons: bool = True) -> list[str]:
-    """What the columns mean and, with `reasons`, why some figures are missing."""
+    """The meaning of the columns and, with `reasons`, why some figures are missing."""
     rows, on_gpu = document["results"], document["environment"]["device_type"] == "cuda"
     how = "each as a CUDA graph" if on_gpu else "interleaved call by call"
     lines = [
@@ -241,7 +240,11 @@ def models(document: Document) -> Table:
         errors = [f"{checked[0][key]:.1e}" for key in ("error", "eager_error")]
         times = [ABSENT, ABSENT, WRONG]
         if not row["wrong"]:
-            times = [_cell(row, _EAGER[row["layout"]]), _ours_cell(row), _times(speedup(row, _EAGER[row["layout"]]))]
+            times = [
+                _cell(row, peers.EAGER[row["layout"]]),
+                _ours_cell(row),
+                _times(speedup(row, peers.EAGER[row["layout"]])),
+            ]
         cells.append([name, mode, row["dtype"], *errors, *times])
         if (row["model"], row["dtype"]) not in trained:
             cells.append([name, "train", row["dtype"], *[ABSENT] * 5])
@@ -249,7 +252,7 @@ def models(document: Document) -> Table:
 
 
 def model_notes(document: Document) -> list[str]:
-    """What the columns mean, and what was left out."""
+    """The meaning of the columns, and which rows were left out."""
     rows = document["results"]
     repeats = {each["repeats"] for row in rows for each in row["implementations"].values() if "repeats" in each}
     number = f"{min(repeats)} " if len(repeats) == 1 else ""

@@ -2,7 +2,7 @@
 """The same cases under pytest-benchmark, for its tooling: pytest benchmarks --benchmark-only.
 
 A group is a case, a test one implementation of it, checked before it is timed. Unlike python -m benchmarks ops it times one
-implementation after the other: compare what is interleaved there.
+implementation after the other, so compare figures of that command.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ def interleaved(
         functions: name and what to time.
         repeats: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
-        device: where they run; a CUDA device is synchronised before and after each call.
-        before_call: told the name before each call, outside the timed part.
+        device: of the functions; a CUDA device is synchronised before and after each call.
+        before_call: called with the name before each call, outside the timed part.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -143,7 +143,7 @@ def _fit(seconds: float, each: float, least: int, most: int) -> int:
 
 
 def _host_seconds(call: Callable[[], object], calls: int) -> float:
-    """Python and launches of one call, while the GPU works through what was launched before."""
+    """Python and launches of one call, while the GPU still works on earlier calls."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import __main__ as command
 from benchmarks import cases, check, engine, machine, ops, peers, roofline, suite
 from benchmarks.cases import ModelCase, OpCase
+from convmixer_kernels.backends import reference
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
 
@@ -303,6 +304,37 @@ def test_sampled_channels_are_the_whole_s(monkeypatch, op):
     for name, tensor in found[0].items():
         assert tensor.shape == sampled.exact[0][name].shape
     assert all(each.passed for each in check.judge(workload, sampled, found, complete=True))
+
+
+@pytest.mark.parametrize(
+    ("op", "timed"),
+    [
+        ("depthwise_input_grad", ["norm_backward", "depthwise_input_grad"]),
+        ("depthwise_input_grad_kernel", ["depthwise_input_grad"]),
+        ("depthwise_weight_grad", ["depthwise_weight_grad"]),
+        ("pointwise_input_grad", ["norm_backward", "pointwise_backward"]),
+        ("pointwise_weight_grad", ["pointwise_backward"]),
+        ("pointwise_backward", ["norm_backward", "pointwise_backward"]),
+        ("depthwise_train", ["depthwise_train", "normalize"]),
+        ("depthwise_train_kernel", ["depthwise_train"]),
+    ],
+)
+def test_what_a_row_of_ours_contains(monkeypatch, op, timed):
+    """Which primitives are timed: the same on every device, since all backends have these."""
+    called = []
+    for name in ("norm_backward", "depthwise_input_grad", "depthwise_weight_grad", "pointwise_backward", "normalize"):
+        _record(monkeypatch, name, called)
+    _record(monkeypatch, "depthwise_train", called)
+    (inputs,) = ops.make_inputs(OpCase(op, "", (2, 8, 5, 6), 3), CPU, 1)
+    call = ops.OPERATORS[op].ours(inputs, "reference")
+    called.clear()
+    call()
+    assert called == timed
+
+
+def _record(monkeypatch: pytest.MonkeyPatch, name: str, called: list[str]) -> None:
+    honest = getattr(reference, name)
+    monkeypatch.setattr(reference, name, lambda *arguments: called.append(name) or honest(*arguments))
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is made of the benchmarks' JSON files: comparisons, tables, pictures and the page; and what of files that are none."""
+"""Comparisons, tables, pictures and the page from the benchmarks' JSON files; and the error for any other file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_compare_tells_change_from_noise(tmp_path, capsys):
     assert lines[4] == "within noise: 1; in one file only: 1"
     assert command.main([*arguments, "--fail"]) == 1
     capsys.readouterr()
-    # another machine: told, and no verdict about the code
+    # another machine: a note, and no verdict about the code
     paths[0].write_text(json.dumps(before | {"environment": {"device": "y"}}))
     assert command.main(arguments) == 0
     assert capsys.readouterr().out.startswith("note: device differs: y and x")
@@ -103,7 +103,7 @@ def committed() -> dict[str, dict]:
 
 
 def test_committed_files_have_one_schema():
-    """A row of any command, of any device: what it contains is known, and a speed-up is of right results only."""
+    """Rows of every command and device: ops.py says what they contain, and only right results have a time."""
     documents = committed()
     assert set(documents) == set(report.KINDS)
     for document in documents.values():

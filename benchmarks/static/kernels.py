@@ -59,7 +59,7 @@ class Case:
 
     name: str
     kernel: str  # regular expression of its mangled name
-    op: str  # of benchmarks.gpu
+    op: str  # a primitive
     layout: str
     dtype: str
     blocks: int  # on a multiprocessor with 228 KB, as the file header and the launch bounds claim

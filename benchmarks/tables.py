@@ -96,9 +96,7 @@ def _cell(row: Row, name: str | None) -> str:
 def _sums(rows: Sequence[Row]) -> list[str]:
     """Which rows of a run were added up, because a row of that run held less than it does now."""
     found = (each["sum_of"] for row in rows for each in row["implementations"].values() if "sum_of" in each)
-    return [
-        f"{SUM}: the sum of {each}, measured apart in the same run." for each in dict.fromkeys(map(" and ".join, found))
-    ]
+    return [f"{SUM}: {each}, two rows of the same run added." for each in dict.fromkeys(map(" and ".join, found))]
 
 
 def _ours_cell(row: Row) -> str:
@@ -326,6 +324,7 @@ def small(documents: Sequence[Document], device_type: str) -> str:
         ("eager PyTorch", lambda row: _cell(row, best_peer(row, "eager"))),
         ("ours", _ours_cell),
         ("speed-up", lambda row: f"{speedup(row, best_peer(row, 'eager')):.1f}x"),
+        ("of the floor", _floor),
     ]
     places = dict.fromkeys(machine(document) for document in documents)
     note = "Medians; eager PyTorch in the faster of the layouts that were measured."

@@ -217,7 +217,7 @@ def test_tables_mark_what_is_wrong_missing_inexact_or_a_sum():
     assert tables.operators([inexact])[1][0][3:] == ["2.00+", "1.00*", "-", "0.100", "- / 2.0", "-", "0.50x"]
     document = {"results": [inexact], "environment": {"device_type": "cpu"}, "sessions": []}
     notes = "\n".join(tables.operator_notes(document))
-    assert "+: the sum of a and b, measured apart in the same run." in notes
+    assert "+: a and b, two rows of the same run added." in notes
     assert "*: an error of more than twice" in notes
     assert "- openvino: why." in notes
     failed = {"implementation": "ours cpu", "tensor": "y", "error": 1.0, "allowed": 0.1, "eager_error": 0.05}

@@ -27,6 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> cases.Preset:
     torch.set_num_threads(1)
     for module in (cases, command):
         monkeypatch.setattr(module, "PRESETS", {"tiny": TINY})
+    monkeypatch.setattr(command, "MODELS", ("tiny",))
     peaks = machine.Peaks(1e10, 1e11, dict.fromkeys(cases.DTYPES, 1e11), "invented")
     monkeypatch.setattr(machine, "measure_peaks", lambda device, dtypes: peaks)
     return TINY

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -225,6 +227,52 @@ def test_timing_interleaves_in_alternating_order():
     assert "".join(calls) == "abbaab"
     assert found["a"].repeats == 2
     assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Timing(3.0, 1.8, 4.2, 5)
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_call", "reason", "fields"),
+    [
+        (1e-5, None, {"graph_calls": 40}),
+        (1e-2, None, {"graph_calls": 1}),
+        (1e-5, "a call that waits", {"graph_calls": 0, "not_captured": "a call that waits"}),
+        # its launches do not count, and it is not captured
+        (0.2, None, {"graph_calls": 0}),
+    ],
+)
+def test_a_gpu_is_timed_by_graphs(monkeypatch, seconds_a_call, reason, fields):
+    """A clock, streams and a graph that are invented: a replay takes as long as its calls."""
+    calls, captured = [], []
+
+    def elapsed(call, device):
+        call()
+        return seconds_a_call * (captured[-1] if call is replay else 1)
+
+    def replay():
+        pass
+
+    def graph_of(call, times):
+        captured.append(times)
+        return (None, reason) if reason else (replay, None)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "stream": contextlib.nullcontext,
+        "current_stream": lambda: stream,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "elapsed", elapsed)
+    monkeypatch.setattr(timing, "_graph_of", graph_of)
+    found = timing.graphed(lambda: calls.append(1), seconds=0.2)
+    assert found.median == pytest.approx(seconds_a_call)
+    assert found.fields()["median_ms"] == pytest.approx(1e3 * seconds_a_call)
+    assert found.more["called_ms"] == pytest.approx(1e3 * seconds_a_call)
+    assert found.more["host_ms"] < 1
+    assert {name: found.more.get(name) for name in fields} == fields
+    assert ("not_captured" in found.more) == (reason is not None)
+    assert bool(captured) == (seconds_a_call < 0.1)
+    assert len(calls) >= 3 + 2 + 5
 
 
 def in_another(what: str) -> tuple[int, int]:

@@ -134,6 +134,18 @@ def test_no_gpu_is_exit_status_2(monkeypatch, capsys):
     assert "no GPU to measure" in capsys.readouterr().err
 
 
+def test_objects_are_prepared_without_torch(tmp_path):
+    """A machine that only compiles has no torch: an empty PATH ends it before it compiles anything."""
+    program = "import sys; sys.modules['torch'] = None\nfrom benchmarks import gpu\n"
+    program += f"sys.exit(gpu.main(['--prepare', {str(tmp_path / 'objects')!r}]))"
+    environment = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=machine.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "it needs a C++ compiler and nvcc" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--only", "tests,none"], ["--seconds", "0"], ["--seconds", "nan"]])
 def test_bad_options_are_told(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -18,7 +18,7 @@ import torch
 from emulation.build import build
 from helpers import use_cuda
 
-from benchmarks import cases, check, engine, gpu, gpu_run, gpu_steps, gpu_tools, machine, peers, tables, timing
+from benchmarks import cases, check, engine, gpu, gpu_run, gpu_steps, gpu_tools, machine, models, peers, tables, timing
 from benchmarks.cases import OpCase
 from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, triton
 
@@ -419,10 +419,7 @@ def test_models_are_measured_with_the_backend_that_there_is(run, on_the_cpu, mon
 
 def test_a_model_is_timed_in_the_mode_of_its_case(monkeypatch):
     """On a GPU its inference alone is checked: that must not leave the training step in eval mode."""
-    case = cases.ModelCase("model_step", "tiny", 8)
-    workload = engine.make_workload(case, torch.device("cpu"))
-    # what checks a few images of a model asks for the device's type
-    workload.device = torch.device("cuda")
+    workload = _like_a_gpu("model_step")
     expected = check.expect(workload)
     assert set(expected.exact[0]) == {"output"}
     assert len(expected.exact[0]["output"]) == check._GPU_IMAGES
@@ -431,6 +428,25 @@ def test_a_model_is_timed_in_the_mode_of_its_case(monkeypatch):
     assert all(each.passed for each in check.judge(workload, expected, found, complete=True))
     assert prepared.model.training
     assert len(prepared.calls[0]()) == 1 + len(list(prepared.model.parameters()))
+
+
+@pytest.mark.parametrize("op", cases.MODEL_MODES)
+def test_a_compiled_model_is_checked_by_what_is_comparable(op):
+    """It returns the outputs of all images, or of a training step, where inference of a few is the truth."""
+    workload = _like_a_gpu(op)
+    expected = check.expect(workload)
+    call = models.call(workload.reference, workload.images, workload.cotangent, workload.case.training)
+    found = check.results(workload, peers.Prepared([call]), 1, None)
+    verdict = check.judge(workload, expected, found, complete=False)
+    assert [each.tensor for each in verdict] == (["output"] if op == "model_eval" else [])
+    assert all(each.passed for each in verdict)
+
+
+def _like_a_gpu(op: str) -> peers.Workload:
+    """A tiny model on the CPU that is checked as on a GPU."""
+    workload = engine.make_workload(cases.ModelCase(op, "tiny", 8), torch.device("cpu"))
+    workload.device = torch.device("cuda")
+    return workload
 
 
 def test_the_report_of_triton_alone_shows_its_times(run):

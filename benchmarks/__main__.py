@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import importlib
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import convmixer_kernels
-from benchmarks import accuracy, environment, models, photo, report, roofline, timing
-from benchmarks.optional import MissingPackage, require
-from benchmarks.progress import progress as progress_bar
+from benchmarks import console, engine, machine, models, peers, suite, tables, timing
+from benchmarks.cases import DTYPES, LAYOUTS, PRESETS, ModelCase, Preset
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+#: Measured without --models; 1024/20 lies between the last two.
+MODELS = ("256/8@32", "256/8@224", "768/32@224", "1536/20@224")
 REPEATS, QUICK_REPEATS = 11, 5
 #: What `python -m benchmarks NAME` runs instead of the models.
 COMMANDS = {"ops": "benchmarks.suite", "compare": "benchmarks.compare", "report": "benchmarks.report"}
@@ -38,195 +35,94 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         document = run(options)
-    except (MissingPackage, models.CheckpointError, OSError, NotImplementedError) as error:
-        # What a user can cause (a package, a file, a backend that cannot run this) is told without a traceback.
+    except (console.MissingPackage, models.CheckpointError, OSError, NotImplementedError, peers.Absent) as error:
+        # a user can cause these (a missing package, a bad file, a backend that cannot run this): no traceback
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("benchmarks: interrupted", file=sys.stderr)
-        return 130
-    _print_table(document)
-    wrong = [(row, tensor) for row in document["results"] for tensor in row["wrong"]]
-    for row, tensor in wrong:
-        limit = f"allowed {tensor['allowed']:.2e}, eager's {tensor['eager_error']:.2e}"
-        where = f"{row['label']}, {row['mode']}, {row['dtype']}: {tensor['tensor']}"
-        print(f"WRONG {where}: relative error {tensor['error']:.2e} ({limit})", file=sys.stderr)
-    return 1 if wrong else 0
+        return suite.INTERRUPTED
+    console.show_table(tables.machine(document), *tables.models(document), tables.model_notes(document))
+    return suite.tell_wrong(document)
 
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Measure everything that the options ask for; returns what --json writes."""
     device = torch.device(options.device)
-    picture = photo.load_photo(options.image)
+    picture = models.load_photo(options.image)
+    described = machine.describe(device, options.backend)
     document: dict[str, object] = {
-        "environment": environment.describe(device, options.backend),
+        "kind": "models",
+        "environment": described,
         "quick": options.quick,
+        "sessions": [],
         "results": [],
     }
-    cases = [models.CASES[name] for name in options.models]
-    work = sum(_work(case, options) for case in cases) * len(options.dtype)
-    with models.backend(options.backend), progress_bar(work) as progress:
-        for dtype in (DTYPES[name] for name in options.dtype):
-            peaks = roofline.measure_peaks(device, dtype)
-            for case in cases:
-                document["results"] += _run_case(case, picture, dtype, device, options, peaks, progress)
-                if options.json is not None:
-                    # After every case: a run that is cut off keeps what it has.
-                    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    cases = list(_cases(options))
+    with console.progress(len(cases)) as progress:
+        progress("measuring the machine's peaks", 0)
+        peaks = machine.measure_peaks(device, options.dtype)
+        document["sessions"].append(machine.session(device, peaks))
+        for case in cases:
+            label = f"{case.preset.label}, {case.op}, {case.dtype}"
+            progress(f"{label}: checking against float64", 0)
+            images = models.image_batch(picture, case.batch, case.preset.image_size)
+            workload = engine.model_workload(case, images, device, options.checkpoint)
+            tell = functools.partial(progress, f"{label}: timing", 0)
+            row = _measure(workload, str(described["backend"]), options, peaks, tell)
+            document["results"].append({**row, "session": 0})
+            progress(label, 1)
+            if options.json is not None:
+                # after every row: a run that is cut off keeps what it has
+                suite.save(document, options.json)
     return document
 
 
-def _run_case(
-    case: models.Case,
-    picture: Tensor,  # (3, H, W)
-    dtype: torch.dtype,
-    device: torch.device,
+def _measure(
+    workload: peers.Workload,
+    backend: str,
     options: argparse.Namespace,
-    peaks: roofline.Peaks,
-    progress: Callable[[str, float], None],
-) -> list[dict[str, object]]:
-    """Check, then time, eval and the training step of one model in one dtype: one row of results each."""
-    batch = _batch(case, options)
-    modes = ("eval", "train") if _trains(case, options) else ("eval",)
-    progress(f"{case.label}: building", 0)
-    images = photo.image_batch(picture, batch, case.image_size)
-    random = options.checkpoint is None
-    eager = models.random_reference(case, images) if random else models.checkpoint_reference(case, options.checkpoint)
-    layout = LAYOUTS[options.layout]
-    eager = eager.to(device, dtype).to(memory_format=layout)
-    images = images.to(device, dtype).to(memory_format=layout)
-    cotangent = torch.randn(batch, case.n_classes, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    ours = models.ours_like(case, eager).to(memory_format=layout)
+    peaks: machine.Peaks,
+    on_timing: Callable[[], None],
+) -> engine.Row:
+    """The row of eager PyTorch and ours, timed in a process of their own."""
+    case = workload.case
+    names = (peers.EAGER[case.layout], f"ours {backend}")
 
-    def results_of(model: nn.Module, name: str, share: float) -> dict[str, dict[str, Tensor]]:
-        wide = next(model.parameters()).dtype
-        results = {}
-        for mode in modes:
-            progress(f"{case.label}, {mode}: {name}", 0)
-            if mode == "eval":
-                results[mode] = accuracy.evaluate(model, images.to(wide))
-            else:
-                results[mode] = accuracy.training_step(model, images.to(wide), cotangent.to(wide))
-            progress(f"{case.label}, {mode}: {name}", share * _cost(case, batch, mode))
-        return results
+    def clock(ready: Mapping[str, peers.Prepared]) -> Mapping[str, timing.Timing]:
+        if len(ready) < len(names):
+            # ours is wrong, and eager alone says nothing
+            return {}
+        on_timing()
+        return models.time_in_new_process(
+            {name: prepared.model for name, prepared in ready.items()},
+            workload.images,
+            workload.cotangent,
+            training=case.training,
+            backend=options.backend,
+            repeats=options.repeats,
+            warmup=1 if options.quick else 2,
+        )
 
-    # In a function of its own the float64 model is gone before anything is timed.
-    exact = results_of(copy.deepcopy(eager).double(), "float64", _EXACT_SHARE)
-    theirs = results_of(eager, "eager", 1)
-    mine = results_of(ours, "ours", 1)
-    rows = []
-    for mode in modes:
-        comparisons = accuracy.compare(exact[mode], theirs[mode], mine[mode], dtype)
-        row = _row(case, batch, mode, dtype, options.layout, comparisons)
-        if row["passed"]:
-            timings = models.time_in_new_process(
-                {"reference": eager, "ours": ours},
-                images,
-                cotangent,
-                training=mode == "train",
-                backend=options.backend,
-                repeats=options.repeats,
-                warmup=_warmup(options),
-                on_call=lambda name, mode=mode: progress(f"{case.label}, {mode}: timing", _cost(case, batch, mode)),
-            )
-            flops = 2 * roofline.multiply_adds(case, batch, mode == "train")
-            floor = roofline.floor_seconds(case, batch, mode == "train", dtype, device, peaks)
-            row |= {"flops": flops, "bytes": roofline.activation_bytes(case, batch, mode == "train", dtype.itemsize)}
-            row |= {"floor_ms": 1e3 * floor, "gemm_gflops": peaks.flops / 1e9, "copy_gbytes": peaks.bandwidth / 1e9}
-            row["implementations"] = {name: _timing_fields(value, flops, floor) for name, value in timings.items()}
-        else:
-            # A speed is never shown for a wrong result.
-            progress(
-                f"{case.label}, {mode}: wrong", 2 * (options.repeats + _warmup(options)) * _cost(case, batch, mode)
-            )
-        rows.append(row)
-    return rows
+    row = engine.measure(workload, names, clock, peaks)
+    if row["absent"]:
+        raise peers.Absent("; ".join(f"{name}: {reason}" for name, reason in row["absent"].items()))
+    return row
 
 
-def _row(
-    case: models.Case, batch: int, mode: str, dtype: torch.dtype, layout: str, comparisons: list[accuracy.Comparison]
-) -> dict[str, object]:
-    nearest = comparisons[0]
-    return {
-        "case": next(name for name, known in models.CASES.items() if known is case),
-        "label": case.label,
-        "batch": batch,
-        "mode": mode,
-        "dtype": str(dtype).removeprefix("torch."),
-        "layout": layout,
-        "passed": all(comparison.passed for comparison in comparisons),
-        "tensors_checked": len(comparisons),
-        "nearest_to_limit": nearest.tensor,
-        "error": nearest.error,
-        "eager_error": nearest.eager_error,
-        "output_error": next(each.error for each in comparisons if each.tensor == "output"),
-        "output_eager_error": next(each.eager_error for each in comparisons if each.tensor == "output"),
-        "wrong": [comparison._asdict() for comparison in comparisons if not comparison.passed],
-        "implementations": {},
-    }
+def _cases(options: argparse.Namespace) -> Iterator[ModelCase]:
+    for dtype in options.dtype:
+        for name in options.models:
+            preset = PRESETS[name]
+            batch = options.batch or (preset.quick_batch if options.quick else preset.batch)
+            yield ModelCase("model_eval", name, batch, dtype, options.layout)
+            if _trains(preset, batch, options):
+                yield ModelCase("model_step", name, batch, dtype, options.layout)
 
 
-def _timing_fields(measured: timing.Timing, flops: int, floor: float) -> dict[str, float]:
-    return {
-        "median_ms": 1e3 * measured.median,
-        "q20_ms": 1e3 * measured.low,
-        "q80_ms": 1e3 * measured.high,
-        "repeats": measured.repeats,
-        "gflops": flops / measured.median / 1e9,
-        "percent_of_floor": 100 * floor / measured.median,
-    }
-
-
-# ---- how much work there is, for the progress bar -----------------------------------------------------------------
-
-#: A float64 pass beside a float32 one, about.
-_EXACT_SHARE = 5.0
-
-
-def _batch(case: models.Case, options: argparse.Namespace) -> int:
-    if options.batch is not None:
-        return options.batch
-    return case.quick_batch if options.quick else case.batch
-
-
-def _trains(case: models.Case, options: argparse.Namespace) -> bool:
-    # Batch norm and pooling over one image leave nothing of it: every gradient before them is 0, up to rounding.
-    return (case.quick_training or not options.quick) and _batch(case, options) > 1
-
-
-def _warmup(options: argparse.Namespace) -> int:
-    return 1 if options.quick else 2
-
-
-def _cost(case: models.Case, batch: int, mode: str) -> float:
-    """Of one call, in GFLOP; a training step takes longer than its arithmetic says."""
-    return 2e-9 * roofline.multiply_adds(case, batch, False) * (5 if mode == "train" else 1)
-
-
-def _work(case: models.Case, options: argparse.Namespace) -> float:
-    calls = _EXACT_SHARE + 2 + 2 * (options.repeats + _warmup(options))
-    modes = ("eval", "train") if _trains(case, options) else ("eval",)
-    return calls * sum(_cost(case, _batch(case, options), mode) for mode in modes)
-
-
-def _print_table(document: Mapping[str, object]) -> None:
-    console = require("rich.console").Console()
-    if not console.is_terminal:
-        # A file or pipe has no width; 80 columns would break the lines.
-        console.width = 120
-    rich_table = require("rich.table")
-    table = rich_table.Table(title=report.machine(document), title_justify="left", box=require("rich.box").SIMPLE_HEAD)
-    for index, heading in enumerate(report.HEADINGS):
-        table.add_column(heading, justify="left" if index < 3 else "right", no_wrap=index > 0)
-    for row in report.table_rows(document):
-        style = "bold red" if report.WRONG in row else None
-        table.add_row(*row, style=style)
-    console.print(table)
-    for line in report.notes(document):
-        console.print(line, style="dim", highlight=False)
-
-
-# ---- the command line ---------------------------------------------------------------------------------------------
+def _trains(preset: Preset, batch: int, options: argparse.Namespace) -> bool:
+    # batch norm and pooling over one image leave nothing of it: every gradient before them is 0, up to rounding
+    return (preset.quick_training or not options.quick) and batch > 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,15 +131,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition(": ")[2],
         epilog=f"Other commands, each with its own --help: {', '.join(COMMANDS)}.",
     )
-    known = ", ".join(models.CASES)
+    known = ", ".join(PRESETS)
     parser.add_argument(
         "--quick",
         action="store_true",
         help="within two minutes: small batches, few repeats, small models' training only",
     )
-    parser.add_argument(
-        "--models", nargs="+", choices=models.CASES, default=list(models.CASES), metavar="MODEL", help=known
-    )
+    parser.add_argument("--models", nargs="+", choices=PRESETS, default=list(MODELS), metavar="MODEL", help=known)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="one or several (float32)")
     parser.add_argument("--batch", type=_positive, help="images at a time, for every model (each has its own)")
     parser.add_argument("--repeats", type=_positive, help=f"timed calls ({REPEATS}; with --quick {QUICK_REPEATS})")

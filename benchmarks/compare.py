@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """python -m benchmarks compare A.json B.json: what became faster or slower between two runs, beyond their noise.
 
-A change counts where the 20 % to 80 % ranges of the two runs do not overlap. Only files of one machine say something about code.
+A change counts if the 20 % to 80 % ranges of the two runs do not overlap. Only files of one machine say something about code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.report_ops import milliseconds
+from benchmarks.tables import milliseconds
 
 _SAME = ("device", "instruction_set", "threads", "torch")
 
@@ -45,36 +45,29 @@ class Change(NamedTuple):
 
 
 def ranges(document: Mapping[str, object]) -> dict[tuple[str, str], Range]:
-    """What a file of python -m benchmarks, of its ops or of benchmarks.gpu has measured, by case and implementation."""
-    found = {}
-    for row in document["results"]:
-        if "implementations" in row:
-            # the models' rows have their mode, dtype and layout apart; the operators' have them in their name
-            parts = [row["case"]] if "op" in row else [row[key] for key in ("label", "mode", "dtype", "layout")]
-            parts += [] if "op" in row else [f"batch {row['batch']}"]
-            for name, each in row["implementations"].items():
-                found[" ".join(parts), name] = Range(each["median_ms"], each["q20_ms"], each["q80_ms"])
-        elif row.get("median_us") is not None:
-            case = f"{row['case']} {row['dtype']} {row['layout']}"
-            times = (row["median_us"], row.get("q20_us", row["median_us"]), row.get("q80_us", row["median_us"]))
-            found[case, row["implementation"]] = Range(*(1e-3 * time for time in times))
-    return found
+    """What a file holds, by case and implementation."""
+    return {
+        (row["case"], name): Range(each["median_ms"], each["q20_ms"], each["q80_ms"])
+        for row in document["results"]
+        for name, each in row["implementations"].items()
+        if "median_ms" in each
+    }
 
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> list[Change]:
-    """What both files have, the largest change first."""
+    """Of what both files have, the largest change first."""
     old, new = ranges(before), ranges(after)
     both = [Change(*key, old[key], new[key]) for key in old if key in new]
     return sorted(both, key=lambda change: -max(change.ratio, 1 / change.ratio))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or with --fail 1 where one of ours is slower beyond noise; 2 the files cannot be compared."""
+    """Exit status: 0; with --fail 1 if one of ours is slower beyond noise; 2 if the files cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__.partition(": ")[2])
     parser.add_argument("before", type=Path, metavar="A.json")
     parser.add_argument("after", type=Path, metavar="B.json")
     parser.add_argument("--all", action="store_true", help="peers too, not only ours")
-    parser.add_argument("--fail", action="store_true", help="exit with 1 where one of ours became slower beyond noise")
+    parser.add_argument("--fail", action="store_true", help="exit with 1 if one of ours became slower beyond noise")
     options = parser.parse_args(arguments)
     try:
         before, after = (json.loads(path.read_text()) for path in (options.before, options.after))
@@ -95,12 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     shown = [each for each in found if options.all or each.implementation.startswith("ours")]
     moved = [each for each in shown if each.beyond_noise]
-    for heading, some in (
+    for heading, listed in (
         ("faster", [each for each in moved if each.ratio > 1]),
         ("slower", [each for each in moved if each.ratio <= 1]),
     ):
-        print(f"{heading}: {len(some)}")
-        for each in some:
+        print(f"{heading}: {len(listed)}")
+        for each in listed:
             times = f"{milliseconds(each.before.median)} -> {milliseconds(each.after.median)} ms"
             print(f"  {each.ratio:6.2f}x  {times:<24}{each.implementation:<24}{each.case}")
     print(f"within noise: {len(shown) - len(moved)}; in one file only: {len(missing)}")

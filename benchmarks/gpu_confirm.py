@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import accuracy
-from benchmarks import models as model_cases
+from benchmarks import cases, check
+from benchmarks.models import ours_like, random_reference
 
 SMALL, LARGE = "256/8@32", "1536/20@224"
 _BATCH, _LARGE_BATCH = 64, 64
@@ -36,21 +36,18 @@ def outcome(name: str) -> dict[str, object]:
         return {"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:500]}
 
 
-# ---- models and steps ---------------------------------------------------------------------------------------------
-
-
 def _pair(
-    case_name: str, batch: int, dtype: torch.dtype, device: str
+    name: str, batch: int, dtype: torch.dtype, device: str
 ) -> tuple[nn.Sequential, nn.Sequential, Tensor, Tensor]:
     """The reference and ours with the same random weights, images and labels."""
-    case = model_cases.CASES[case_name]
+    preset = cases.PRESETS[name]
     generator = torch.Generator(device).manual_seed(0)
-    size = (batch, 3, case.image_size, case.image_size)
+    size = (batch, 3, preset.image_size, preset.image_size)
     images = torch.randn(size, device=device, generator=generator)
-    labels = torch.randint(case.n_classes, (batch,), device=device, generator=generator)
+    labels = torch.randint(preset.n_classes, (batch,), device=device, generator=generator)
     with torch.device(device):
-        reference = model_cases.random_reference(case, images).to(dtype=dtype)
-    return reference, model_cases.ours_like(case, reference), images.to(dtype), labels
+        reference = random_reference(preset, images).to(dtype=dtype)
+    return reference, ours_like(preset, reference), images.to(dtype), labels
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[list[str]]:
-    """torch's own deterministic algorithms around ours; what has none is named in the list."""
+    """torch's own deterministic algorithms around ours; the list names torch's operations that have none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     missing: list[str] = []
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -84,19 +81,16 @@ def _unequal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]
     return [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
 
 
-# ---- the confirmations --------------------------------------------------------------------------------------------
-
-
 def determinism(device: str = "cuda", runs: int = _RUNS) -> dict[str, object]:
     """`runs` training steps from the same state: outputs, gradients and running statistics with the same bits."""
     _, ours, images, labels = _pair(SMALL, _BATCH, torch.bfloat16, device)
-    cotangent = F.one_hot(labels, model_cases.CASES[SMALL].n_classes).to(images.dtype)
+    cotangent = F.one_hot(labels, cases.PRESETS[SMALL].n_classes).to(images.dtype)
     start = _state(ours)
     unequal: set[str] = set()
     with _deterministic() as missing:
         for number in range(runs):
             ours.load_state_dict(start)
-            found = accuracy.training_step(ours, images, cotangent)
+            found = check.training_step(ours, images, cotangent)
             if number == 0:
                 expected = found
             unequal |= set(_unequal(found, expected))
@@ -215,7 +209,7 @@ def _warm_up(call: Callable[[], object]) -> None:
 
 
 def _evaluate(model: nn.Module, images: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-    return accuracy.evaluate(model, images)
+    return check.evaluate(model, images)
 
 
 def reduce_overhead() -> dict[str, object]:
@@ -223,12 +217,12 @@ def reduce_overhead() -> dict[str, object]:
     from torch._dynamo.utils import counters
 
     reference, ours, images, labels = _pair(SMALL, _BATCH, torch.bfloat16, "cuda")
-    cotangent = F.one_hot(labels, model_cases.CASES[SMALL].n_classes).to(images.dtype)
+    cotangent = F.one_hot(labels, cases.PRESETS[SMALL].n_classes).to(images.dtype)
     exact = copy.deepcopy(reference).double()
     counters.clear()
     compiled = torch.compile(ours, mode="reduce-overhead")
     wrong: list[str] = []
-    for measured in (_evaluate, accuracy.training_step):
+    for measured in (_evaluate, check.training_step):
         state = _state(ours)
         for _ in range(3):  # the first calls compile, warm up and record
             ours.load_state_dict(state)
@@ -238,7 +232,7 @@ def reduce_overhead() -> dict[str, object]:
         found = {name.replace("_orig_mod.", ""): tensor.clone() for name, tensor in found.items()}
         truth = measured(exact, images.double(), cotangent.double())
         theirs = measured(reference, images, cotangent)
-        compared = accuracy.compare(truth, theirs, found, torch.bfloat16)
+        compared = check.compare(truth, theirs, found, torch.bfloat16)
         wrong += [f"{measured.__name__.strip('_')}: {each.tensor}" for each in compared if not each.passed]
     skips = counters["inductor"]["cudagraph_skips"]
     return {"ok": not wrong and skips == 0, "cudagraph_skips": skips, "wrong": wrong}
@@ -264,10 +258,10 @@ def training_memory() -> dict[str, object]:
 
 
 def training_curve(device: str = "cuda", steps: int = _STEPS, batch: int = _BATCH) -> dict[str, object]:
-    """`steps` steps of AdamW under autocast from the same weights: our loss follows eager PyTorch's.
+    """`steps` steps of AdamW under autocast from the same weights: our loss stays as near to eager PyTorch's as eager's other layout does.
 
-    Two computations that round differently part after some steps, so the yardstick is eager PyTorch itself in the other
-    memory format: the mean distance of our loss from eager's is at most twice that of eager's two.
+    Two computations that round differently part after some steps. So the mean distance of our loss from eager's may be at most twice
+    the distance between eager PyTorch's two memory formats.
     """
     reference, ours, _, _ = _pair(SMALL, batch, torch.float32, device)
     models = {"eager": reference, "ours": ours}
@@ -291,17 +285,17 @@ def training_curve(device: str = "cuda", steps: int = _STEPS, batch: int = _BATC
 
 def _train(model: nn.Module, name: str, device: str, steps: int, batch: int) -> list[float]:
     """Losses of a task that can be learnt: a fixed pattern for each class, in noise."""
-    case = model_cases.CASES[SMALL]
+    preset = cases.PRESETS[SMALL]
     generator = torch.Generator(device).manual_seed(1)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, 3, case.image_size, case.image_size, device=device, generator=generator)
+        return torch.randn(*size, 3, preset.image_size, preset.image_size, device=device, generator=generator)
 
-    patterns = _PATTERN * normal(case.n_classes)
+    patterns = _PATTERN * normal(preset.n_classes)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
     for _ in range(steps):
-        labels = torch.randint(case.n_classes, (batch,), device=device, generator=generator)
+        labels = torch.randint(preset.n_classes, (batch,), device=device, generator=generator)
         images = patterns[labels] + normal(batch)
         if name == "eager channels_last":
             images = images.to(memory_format=torch.channels_last)

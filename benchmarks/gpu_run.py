@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import cases, tables
+from benchmarks.machine import ROOT
+
 Job = dict[str, Any]
 
 #: Seconds that a worker may take before its first job: it imports torch and makes a context.
@@ -22,7 +24,7 @@ _START_LIMIT = 60
 
 
 class Run:
-    """What has been found out so far, on disk after every row, and how much time is left."""
+    """The results so far, on disk after every row, and how much time is left."""
 
     def __init__(self, path: Path, seconds: float = float("inf")) -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
@@ -40,13 +42,14 @@ class Run:
         """To the list `key`."""
         self._write({"append": key, "value": value})
 
-    def row(self, row: dict[str, object]) -> None:
-        self.append("results", row)
+    def row(self, row: dict[str, Any], key: str = "results") -> None:
+        """Append a row of engine.measure, or a part of one, to the list `key`: parts of a case become one row."""
+        self.append(key, row)
         print(describe_row(row), flush=True)
 
     def _write(self, line: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # behind a line that a kill cut off begins a new one
+        # if a kill has cut off the last line, a new one begins behind it
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         with open(self.path, "a") as file:
             file.write("\n" * torn + json.dumps(line) + "\n")
@@ -55,7 +58,7 @@ class Run:
         self.reload()
 
     def reload(self) -> None:
-        """Take over what other processes have written; a line that was cut off by a kill is left out."""
+        """Take over what other processes have written, less a line that a kill has cut off."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -69,27 +72,45 @@ class Run:
                 except ValueError:
                     continue
                 if "append" in found:
-                    self.document.setdefault(found["append"], []).append(found["value"])
+                    self._append(self.document.setdefault(found["append"], []), found["value"])
                 else:
                     self.document[found["note"]] = found["value"]
 
+    @staticmethod
+    def _append(values: list[Any], value: Any) -> None:
+        """Add a value. A part of a row joins the row of its case and replaces earlier results of the same implementations."""
+        known = None
+        if isinstance(value, dict) and "implementations" in value:
+            known = next((row for row in values if row["case"] == value["case"]), None)
+        if known is None:
+            values.append(value)
+            return
+        names = {*value["implementations"], *value["absent"], *(each["implementation"] for each in value["wrong"])}
+        wrong = [each for each in known["wrong"] if each["implementation"] not in names] + value["wrong"]
+        merged = {"wrong": wrong}
+        for key in ("implementations", "absent"):
+            merged[key] = {name: each for name, each in known[key].items() if name not in names} | value[key]
+        known |= {**value, **merged}
+
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A row as a line of the log."""
-    if "median_us" in row:
-        shown = f"{row['median_us']:10.1f} us {row.get('percent_of_floor', 0):6.1f} % of the floor"
-        shown += f", host {row['host_us']:.0f} us" if "host_us" in row else ""
-    else:
-        shown = row.get("error") or ("wrong" if row.get("ok") is False else "right")
-    probe = " ".join(f"{key.removeprefix('CONVMIXER_')}={value}" for key, value in row.get("settings", {}).items())
-    return f"{row['case']:<44}{row['dtype']:<9}{row['layout']:<14}{row['implementation']:<19}{shown} {probe}".rstrip()
-
-
-# ---- workers: a case that hangs or crashes costs its row ------------------------------------------------------------
+    """A row as lines of the log."""
+    lines = [f"WRONG {tables.explain(row, each)}" for each in row["wrong"]]
+    lines += [f"{row['case']}: {name}: - ({reason})" for name, reason in row["absent"].items()]
+    for name, each in row["implementations"].items():
+        shown = "right" if each.get("passed", True) else "not within eager's error"
+        if "median_ms" in each:
+            shown = f"{1e3 * each['median_ms']:10.1f} us {each.get('percent_of_floor', 0):6.1f} % of the floor"
+            shown += f", host {1e3 * each['host_ms']:.0f} us" if "host_ms" in each else ""
+        lines.append(f"{row['case']:<64}{name:<20}{shown}")
+    return "\n".join(lines)
 
 
 def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
-    """Every job in order while `seconds` last, in workers; the rest is named as left out."""
+    """Every job in order while `seconds` last, in workers; the rest is named as left out.
+
+    A job that hangs or crashes costs its row: it is noted as broken, and the next worker goes on behind it.
+    """
     until = min(time.monotonic() + seconds, run.deadline - 3)
     first = 0
     while first < len(jobs) and time.monotonic() < until:
@@ -100,7 +121,13 @@ def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
 
 
 def _label(job: Job) -> str:
-    return " ".join(str(value) for key, value in job.items() if key != "limit")
+    return " ".join(_word(value) for key, value in job.items() if key not in ("limit", "settings"))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return cases.from_json(value).name
+    return " ".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:

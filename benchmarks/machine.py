@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""What the machine can do at best, measured in the run that is held against it, and settings that make a run repeatable."""
+"""The machine: its description, its peaks as measured in the same run, and what a call allocates."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import os
+import platform
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd.profiler import profile
 
+import convmixer_kernels
 from benchmarks import timing
+
+ROOT = Path(__file__).resolve().parent.parent
+# else the profiler tells stderr of every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # Enough chains of dependent multiply-adds to hide their latency (4 cycles, 2 a cycle), and few enough to stay in registers.
 _FMA_SOURCE = """
@@ -47,7 +58,7 @@ double fma_flops(int threads, long rounds, float* sink) {
 """
 
 
-class MachinePeaks(NamedTuple):
+class Peaks(NamedTuple):
     """The best of several tries each, per second."""
 
     copy: float  # bytes read and written
@@ -56,7 +67,7 @@ class MachinePeaks(NamedTuple):
     fma_source: str  # how `fma` was found
 
 
-def measure_peaks(device: torch.device, dtypes: set[str], small: bool = False) -> MachinePeaks:
+def measure_peaks(device: torch.device, dtypes: Iterable[str], small: bool = False) -> Peaks:
     """Copy bandwidth, FMA and matrix products.
 
     Args:
@@ -70,7 +81,7 @@ def measure_peaks(device: torch.device, dtypes: set[str], small: bool = False) -
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / _best(lambda: target.copy_(source), device)
     gemm = {}
-    for name in sorted(dtypes | {"float32"}):
+    for name in sorted({*dtypes, "float32"}):
         matrix = torch.randn(size, size, device=device).to(getattr(torch, name))
         product = torch.empty_like(matrix)
         taken = _best(lambda m=matrix, p=product: torch.mm(m, m, out=p), device)
@@ -79,9 +90,9 @@ def measure_peaks(device: torch.device, dtypes: set[str], small: bool = False) -
             image, weight = matrix.view(1, size, size // 8, 8), matrix.view(size, size, 1, 1)
             taken = min(taken, _best(lambda x=image, w=weight: torch.nn.functional.conv2d(x, w), device))
         gemm[name] = 2 * size**3 / taken
-    # without tf32 a GPU's matrix product runs on the multiply-add units
+    # torch.mm takes no tf32 unless asked: a GPU's float32 product runs on the multiply-add units
     fma, found_by = (None, "float32 matrix product") if not on_cpu else _native_fma(1000 if small else 4_000_000)
-    return MachinePeaks(copy, max(fma or 0.0, gemm["float32"]), gemm, found_by)
+    return Peaks(copy, max(fma or 0.0, gemm["float32"]), gemm, found_by)
 
 
 def _best(call, device: torch.device, seconds: float = 0.3) -> float:
@@ -109,7 +120,7 @@ def _native_fma(rounds: int) -> tuple[float | None, str]:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache that buffers must exceed (32 MiB where nothing says)."""
+    """Bytes of the cache that buffers must exceed; 32 MiB if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []
@@ -122,7 +133,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def confine(threads: int) -> list[int] | None:
-    """Keep this process on as many cores as it has threads; returns them, None where the system cannot.
+    """Keep this process on as many cores as it has threads. Returns them; None if the system cannot.
 
     Single threads are not bound: a pool that another library starts from a bound thread would inherit its one core.
     """
@@ -131,3 +142,98 @@ def confine(threads: int) -> list[int] | None:
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cores)
     return cores
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that torch's allocator held at most during `call`, beyond what it held before: outputs, saved tensors, scratch.
+
+    Memory that native code and other libraries take from malloc is not counted.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(profile_memory=True) as recorded:
+        result = call()
+    held = peak = 0
+    changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak
+
+
+def describe(device: torch.device, backend: str | None) -> dict[str, object]:
+    """The machine, the versions and the settings, ready for JSON."""
+    info = convmixer_kernels.build_info()
+    automatic = info["operators"].get(device.type, {}).get("mixer_layer", {}).get("backend")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device_type": device.type,
+        "cpu": cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "allow_tf32": torch.backends.cudnn.allow_tf32 if device.type == "cuda" else False,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "convmixer_kernels": info["version"],
+        "backend": automatic if backend is None else backend,
+        "backends": {name: _without_paths(backend) for name, backend in info["backends"].items()},
+        "commit": commit(),
+        "date": now(),
+    }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def session(device: torch.device, peaks: Peaks) -> dict[str, object]:
+    """What may differ between the runs that fill one file: a row's "session" is the index of its own."""
+    return {
+        "date": now(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "peaks": peaks._asdict(),
+        "cache_bytes": last_level_cache(device),
+        "versions": {name: _version(name) for name in ("numpy", "onnxruntime", "openvino", "triton")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _without_paths(backend: dict[str, object]) -> dict[str, object]:
+    """An import error names files of this machine; only the part inside the package or its sources stays."""
+    inside = re.compile(r"/[^\s()]*/(?=convmixer_kernels/|csrc\b)")
+    return {key: inside.sub("", value) if isinstance(value, str) else value for key, value in backend.items()}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of this source tree, with "-dirty" if tracked files differ from it; None outside a git checkout."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The models that are measured, their weights, and their times."""
+"""The models that are measured: their weights, their images, and their times in a process of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,47 +16,21 @@ import convmixer
 import convmixer.reference
 import convmixer_kernels
 from benchmarks import timing
+from benchmarks.cases import Preset
+from benchmarks.console import require
+
+#: Of ImageNet, per channel (R, G, B), as every ConvMixer checkpoint expects.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+#: The share of the shorter side that a crop keeps at least. A photo has detail to lose, so crops differ clearly.
+_SMALLEST_CROP = 0.5
 
 
 class CheckpointError(ValueError):
     """A file is not a checkpoint, or not of this model."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One published ConvMixer at one image size."""
-
-    dim: int
-    depth: int
-    kernel_size: int
-    patch_size: int
-    image_size: int
-    activation: str
-    n_classes: int
-    batch: int  # of a full run; what a training step of it saves in float64 fits into 4 GB
-    quick_batch: int
-    quick_training: bool
-
-    @property
-    def label(self) -> str:
-        return f"ConvMixer-{self.dim}/{self.depth}, {self.image_size}x{self.image_size}"
-
-    def build(self, constructor: Callable[..., nn.Sequential]) -> nn.Sequential:
-        """The model by `convmixer.ConvMixer` or `convmixer.reference.ConvMixer`, on the CPU in float32."""
-        sizes = (self.dim, self.depth, self.kernel_size, self.patch_size, self.n_classes)
-        return constructor(*sizes, activation=self.activation)
-
-
-#: By the name that --models takes. Batches are small enough for a full run of ten minutes on two idle cores.
-CASES = {
-    "256/8@32": Case(256, 8, 9, 2, 32, "gelu", 10, batch=32, quick_batch=16, quick_training=True),
-    "256/8@224": Case(256, 8, 9, 7, 224, "gelu", 1000, batch=8, quick_batch=2, quick_training=True),
-    "768/32@224": Case(768, 32, 7, 7, 224, "relu", 1000, batch=4, quick_batch=1, quick_training=False),
-    "1536/20@224": Case(1536, 20, 9, 7, 224, "gelu", 1000, batch=2, quick_batch=1, quick_training=False),
-}
-
-
-def random_reference(case: Case, images: Tensor, seed: int = 0) -> nn.Sequential:
+def random_reference(preset: Preset, images: Tensor, seed: int = 0) -> nn.Sequential:
     """The reference model with random weights and running statistics of `images`, float32, on the CPU.
 
     nn.BatchNorm2d starts as the identity, which would hide an error in its parameters and let activations die out with
@@ -67,7 +40,7 @@ def random_reference(case: Case, images: Tensor, seed: int = 0) -> nn.Sequential
         images: (N, 3, H, W), float32
     """
     torch.manual_seed(seed)
-    model = case.build(convmixer.reference.ConvMixer)
+    model = preset.build(convmixer.reference.ConvMixer)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -81,7 +54,7 @@ def random_reference(case: Case, images: Tensor, seed: int = 0) -> nn.Sequential
     return model
 
 
-def checkpoint_reference(case: Case, path: Path) -> nn.Sequential:
+def checkpoint_reference(preset: Preset, path: Path) -> nn.Sequential:
     """The reference model with the weights of a file.
 
     Args:
@@ -96,10 +69,10 @@ def checkpoint_reference(case: Case, path: Path) -> nn.Sequential:
         # Training scripts put the weights beside the optimizer's state.
         for key in ("state_dict", "model"):
             state = state.get(key, state)
-        model = case.build(convmixer.reference.ConvMixer)
-        model.load_state_dict({reference_key(key, case.depth): tensor for key, tensor in state.items()}, strict=True)
+        model = preset.build(convmixer.reference.ConvMixer)
+        model.load_state_dict({reference_key(key, preset.depth): tensor for key, tensor in state.items()}, strict=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a state_dict of {case.label}: {error}") from error
+        raise CheckpointError(f"{path} is not a state_dict of {preset.label}: {error}") from error
     return model
 
 
@@ -119,71 +92,125 @@ def reference_key(key: str, depth: int) -> str:
     return f"{3 + depth + 2}.{rest}" if part == "head" else key
 
 
-def ours_like(case: Case, reference: nn.Sequential) -> nn.Sequential:
+def ours_like(preset: Preset, reference: nn.Sequential) -> nn.Sequential:
     """This package's model with the weights of `reference`, on its device and in its dtype."""
     parameter = next(reference.parameters())
-    model = case.build(convmixer.ConvMixer).to(parameter.device, parameter.dtype)
+    model = preset.build(convmixer.ConvMixer).to(parameter.device, parameter.dtype)
     model.load_state_dict(reference.state_dict(), strict=True)
     return model
 
 
-def time_in_new_process(
-    models: Mapping[str, nn.Module],
+def load_photo(path: Path | None = None) -> Tensor:
+    """The photo as a uint8 tensor of shape (3, H, W).
+
+    Args:
+        path: an image file that Pillow reads; None: the sample photo `china.jpg` that scikit-learn ships.
+
+    Raises:
+        MissingPackage: Pillow or scikit-learn is not installed.
+        OSError: the file cannot be read as an image.
+    """
+    numpy = require("numpy")
+    if path is None:
+        require("PIL")
+        pixels = require("sklearn.datasets").load_sample_image("china.jpg")
+    else:
+        with require("PIL.Image").open(path) as image:
+            pixels = numpy.asarray(image.convert("RGB"))
+    return torch.from_numpy(numpy.array(pixels)).permute(2, 0, 1).contiguous()
+
+
+def image_batch(photo: Tensor, batch: int, size: int, seed: int = 0) -> Tensor:
+    """`batch` crops of the photo, resized to `size` and normalised: float32, (batch, 3, size, size).
+
+    The first is the central square; every other one is a random square crop, and half of them are mirrored, as
+    training's augmentation does, so that no two images of the batch are equal. The same seed gives the same batch.
+
+    Args:
+        photo: (3, H, W), uint8
+    """
+    height, width = photo.shape[1:]
+    short = min(height, width)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.empty(batch, 3, size, size)
+    for index in range(batch):
+        # The central square for image 0: the whole short side, in the middle of the room that is left, not mirrored.
+        scale, vertical, horizontal, mirrored = (1.0, 0.5, 0.5, 0.0) if index == 0 else _draw(generator)
+        side = max(1, round(short * scale))
+        top, left = int((height - side) * vertical), int((width - side) * horizontal)
+        crop = photo[:, top : top + side, left : left + side].float()[None] / 255
+        image = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        images[index] = image.flip(2) if mirrored > 0.5 else image
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def _draw(generator: torch.Generator) -> tuple[float, float, float, float]:
+    scale, vertical, horizontal, mirrored = torch.rand(4, generator=generator).tolist()
+    return _SMALLEST_CROP + (1 - _SMALLEST_CROP) * scale, vertical, horizontal, mirrored
+
+
+def call(
+    model: nn.Module,
     images: Tensor,  # (N, 3, H, W)
     cotangent: Tensor,  # (N, n_classes), of the loss sum(output * cotangent)
+    training: bool,
+    runs: Callable[[Tensor], Tensor] | None = None,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed of a model: it returns the output and, in training, the gradients of all parameters.
+
+    Args:
+        training: a forward and a backward pass; else a forward pass without gradients.
+        runs: the model, or what torch.compile made of it.
+    """
+    runs = model if runs is None else runs
+    parameters = list(model.parameters())
+    model.train(training)
+
+    def evaluate() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (runs(images),)
+
+    def step() -> tuple[Tensor, ...]:
+        # as a user trains: the images need no gradient
+        output = runs(images)
+        return output, *torch.autograd.grad(output, parameters, cotangent)
+
+    return step if training else evaluate
+
+
+def time_in_new_process(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    cotangent: Tensor,
     *,
     training: bool,
     backend: str | None,
     repeats: int,
     warmup: int,
-    on_call: Callable[[str], None],
 ) -> dict[str, timing.Timing]:
     """Times of `models`, interleaved, in a process that does nothing else: as a program that serves, or that trains.
 
     Args:
-        training: a forward and a backward pass; else a forward pass without gradients.
+        images, cotangent, training: as in `call`.
         backend: of this package, or None: its own choice.
-        repeats, warmup, on_call: as in `timing.interleaved`.
+        repeats, warmup: as in `timing.interleaved`.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "computation.pt")
         torch.save((models, images, cotangent), path)
-        return timing.in_new_process(
-            _time, path, training, backend, repeats, warmup, torch.get_num_threads(), on_call=on_call
-        )
+        return timing.in_new_process(_time, path, training, backend, repeats, warmup, torch.get_num_threads())
 
 
 def _time(
-    path: Path,
-    training: bool,
-    backend_name: str | None,
-    repeats: int,
-    warmup: int,
-    threads: int,
-    on_call: Callable[[str], None],
+    path: Path, training: bool, backend_name: str | None, repeats: int, warmup: int, threads: int
 ) -> dict[str, timing.Timing]:
     torch.set_num_threads(threads)
     models, images, cotangent = torch.load(path, weights_only=False)  # this program's own file, modules included
-    calls = {name: _call(model, images, cotangent, training) for name, model in models.items()}
+    calls = {name: call(model, images, cotangent, training) for name, model in models.items()}
     with backend(backend_name):
-        return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device, on_call=on_call)
+        return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device)
 
 
 def backend(name: str | None) -> contextlib.AbstractContextManager[None]:
     """A context in which this package computes on the backend `name`, or on its own choice."""
     return contextlib.nullcontext() if name is None else convmixer_kernels.use_backend(name)
-
-
-def _call(model: nn.Module, images: Tensor, cotangent: Tensor, training: bool) -> Callable[[], None]:
-    """What is timed: as a user runs it, so the images need no gradient."""
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            model(images)
-
-    def training_step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(images).backward(cotangent)
-
-    model.train(training)
-    return training_step if training else evaluate

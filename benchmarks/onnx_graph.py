@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ops import EPS, Set
-from benchmarks.optional import require
-from benchmarks.shapes import OpCase
+from benchmarks.cases import OpCase
+from benchmarks.console import require
+from benchmarks.ops import EPS, Inputs
 
 _OPSET, _IR_VERSION = 20, 10
 
@@ -56,11 +56,11 @@ class _Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION).SerializeToString()
 
 
-def operator(case: OpCase, some: Set) -> bytes:
+def operator(case: OpCase, inputs: Inputs) -> bytes:
     """The graph of one of OPERATORS, from "x" to its output."""
-    graph, shape = _Graph(), tuple(some.x.shape)
+    graph, shape = _Graph(), tuple(inputs.x.shape)
     y = "x"
-    for p in some.blocks:
+    for p in inputs.blocks:
         depthwise = p.weight.shape[1] == 1
         a = graph.convolution(y, p.weight, p.bias, len(p.weight) if depthwise else 1)
         if case.op == "depthwise_conv":
@@ -98,11 +98,6 @@ def _modules(graph: _Graph, module: nn.Module, x: str) -> str:
     if hasattr(module, "fn"):
         return graph.node("Add", _modules(graph, module.fn, x), x)
     raise NotImplementedError(f"no ONNX node is known for {type(module).__name__}")
-
-
-def check(graph: bytes) -> None:
-    """Raises onnx.checker.ValidationError where the graph is not one."""
-    require("onnx.checker").check_model(require("onnx").load_from_string(graph))
 
 
 def numpy_input(x: Tensor) -> dict[str, object]:

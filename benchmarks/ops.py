@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What an operator case computes: its inputs, eager PyTorch's way, ours, and which bytes and FLOPs it cannot avoid.
+"""The operators: their inputs, eager PyTorch's way, ours, and the bytes and FLOPs that no implementation can avoid.
 
-An operator has the same start and end for everyone. The input gradients start at dy and a, batch norm's parameter
-gradients included; the weight gradients of eager PyTorch start at da, which it has stored, ours at dy and a, since it never
-stores da: that difference is eager's gain. A step is the forward and the backward with all gradients.
+A row starts and ends at the same tensors for every implementation and device. The table OPERATORS names them, and
+docs/performance.md is generated from it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import convmixer_kernels as ck
-from benchmarks.shapes import DTYPES, LAYOUTS, OpCase
+from benchmarks.cases import DTYPES, LAYOUTS, OpCase
 from convmixer_kernels.primitives import Norm
 from convmixer_kernels.testing import eager_convolution, never_returns
 
@@ -39,8 +39,8 @@ class Parameters(NamedTuple):
 
 
 @dataclass
-class Set:
-    """One set of activations; a case rotates several. The statistics are those of a, so that a backward is a real one."""
+class Inputs:
+    """What one call starts from; a case rotates several. The statistics are those of a, so that a backward is a real one."""
 
     x: Tensor  # (N, C, H, W)
     a: Tensor  # (N, C_out, H, W), the convolution's output
@@ -63,31 +63,31 @@ class Set:
         p = self.parameters
         return Norm(self.mean, self.var, p.norm_weight, p.norm_bias, EPS)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Set:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         activations = (function(t) for t in (self.x, self.a, self.dy, self.da, self.mean, self.var))
-        return Set(*activations, tuple(Parameters(*map(function, block)) for block in self.blocks))
+        return Inputs(*activations, tuple(Parameters(*map(function, block)) for block in self.blocks))
 
-    def double(self) -> Set:
-        """The same numbers in float64; what was derived from others is derived again."""
+    def double(self) -> Inputs:
+        """The same numbers in float64; da is derived again."""
         wide = self.map(Tensor.double)
         wide.da = _da(wide)
         return wide
 
-    def channels(self, kept: Tensor) -> Set:
-        """The same with only the channels `kept`, where none of them depends on another (no pointwise block)."""
+    def channels(self, kept: Tensor) -> Inputs:
+        """Only the channels `kept`; valid if no channel depends on another (no pointwise block)."""
         return self.map(lambda t: t[kept] if t.dim() == 1 or t.shape[1] == 1 else t[:, kept])
 
-    def in_layout(self, layout: str) -> Set:
+    def in_layout(self, layout: str) -> Inputs:
         return self.map(lambda t: t.contiguous(memory_format=LAYOUTS[layout]) if t.dim() == 4 and _planes(t) else t)
 
 
 def _planes(t: Tensor) -> bool:
-    # convolution weights have one layout in ours; eager takes any, and converts them itself where oneDNN wants another
+    # our kernels read convolution weights in one layout; eager takes any and converts if oneDNN needs another
     return t.shape[1] > 1 and (t.shape[2] > 1 or t.shape[3] > 1)
 
 
-def make_sets(case: OpCase, device: torch.device, count: int) -> list[Set]:
-    """Random inputs of a case, in its dtype and layout: as many sets of activations as asked for, and one of parameters."""
+def make_inputs(case: OpCase, device: torch.device, count: int) -> list[Inputs]:
+    """`count` sets of random activations in the case's dtype and layout, and one set of parameters that they share."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, (_, c, _, _) = DTYPES[case.dtype], case.shape
 
@@ -104,32 +104,31 @@ def make_sets(case: OpCase, device: torch.device, count: int) -> list[Set]:
         blocks.append(block(normal(c, 1, case.kernel, case.kernel) / case.kernel))
     if case.has_pointwise:
         blocks.append(block(normal(case.out, c, 1, 1) / c**0.5))
-    return [_make_set(case, tuple(blocks), generator) for _ in range(count)]
+    return [_one_input(case, tuple(blocks), generator) for _ in range(count)]
 
 
-def _make_set(case: OpCase, blocks: tuple[Parameters, ...], generator: torch.Generator) -> Set:
+def _one_input(case: OpCase, blocks: tuple[Parameters, ...], generator: torch.Generator) -> Inputs:
     dtype, (n, c, h, w) = DTYPES[case.dtype], case.shape
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device)
+    def normal(channels: int) -> Tensor:
+        return torch.randn(n, channels, h, w, generator=generator, device=generator.device).to(dtype)
 
-    x, a, dy = (normal(n, k, h, w).to(dtype) for k in (c, case.out, case.out))
+    x, a, dy = normal(c), normal(case.out), normal(case.out)
     var, mean = torch.var_mean(F.gelu(a.double()), (0, 2, 3), correction=0)
-    some = Set(x, a, dy, a, mean.float(), var.float(), blocks)
+    inputs = Inputs(x, a, dy, a, mean.float(), var.float(), blocks)
     if case.op.endswith("weight_grad"):
-        some.da = _da(some).to(dtype)
-    return some.in_layout(case.layout)
+        inputs.da = _da(inputs).to(dtype)
+    return inputs.in_layout(case.layout)
 
 
-def _da(some: Set) -> Tensor:
+def _da(inputs: Inputs) -> Tensor:
     """The gradient of the convolution's output, by eager PyTorch, float32 at least."""
-    wide = torch.promote_types(some.a.dtype, torch.float32)
-    a, dy, gamma = some.a.to(wide), some.dy.to(wide), some.parameters.norm_weight.to(wide)
-    mean, rstd = some.mean.to(wide), some.rstd.to(wide)
-    return _activation_chain(dy, a, gamma, mean, rstd)[0]
+    wide = torch.promote_types(inputs.a.dtype, torch.float32)
+    a, dy, gamma = inputs.a.to(wide), inputs.dy.to(wide), inputs.parameters.norm_weight.to(wide)
+    return _activation_chain(dy, a, gamma, inputs.mean.to(wide), inputs.rstd.to(wide))[0]
 
 
-# ---- eager PyTorch, also what torch.compile compiles and, in float64, the truth ------------------------------------
+# Eager PyTorch: also what torch.compile compiles and, in float64, the truth.
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -181,8 +180,25 @@ def _input_grad(
     return dx + dy if weight.shape[1] == 1 else dx, dgamma, dbeta
 
 
+def _dx(*arguments: Tensor) -> Tensor:
+    return _input_grad(*arguments)[0]
+
+
+def _backward(
+    dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor
+) -> Results:
+    da, dgamma, dbeta = _activation_chain(dy, a, norm_weight, mean, rstd)
+    return *_convolution_backward(da, x, weight, [True, True, True]), dgamma, dbeta
+
+
 def _weight_grad(da: Tensor, x: Tensor, weight: Tensor) -> Results:
     return _convolution_backward(da, x, weight, [False, True, True])[1:]
+
+
+def _statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
+    a = _convolution(x, weight, bias)
+    var, mean = torch.var_mean(F.gelu(a).to(torch.promote_types(a.dtype, torch.float32)), (0, 2, 3), correction=0)
+    return a, mean, var
 
 
 def _normalize(a: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -197,91 +213,95 @@ def _norm_backward(dy: Tensor, a: Tensor, norm_weight: Tensor, mean: Tensor, rst
     return dbeta, dgamma
 
 
-def _flat(some: Set) -> Results:
-    return some.x, *(t for block in some.blocks for t in block)
-
-
-# ---- ours ---------------------------------------------------------------------------------------------------------
-
-
 def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"convmixer_kernels.backends.{name}")
 
 
-def _ours_layer(some: Set, training: bool, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
+def _our_block(inputs: Inputs, training: bool, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
     public = ck.mixer_layer
-    if len(some.blocks) == 1:
-        public = ck.depthwise_block if some.parameters.weight.shape[1] == 1 else ck.pointwise_block
+    if len(inputs.blocks) == 1:
+        public = ck.depthwise_block if inputs.parameters.weight.shape[1] == 1 else ck.pointwise_block
     return public(x, *tensors, training=training, eps=EPS, momentum=MOMENTUM, backend=backend)
 
 
-def _our_input_grad(some: Set, backend: str) -> Results:
-    module, p = backend_module(backend), some.parameters
-    sums = module.norm_backward(some.dy, some.a, "gelu", some.norm)
-    if p.weight.shape[1] == 1:
-        dx = module.depthwise_input_grad(some.dy, some.a, p.weight, "gelu", some.norm, sums, True)
+def _our_gradients(
+    needs: tuple[bool, bool, bool],  # of x, weight, bias
+    whole: bool,  # the reduction of batch norm's backward is in it
+    backend: str,
+    i: Inputs,
+    sums: Results | None,  # of the reduction, if it is not
+) -> Results:
+    module, p = backend_module(backend), i.parameters
+    if whole:
+        sums = module.norm_backward(i.dy, i.a, "gelu", i.norm)
+    if p.weight.shape[1] != 1:
+        every = module.pointwise_backward(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums, needs)
+        found = tuple(grad for grad, needed in zip(every, needs, strict=True) if needed)
+    elif needs[0]:
+        found = (module.depthwise_input_grad(i.dy, i.a, p.weight, "gelu", i.norm, sums, True),)
     else:
-        needs = (True, False, False)
-        dx = module.pointwise_backward(some.dy, some.a, None, p.weight, p.bias, "gelu", some.norm, sums, needs)[0]
+        found = module.depthwise_weight_grad(i.dy, i.a, i.x, p.weight, p.bias, "gelu", i.norm, sums)
     # sum dy is beta's gradient, sum dy * hhat gamma's
-    return dx, sums[1], sums[0]
+    return (*found, sums[1], sums[0]) if whole else found
 
 
-def _our_weight_grad(some: Set, backend: str) -> Callable[[], Results]:
-    module, p = backend_module(backend), some.parameters
-    sums = module.norm_backward(some.dy, some.a, "gelu", some.norm)
-    if p.weight.shape[1] == 1:
-        return lambda: module.depthwise_weight_grad(some.dy, some.a, some.x, p.weight, p.bias, "gelu", some.norm, sums)
-    needs = (False, True, True)
-    return lambda: module.pointwise_backward(some.dy, some.a, some.x, p.weight, p.bias, "gelu", some.norm, sums, needs)[
-        1:
-    ]
+def _our_statistics(backend: str, i: Inputs, sums: None) -> Results:
+    p, module = i.parameters, backend_module(backend)
+    primitive = module.depthwise_train if p.weight.shape[1] == 1 else module.pointwise_train
+    return primitive(i.x, p.weight, p.bias, "gelu")
 
 
-# ---- the operators -------------------------------------------------------------------------------------------------
+def _our_normalize(backend: str, i: Inputs, sums: None) -> Tensor:
+    return backend_module(backend).normalize(i.a, "gelu", i.norm, i.x)
+
+
+def _our_norm_backward(backend: str, i: Inputs, sums: None) -> Results:
+    return backend_module(backend).norm_backward(i.dy, i.a, "gelu", i.norm)
+
+
+def _our_convolution(backend: str, i: Inputs, sums: None) -> Tensor:
+    return ck.depthwise_conv2d(i.x, *i.parameters[:2], backend=backend)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator for everyone: `function(*arguments(set))` is eager PyTorch's."""
+    """A row's contents: `function(*arguments(inputs))` is eager PyTorch's way."""
 
+    contains: str  # for the table in docs/performance.md
     function: Callable[..., Tensor | Results]
-    arguments: Callable[[Set], Results]
+    arguments: Callable[[Inputs], Results]
     outputs: tuple[str, ...]
     #: activation-sized tensors read or written: with C channels (x, dx, z), and with C_out (a, dy, y)
     passes: tuple[int, int]
     convolutions: int  # of each block
     activations: int  # evaluations of erf an element, for gelu, its derivative or both, of each block
+    #: of a backend's name, the inputs and the result of the reduction; None: ours is the public operator
+    primitives: Callable[..., Tensor | Results] | None = None
+    reduced: bool = False  # ours starts at the result of the reduction, which is not timed
     training: bool = False
     step: bool = False
+    part: bool = False  # one kernel of ours; eager PyTorch has no call of the same contents
 
-    def call(self, some: Set, function: Callable[..., Tensor | Results] | None = None) -> Callable[[], Results]:
+    def call(self, inputs: Inputs, function: Callable[..., Tensor | Results] | None = None) -> Callable[[], Results]:
         """What is timed, for eager PyTorch or what torch.compile made of `function`."""
         function = self.function if function is None else function
-        arguments = self.arguments(some)
+        arguments = self.arguments(inputs)
         if self.step:
-            return _step(function, some, arguments)
+            return _step(function, inputs, arguments)
         if self.training:
             return _recorded(function, arguments)
         return lambda: _tuple(function(*arguments))
 
-    def ours(self, some: Set, backend: str) -> Callable[[], Results]:
+    def ours(self, inputs: Inputs, backend: str) -> Callable[[], Results]:
         """What is timed, for one of our backends."""
-        if self.function is _input_grad:
-            return lambda: _our_input_grad(some, backend)
-        if self.function is _weight_grad:
-            return _our_weight_grad(some, backend)
-        if self.function is _normalize:
-            return lambda: (backend_module(backend).normalize(some.a, "gelu", some.norm, some.x),)
-        if self.function is _norm_backward:
-            return lambda: backend_module(backend).norm_backward(some.dy, some.a, "gelu", some.norm)
-        if self.function is _convolution:
-            return lambda: (ck.depthwise_conv2d(some.x, *some.parameters[:2], backend=backend),)
+        if self.primitives is not None:
+            sums = _our_norm_backward(backend, inputs, None) if self.reduced else None
+            return lambda: _tuple(self.primitives(backend, inputs, sums))
 
         def function(x: Tensor, *tensors: Tensor) -> Tensor:
-            return _ours_layer(some, self.training, backend, x, *tensors)
+            return _our_block(inputs, self.training, backend, x, *tensors)
 
-        return self.call(some, function)
+        return self.call(inputs, function)
 
 
 def _tuple(results: Tensor | Results) -> Results:
@@ -291,7 +311,7 @@ def _tuple(results: Tensor | Results) -> Results:
 def _leaves(arguments: Results) -> tuple[Results, Results]:
     """The arguments of a block in training, and those of them that get gradients (all but the running statistics).
 
-    Everyone gets running statistics of its own, since a forward changes them.
+    Each call gets running statistics of its own, since a forward changes them.
     """
     fixed = {i for i in range(len(arguments)) if i and i % 6 in (5, 0)}
     made = tuple(t.clone() if i in fixed else t.detach().requires_grad_() for i, t in enumerate(arguments))
@@ -299,7 +319,7 @@ def _leaves(arguments: Results) -> tuple[Results, Results]:
 
 
 def _recorded(function: Callable[..., Tensor], arguments: Results) -> Callable[[], Results]:
-    """The forward of a training step: the graph is recorded. Running statistics are results too."""
+    """The forward of a training step: autograd records it. Running statistics are results too."""
     made, _ = _leaves(arguments)
     statistics = [t for i, t in enumerate(made) if i and i % 6 in (5, 0)]
 
@@ -309,56 +329,144 @@ def _recorded(function: Callable[..., Tensor], arguments: Results) -> Callable[[
     return forward
 
 
-def _step(function: Callable[..., Tensor], some: Set, arguments: Results) -> Callable[[], Results]:
+def _step(function: Callable[..., Tensor], inputs: Inputs, arguments: Results) -> Callable[[], Results]:
     made, leaves = _leaves(arguments)
 
     def step() -> Results:
         y = function(*made)
-        return y, *torch.autograd.grad(y, leaves, some.dy)
+        return y, *torch.autograd.grad(y, leaves, inputs.dy)
 
     return step
 
 
-def _chain_arguments(some: Set) -> Results:
-    return some.dy, some.a, some.parameters.norm_weight, some.mean.to(some.a.dtype), some.rstd.to(some.a.dtype)
+def _all(inputs: Inputs) -> Results:
+    return inputs.x, *(t for block in inputs.blocks for t in block)
 
 
-def _input_grad_arguments(some: Set) -> Results:
-    dy, a, *rest = _chain_arguments(some)
-    return dy, a, some.x, some.parameters.weight, *rest
+def _convolution_arguments(inputs: Inputs) -> Results:
+    return inputs.x, *inputs.parameters[:2]
+
+
+def _chain_arguments(inputs: Inputs) -> Results:
+    mean, rstd = inputs.mean, inputs.rstd
+    if not inputs.a.is_cuda:
+        # torch's CPU kernel takes statistics in the dtype of the parameters, its CUDA kernel in float32
+        mean, rstd = mean.to(inputs.a.dtype), rstd.to(inputs.a.dtype)
+    return inputs.dy, inputs.a, inputs.parameters.norm_weight, mean, rstd
+
+
+def _backward_arguments(inputs: Inputs) -> Results:
+    dy, a, *rest = _chain_arguments(inputs)
+    return dy, a, inputs.x, inputs.parameters.weight, *rest
+
+
+def _weight_grad_arguments(inputs: Inputs) -> Results:
+    return inputs.da, inputs.x, inputs.parameters.weight
+
+
+def _normalize_arguments(inputs: Inputs) -> Results:
+    p, dtype = inputs.parameters, inputs.a.dtype
+    return inputs.a, inputs.x, p.norm_weight, p.norm_bias, inputs.mean.to(dtype), inputs.var.to(dtype)
 
 
 _FORWARD = ("y", "running_mean", "running_var")
 _GRADS = ("dx", "dw", "db", "dgamma", "dbeta")
 _LAYER_GRADS = ("dx", *(f"{block} {name}" for block in ("depthwise", "pointwise") for name in _GRADS[1:]))
+_INPUT_GRAD = ("dx", "dgamma", "dbeta")
+_X, _WEIGHT, _ALL = (True, False, False), (False, True, True), (True, True, True)
+_TRAIN = (
+    "Training forward of the {} block: convolution + bias, GELU, batch norm by the batch's statistics{}; running statistics move "
+    "and autograd records."
+)
+_INPUT = (
+    "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the convolution's "
+    "input gradient{}. The forward and the weight gradient are not in it."
+)
+_WEIGHT_GRAD = (
+    "dw and db of the convolution. Ours starts at dy, a and the result of the reduction, because it never stores da; eager PyTorch "
+    "starts at da, which it has stored: that is in eager's favour."
+)
+_STEP = "{0}_train and its whole backward: the gradients of x, weight, bias, batch norm's weight and bias."
 
-
-def _weight_grad_arguments(some: Set) -> Results:
-    return some.da, some.x, some.parameters.weight
-
-
-def _normalize_arguments(some: Set) -> Results:
-    p = some.parameters
-    return some.a, some.x, p.norm_weight, p.norm_bias, some.mean.to(some.a.dtype), some.var.to(some.a.dtype)
-
-
-#: Passes: eval x, y. train x, a; a, x, y (the pointwise block: without the second x). Input gradient dy, a; dy, a, dx. Weight
-#: gradient dy, a, x. Step: train, reduce (dy, a), dx, weight gradient. layer_eval x, y: nothing between the blocks need be
-#: stored. layer_step 9 forward, 16 backward and 1 to rebuild z (with C_out = C; roofline.py counts the same for a model).
+#: What each row contains, its bytes (`passes`) and its FLOPs (`convolutions`): the one place that says so.
+#: The passes are those that remain if each kernel reads and writes each tensor once. eval: x, y. train: x, a; a, x, y (the pointwise
+#: block: without the second x). Input gradient: dy, a; dy, a, dx. Weight gradient: dy, a, x. Step: train, reduction (dy, a), dx, weight
+#: gradient. layer_eval: x, y, because nothing between the blocks must be stored. layer_step: 9 forward, 16 backward and 1 to rebuild z.
 OPERATORS = {
-    "depthwise_conv": Operator(_convolution, lambda s: (s.x, *s.parameters[:2]), ("y",), (1, 1), 1, 0),
-    "depthwise_eval": Operator(_block, _flat, ("y",), (1, 1), 1, 1),
-    "depthwise_train": Operator(_train, _flat, _FORWARD, (2, 3), 1, 2, training=True),
-    "depthwise_input_grad": Operator(_input_grad, _input_grad_arguments, ("dx", "dgamma", "dbeta"), (1, 4), 1, 2),
-    "depthwise_weight_grad": Operator(_weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1),
-    "depthwise_step": Operator(_train, _flat, ("y", *_GRADS), (4, 9), 3, 5, training=True, step=True),
-    "pointwise_eval": Operator(_block, _flat, ("y",), (1, 1), 1, 1),
-    "pointwise_train": Operator(_train, _flat, _FORWARD, (1, 3), 1, 2, training=True),
-    "pointwise_input_grad": Operator(_input_grad, _input_grad_arguments, ("dx", "dgamma", "dbeta"), (1, 4), 1, 2),
-    "pointwise_weight_grad": Operator(_weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1),
-    "pointwise_step": Operator(_train, _flat, ("y", *_GRADS), (3, 9), 3, 5, training=True, step=True),
-    "normalize": Operator(_normalize, _normalize_arguments, ("y",), (1, 2), 0, 1),
-    "norm_backward": Operator(_norm_backward, _chain_arguments, ("dbeta", "dgamma"), (0, 2), 0, 1),
-    "layer_eval": Operator(_layer, _flat, ("y",), (1, 1), 1, 1),
-    "layer_step": Operator(_train_layer, _flat, ("y", *_LAYER_GRADS), (17, 9), 3, 5, training=True, step=True),
+    "depthwise_conv": Operator(
+        "The depthwise convolution + bias alone.",
+        _convolution, _convolution_arguments, ("y",), (1, 1), 1, 0, _our_convolution,
+    ),
+    "depthwise_eval": Operator(
+        "Depthwise block in inference: convolution + bias, GELU, batch norm by running statistics, + x.",
+        _block, _all, ("y",), (1, 1), 1, 1,
+    ),
+    "depthwise_train": Operator(
+        _TRAIN.format("depthwise", ", + x"), _train, _all, _FORWARD, (2, 3), 1, 2, training=True,
+    ),
+    "depthwise_input_grad": Operator(
+        _INPUT.format(", + dy"), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
+    ),
+    "depthwise_weight_grad": Operator(
+        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
+        reduced=True,
+    ),
+    "depthwise_step": Operator(
+        _STEP.format("depthwise"), _train, _all, ("y", *_GRADS), (4, 9), 3, 5, training=True, step=True,
+    ),
+    "pointwise_eval": Operator(
+        "Pointwise block in inference: 1x1 convolution + bias, GELU, batch norm by running statistics.",
+        _block, _all, ("y",), (1, 1), 1, 1,
+    ),
+    "pointwise_train": Operator(
+        _TRAIN.format("pointwise", ""), _train, _all, _FORWARD, (1, 3), 1, 2, training=True,
+    ),
+    "pointwise_input_grad": Operator(
+        _INPUT.format(""), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
+    ),
+    "pointwise_weight_grad": Operator(
+        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
+        reduced=True,
+    ),
+    "pointwise_backward": Operator(
+        "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the convolution's "
+        "gradients dx, dw and db.",
+        _backward, _backward_arguments, _GRADS, (2, 6), 2, 3, partial(_our_gradients, _ALL, True),
+    ),
+    "pointwise_step": Operator(
+        _STEP.format("pointwise"), _train, _all, ("y", *_GRADS), (3, 9), 3, 5, training=True, step=True,
+    ),
+    "normalize": Operator(
+        "From a: GELU, batch norm by given statistics, + x.",
+        _normalize, _normalize_arguments, ("y",), (1, 2), 0, 1, _our_normalize,
+    ),
+    "norm_backward": Operator(
+        "The reduction of batch norm's backward alone: from dy and a to dgamma and dbeta.",
+        _norm_backward, _chain_arguments, ("dbeta", "dgamma"), (0, 2), 0, 1, _our_norm_backward,
+    ),
+    "layer_eval": Operator(
+        "Depthwise and pointwise block in inference.", _layer, _all, ("y",), (1, 1), 1, 1,
+    ),
+    "layer_step": Operator(
+        "Training step of the depthwise and the pointwise block: forward and the gradients of x and of all parameters.",
+        _train_layer, _all, ("y", *_LAYER_GRADS), (17, 9), 3, 5, training=True, step=True,
+    ),
+    "depthwise_train_kernel": Operator(
+        "Ours only, the first kernel of depthwise_train: from x to a and the mean and variance of GELU(a).",
+        _statistics, _convolution_arguments, ("a", "mean", "var"), (1, 1), 1, 1, _our_statistics, part=True,
+    ),
+    "depthwise_input_grad_kernel": Operator(
+        "Ours only, depthwise_input_grad without the reduction: from dy, a and the result of norm_backward to dx.",
+        _dx, _backward_arguments, ("dx",), (1, 2), 1, 1, partial(_our_gradients, _X, False),
+        reduced=True, part=True,
+    ),
+    "pointwise_train_kernel": Operator(
+        "Ours only, the first kernel of pointwise_train: from x to a and the mean and variance of GELU(a).",
+        _statistics, _convolution_arguments, ("a", "mean", "var"), (1, 1), 1, 1, _our_statistics, part=True,
+    ),
+}  # fmt: skip
+
+MODELS = {
+    "model_eval": "A whole ConvMixer in inference, without gradients.",
+    "model_step": "Forward and backward of a whole ConvMixer: the gradients of all parameters. No optimizer.",
 }

@@ -8,7 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import report, report_ops
+from benchmarks import tables
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --quiet: #616e7c; --line: #dde2e8; --ours: #0b7a75; --loss: #b44d12; }
@@ -51,7 +51,7 @@ def write(path: Path, documents: Sequence[Mapping[str, object]], pictures: Mappi
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n<body>'
-        f"<h1>{title}</h1>\n<p class=quiet>Written by python -m benchmarks report from the committed JSON files. Every "
+        f"<h1>{title}</h1>\n<p class=quiet>Written by python -m benchmarks report from JSON files. Every "
         "result was checked against float64 before it was timed; losses are printed like wins.</p>\n"
         f"<nav>{''.join(links)}</nav>\n{''.join(sections)}\n<script>{_SCRIPT}</script></body></html>\n"
     )
@@ -61,47 +61,41 @@ def write(path: Path, documents: Sequence[Mapping[str, object]], pictures: Mappi
 
 def _section(index: int, document: Mapping[str, object]) -> tuple[str, str]:
     """Heading and body: the document's table and what its columns mean."""
-    device = document["environment"]["device"]
-    if document.get("kind") == "operators":
-        rows = document["results"]
-        names = report_ops.columns(rows)
-        headings = report_ops.headings(names)
-        body = [_operator_cells(row, names) for row in rows]
-        return f"Operators: {device}", _about(document) + _table(index, headings, body) + _list(
-            report_ops.notes(document, rows)
-        )
-    if "gpu" in document:
-        headings, *body = _of_markdown(report.gpu_markdown(document))
-        return f"Kernels: {device}", _about(document) + _table(
-            index, headings, [[(c, "") for c in row] for row in body]
-        )
-    body = [[(cell, "") for cell in row] for row in report.table_rows(document)]
-    return f"Models: {device}", _about(document) + _table(index, report.HEADINGS, body) + _list(report.notes(document))
+    device, rows = document["environment"]["device"], document["results"]
+    if document["kind"] == "models":
+        (headings, cells), notes = tables.models(document), tables.model_notes(document)
+        body = [[(cell, "") for cell in each] for each in cells]
+    else:
+        (headings, cells), notes = tables.operators(rows), tables.operator_notes(document)
+        body = [_marked(headings, row, each) for row, each in zip(rows, cells, strict=True)]
+    heading = f"{document['kind'].capitalize() if document['kind'] != 'gpu' else 'GPU'}: {device}"
+    return heading, _about(document) + _table(index, headings, body) + _list(notes)
 
 
-def _operator_cells(row: report_ops.Row, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The row's cells with their classes: the fastest time, and a ratio that is a loss."""
-    cells = report_ops.cells(row, names)
-    found = row["implementations"]
-    timed = [name for name in found if name != "clone"]
-    fastest = min(timed, key=lambda name: found[name]["median_ms"], default=None)
-    classes = ["", "", "", *("best" if name == fastest else "" for name in names), "", ""]
-    ratio = cells[-1]
-    classes.append("loss" if ratio.endswith("x") and float(ratio[:-1]) < 1 else "best" if ratio.endswith("x") else "")
-    return list(zip(cells, classes, strict=True))
+def _marked(headings: Sequence[str], row: tables.Row, cells: Sequence[str]) -> list[tuple[str, str]]:
+    """The cells of a row with their classes: the fastest time, and a ratio that is a loss."""
+    fastest = min(
+        (name for name in (tables.ours(row), tables.best_peer(row)) if name),
+        key=lambda n: tables.median(row, n),
+        default=None,
+    )
+    ratio = tables.speedup(row, tables.best_peer(row))
+    last = "" if ratio is None else "loss" if ratio < 1 else "best"
+    classes = ["best" if heading == fastest else "" for heading in headings[:-1]]
+    return list(zip(cells, [*classes, last], strict=True))
 
 
 def _about(document: Mapping[str, object]) -> str:
     found = document["environment"]
     line = (
-        f"{report.machine(document)}, commit {found.get('commit')}, Python {found.get('python')}, {found.get('system')}"
+        f"{tables.machine(document)}, commit {found.get('commit')}, Python {found.get('python')}, {found.get('system')}"
     )
     return f"<p class=quiet>{html.escape(line)}</p>\n"
 
 
 def _table(index: int, headings: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
     """Cells with their classes; words stand left, figures right."""
-    left = {i for i in range(len(headings)) if headings[i] in ("case", "dtype", "layout", "model", "mode")}
+    left = {i for i in range(len(headings)) if headings[i] in ("milliseconds", "dtype", "layout", "model", "mode")}
 
     def attribute(i: int, extra: str = "") -> str:
         words = " ".join(word for word in ("text" if i in left else "", extra) if word)
@@ -122,13 +116,6 @@ def _table(index: int, headings: Sequence[str], rows: Sequence[Sequence[tuple[st
 
 def _list(lines: Sequence[str]) -> str:
     return "<ul class=notes>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>\n"
-
-
-def _of_markdown(text: str) -> list[list[str]]:
-    """The rows of the table in `text`, the headings first."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [row for row in rows if not all(set(cell) <= set(":-") for cell in row)]
 
 
 def _image(path: Path) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who is measured: each implementation's way to run a case, or the reason why it cannot."""
+"""The implementations: each one's way to run a case, or the reason why it cannot."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 import convmixer_kernels
 from benchmarks import models, onnx_graph
-from benchmarks.ops import OPERATORS, Set, backend_module
-from benchmarks.optional import MissingPackage, require
-from benchmarks.shapes import LAYOUTS, Case, ModelCase
+from benchmarks.cases import LAYOUTS, Case, ModelCase
+from benchmarks.console import MissingPackage, first_line, require
+from benchmarks.ops import OPERATORS, Inputs, backend_module
 from convmixer_kernels import dispatch
+from convmixer_kernels.backends import cuda, cuda_choice
 
 Results = tuple[Tensor, ...]
 Calls = list[Callable[[], Results]]
 
 EAGER = {"contiguous": "eager NCHW", "channels_last": "eager channels_last"}
-#: What torch.compile is told. layout_optimization is what TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 sets.
+#: Arguments of torch.compile. TORCHINDUCTOR_LAYOUT_OPTIMIZATION=0 sets the same option as the last.
 COMPILE = {
     "compile": {},
     "compile max-autotune": {"mode": "max-autotune"},
@@ -30,18 +31,20 @@ COMPILE = {
 }
 CUDNN = {f"cudnn {mode}": mode for mode in ("auto", "cudnn", "native")}
 CLONE = "clone"
+#: The products of ours on a GPU that CONVMIXER_CUDA_GEMM can force: "ours cuda wgmma" is "ours cuda" with that choice.
+GEMMS = ("fused", "torch", "wgmma", "layer")
 
 
 def names(device_type: str) -> list[str]:
-    """Every implementation for a device type, in the order of the tables: ours by backend first, those that cannot run here too."""
+    """The implementations of a device type in the order of the tables, ours by backend first; some may not run here."""
     ours = [f"ours {name}" for name in dispatch.automatic_order(device_type) if name != "reference"]
     others = ["onnxruntime", "openvino"] if device_type == "cpu" else list(CUDNN)
     return [*ours, *EAGER.values(), *COMPILE, *others, CLONE]
 
 
-#: What exists beside names(), for who asks by name: the definition that the backends are held against, which is not made to be
-#: fast, and backends whose emulation or interpreter takes CPU tensors.
-EXTRA = tuple(f"ours {name}" for name in dispatch.BACKENDS)
+#: Implementations that run only if named: the reference backend, which is not made to be fast, backends that take CPU tensors in an
+#: emulation or interpreter, and forced products.
+EXTRA = (*(f"ours {name}" for name in dispatch.BACKENDS), *(f"ours cuda {gemm}" for gemm in GEMMS))
 
 
 class Absent(RuntimeError):
@@ -50,105 +53,146 @@ class Absent(RuntimeError):
 
 @dataclass
 class Prepared:
-    """An implementation, ready to be called on each set in turn."""
+    """An implementation, ready to be called on each set of inputs in turn."""
 
     calls: Calls
-    torch_memory: bool  # whether torch's allocator sees what it allocates
+    torch_memory: bool = True  # whether torch's allocator sees what it allocates
     #: wraps the whole of a timing or check, for settings that are global
     setting: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    model: nn.Module | None = None  # of a model case, if every tensor of it can be checked
 
 
 @dataclass
-class Inputs:
-    """What every implementation of a case starts from."""
+class Workload:
+    """A case with the tensors that every implementation of it starts from."""
 
     case: Case
     device: torch.device
-    sets: list[Set]  # of an operator
+    inputs: list[Inputs]  # of an operator
     reference: nn.Sequential | None = None  # of a model, in the case's dtype
-    images: Tensor | None = None  # (N, 3, H, W)
+    images: Tensor | None = None  # (N, 3, H, W), in the case's dtype and layout
     cotangent: Tensor | None = None  # (N, classes)
 
 
-def prepare(name: str, inputs: Inputs, compile_all: bool) -> Prepared:
+def prepare(name: str, workload: Workload, compile_all: bool) -> Prepared:
     """`name` on the inputs of a case.
 
     Raises:
         Absent: it cannot run here, or is not asked to.
     """
-    case = inputs.case
+    case = workload.case
     if name.startswith("ours "):
-        return _ours(name.removeprefix("ours "), inputs)
+        return _ours(name.removeprefix("ours "), workload)
+    if name == CLONE:
+        if isinstance(case, ModelCase):
+            raise Absent("a copy of the images is no bound of a model")
+        return Prepared([lambda i=i: (i.x.clone(),) for i in workload.inputs])
+    if not isinstance(case, ModelCase) and OPERATORS[case.op].part:
+        raise Absent("this row is one kernel of ours")
     if name in EAGER.values():
-        layout = next(key for key, value in EAGER.items() if value == name)
-        return Prepared(_eager(inputs, layout), True)
+        return eager(workload, next(key for key, value in EAGER.items() if value == name))
     if name in COMPILE:
         if not case.compiled and not compile_all:
             raise Absent("compiled only for a few cases: a compiler needs 10 to 60 s for each (--compile-all)")
-        return Prepared(_compiled(inputs, COMPILE[name]), True)
+        return _compiled(workload, COMPILE[name])
     if name in CUDNN:
-        return _cudnn(CUDNN[name], inputs)
-    if name == "onnxruntime":
-        return Prepared(_onnxruntime(inputs), False)
-    if name == "openvino":
-        return Prepared(_openvino(inputs), False)
-    assert name == CLONE, name
-    if isinstance(case, ModelCase):
-        raise Absent("a copy of the images is no bound of a model")
-    return Prepared([lambda s=s: (s.x.clone(),) for s in inputs.sets], True)
+        return _cudnn(CUDNN[name], workload)
+    engine = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name]
+    return Prepared(engine(workload), torch_memory=False)
 
 
-# ---- eager and compiled PyTorch, ours -------------------------------------------------------------------------------
-
-
-def _ours(backend: str, inputs: Inputs) -> Prepared:
+def _ours(choice: str, workload: Workload) -> Prepared:
+    backend, _, gemm = choice.partition(" ")
     module = backend_module(backend)
-    if isinstance(inputs.case, ModelCase):
-        preset, images = inputs.case.preset, inputs.images
+    case = workload.case
+    if isinstance(case, ModelCase):
+        preset, images = case.preset, workload.images
         x, weight = images.new_empty(1, preset.dim, 8, 8), images.new_empty(preset.dim, 1, *[preset.kernel_size] * 2)
         if (reason := module.can_run("depthwise", x, weight)) is not None:
             raise Absent(reason)
-        model = models.ours_like(preset, inputs.reference)
-        model.to(memory_format=LAYOUTS[inputs.case.layout])
-        calls = model_calls(inputs, model, inputs.case.layout)
-        return Prepared(calls, True, lambda: convmixer_kernels.use_backend(backend))
-    some = inputs.sets[0]
-    for block in some.blocks:
+        model = models.ours_like(preset, workload.reference)
+        return _model(workload, model, case.layout, lambda: convmixer_kernels.use_backend(backend))
+    for block in workload.inputs[0].blocks:
         kind = "depthwise" if block.weight.shape[1] == 1 else "pointwise"
-        reason = module.can_run(kind, some.x, block.weight)
-        if reason is not None:
+        if (reason := module.can_run(kind, workload.inputs[0].x, block.weight)) is not None:
             raise Absent(reason)
-    operator = OPERATORS[inputs.case.op]
-    return Prepared([operator.ours(s, backend) for s in inputs.sets], True)
+    calls = [OPERATORS[case.op].ours(inputs, backend) for inputs in workload.inputs]
+    return Prepared(calls, setting=lambda: forced_gemm(gemm)) if gemm else Prepared(calls)
 
 
-def _eager(inputs: Inputs, layout: str) -> Calls:
-    if isinstance(inputs.case, ModelCase):
-        model = copy.deepcopy(inputs.reference).to(memory_format=LAYOUTS[layout])
-        return model_calls(inputs, model, layout)
-    operator = OPERATORS[inputs.case.op]
-    sets = inputs.sets if layout == inputs.case.layout else [s.in_layout(layout) for s in inputs.sets]
-    return [operator.call(s) for s in sets]
+@contextlib.contextmanager
+def forced_gemm(gemm: str) -> Iterator[None]:
+    """Calls of the cuda backend inside `with` run as with CONVMIXER_CUDA_GEMM=gemm."""
+    before = cuda_choice.forced_gemm
+    cuda_choice.forced_gemm = lambda: gemm
+    # sizes of workspaces depend on it
+    cuda._size.cache_clear()
+    try:
+        yield
+    finally:
+        cuda_choice.forced_gemm = before
+        cuda._size.cache_clear()
 
 
-def _compiled(inputs: Inputs, options: dict[str, object]) -> Calls:
+def gemms_of(case: Case, capability: tuple[int, int]) -> tuple[str, ...]:
+    """Those of GEMMS that make a difference to a case on a device of this compute capability."""
+    if isinstance(case, ModelCase) or not case.op.startswith(("pointwise", "layer_eval")):
+        return ()
+    c, plane = case.shape[1], case.shape[2] * case.shape[3]
+    narrow, near = case.dtype != "float32", case.layout == "contiguous"
+    hopper = narrow and capability == (9, 0)
+    if case.op == "layer_eval":
+        # if the device is too small for the layer in one kernel, "layer" is "fused" once more
+        both = ("fused", "torch", "wgmma") if hopper else ("fused", "torch")
+        return (*both, "layer") if narrow and near and c <= 256 and case.kernel <= 9 else both
+    if case.op not in ("pointwise_eval", "pointwise_train", "pointwise_train_kernel"):
+        # the weight gradient
+        return ("wgmma",) if hopper and near and plane % 64 == 0 and case.op != "pointwise_input_grad" else ()
+    aligned = c % 8 == 0 and (not near or plane % 64 == 0)
+    return ("fused", "torch", "wgmma") if hopper and aligned else ("fused", "torch")
+
+
+def eager(workload: Workload, layout: str) -> Prepared:
+    """Eager PyTorch with tensors in `layout`."""
+    case = workload.case
+    if isinstance(case, ModelCase):
+        return _model(workload, copy.deepcopy(workload.reference), layout)
+    inputs = workload.inputs if layout == case.layout else [each.in_layout(layout) for each in workload.inputs]
+    return Prepared([OPERATORS[case.op].call(each) for each in inputs])
+
+
+def _model(
+    workload: Workload,
+    model: nn.Module,
+    layout: str,
+    setting: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Prepared:
+    model.to(memory_format=LAYOUTS[layout])
+    images = workload.images.contiguous(memory_format=LAYOUTS[layout])
+    call = models.call(model, images, workload.cotangent, workload.case.training)
+    return Prepared([call], setting=setting, model=model)
+
+
+def _compiled(workload: Workload, options: dict[str, object]) -> Prepared:
     # every case counts towards one function's limit of recompilations otherwise
     torch._dynamo.reset()
+    case = workload.case
     try:
-        if isinstance(inputs.case, ModelCase):
-            model = copy.deepcopy(inputs.reference).to(memory_format=LAYOUTS[inputs.case.layout])
-            calls = model_calls(inputs, model, inputs.case.layout, torch.compile(model, dynamic=False, **options))
+        if isinstance(case, ModelCase):
+            model = copy.deepcopy(workload.reference).to(memory_format=LAYOUTS[case.layout])
+            compiled = torch.compile(model, dynamic=False, **options)
+            calls = [models.call(model, workload.images, workload.cotangent, case.training, compiled)]
         else:
-            operator = OPERATORS[inputs.case.op]
+            operator = OPERATORS[case.op]
             function = torch.compile(operator.function, dynamic=False, **options)
-            calls = [operator.call(s, function) for s in inputs.sets]
+            calls = [operator.call(inputs, function) for inputs in workload.inputs]
         calls[0]()
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, NotImplementedError) as error:
         raise Absent(f"torch.compile: {first_line(error)}") from error
-    return calls
+    return Prepared(calls)
 
 
-def _cudnn(mode: str, inputs: Inputs) -> Prepared:
+def _cudnn(mode: str, workload: Workload) -> Prepared:
     if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
         raise Absent(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
 
@@ -161,55 +205,32 @@ def _cudnn(mode: str, inputs: Inputs) -> Prepared:
         finally:
             torch.backends.cudnn.depthwise_kernel = before
 
-    return Prepared(_eager(inputs, inputs.case.layout), True, setting)
+    prepared = eager(workload, workload.case.layout)
+    prepared.setting = setting
+    return prepared
 
 
-def model_calls(inputs: Inputs, model: nn.Module, layout: str, runs: Callable[[Tensor], Tensor] | None = None) -> Calls:
-    """`runs` is the model, or what torch.compile made of it. A step's results: the logits and all gradients."""
-    runs = model if runs is None else runs
-    images = inputs.images.contiguous(memory_format=LAYOUTS[layout])
-    if inputs.case.op == "model_eval":
-        model.eval()
-
-        def evaluate() -> Results:
-            with torch.no_grad():
-                return (runs(images),)
-
-        return [evaluate]
-    model.train()
-    parameters = list(model.parameters())
-
-    def step() -> Results:
-        output = runs(images)
-        return output, *torch.autograd.grad(output, parameters, inputs.cotangent)
-
-    return [step]
-
-
-# ---- engines that take ONNX -------------------------------------------------------------------------------------------
-
-
-def _graph(inputs: Inputs) -> tuple[bytes, list[dict[str, object]]]:
+def _graph(workload: Workload) -> tuple[bytes, list[dict[str, object]]]:
     """The graph of a case, and its inputs as numpy arrays, for each set."""
-    case = inputs.case
+    case = workload.case
     if case.dtype != "float32":
         raise Absent(f"its graph is made for float32 only, not {case.dtype}")
     try:
         if isinstance(case, ModelCase):
             if case.op != "model_eval":
                 raise Absent("it has no training step")
-            graph = onnx_graph.model(copy.deepcopy(inputs.reference).eval(), inputs.images)
-            return graph, [onnx_graph.numpy_input(inputs.images)]
+            graph = onnx_graph.model(copy.deepcopy(workload.reference).eval(), workload.images)
+            return graph, [onnx_graph.numpy_input(workload.images)]
         if case.op not in onnx_graph.OPERATORS:
             raise Absent("it runs inference only")
-        arrays = [onnx_graph.numpy_input(s.x) for s in inputs.sets]
-        return onnx_graph.operator(case, inputs.sets[0]), arrays
+        arrays = [onnx_graph.numpy_input(inputs.x) for inputs in workload.inputs]
+        return onnx_graph.operator(case, workload.inputs[0]), arrays
     except MissingPackage as error:
         raise Absent(str(error)) from error
 
 
-def _onnxruntime(inputs: Inputs) -> Calls:
-    graph, arrays = _graph(inputs)
+def _onnxruntime(workload: Workload) -> Calls:
+    graph, arrays = _graph(workload)
     try:
         runtime, state = require("onnxruntime"), require("onnxruntime.capi.onnxruntime_pybind11_state")
     except MissingPackage as error:
@@ -227,13 +248,8 @@ def _onnxruntime(inputs: Inputs) -> Calls:
     return [lambda a=a: (torch.from_numpy(session.run(None, a)[0]),) for a in arrays]
 
 
-def first_line(error: BaseException) -> str:
-    """Of an error's message; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _openvino(inputs: Inputs) -> Calls:
-    graph, arrays = _graph(inputs)
+def _openvino(workload: Workload) -> Calls:
+    graph, arrays = _graph(workload)
     try:
         openvino = require("openvino")
     except MissingPackage as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of the operator suite, from its JSON: the roofline, the speed-ups, and the cost over the kernel size."""
+"""Pictures from the JSON files: speed-ups, the cost over the kernel size, and the roofline."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import report_ops
-from benchmarks.optional import require
-from benchmarks.report_ops import Row
+from benchmarks import tables
+from benchmarks.console import require
+from benchmarks.tables import Row
 
 _INK, _QUIET, _OURS, _LOSS = "#1f2933", "#616e7c", "#0b7a75", "#b44d12"
 _PEERS = {
@@ -66,12 +66,9 @@ def _plain_logarithm(axis, base: float = 10) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-# ---- roofline -------------------------------------------------------------------------------------------------------
-
-
 def roofline(document: Mapping[str, object], path: Path, machine: str) -> None:
     """Every float32 operator with FLOPs: what ours and the best peer reach, below the copy, FMA and matrix product lines."""
-    rows = [row for row in document["results"] if row["flops"] and row["dtype"] == "float32" and report_ops.ours(row)]
+    rows = [row for row in document["results"] if row["flops"] and row["dtype"] == "float32" and tables.ours(row)]
     if not rows:
         raise ValueError("the results hold no operator in float32 with a convolution that was timed")
     peaks = document["sessions"][-1]["peaks"]
@@ -102,7 +99,7 @@ def roofline(document: Mapping[str, object], path: Path, machine: str) -> None:
         )
         for row in rows:
             found, x = row["implementations"], row["flops"] / row["bytes"]
-            mine, peer = report_ops.ours(row), report_ops.best_peer(row)
+            mine, peer = tables.ours(row), tables.best_peer(row)
             y = row["flops"] / found[mine]["median_ms"] / 1e6
             if peer is not None:
                 theirs = row["flops"] / found[peer]["median_ms"] / 1e6
@@ -133,23 +130,20 @@ def _shape_of(row: Row) -> str:
     return "o" if row["op"].startswith("depthwise") else "s" if row["op"].startswith("pointwise") else "D"
 
 
-# ---- speed-ups ------------------------------------------------------------------------------------------------------
-
-
 def speedups(document: Mapping[str, object], path: Path, machine: str) -> None:
-    """A bar for each case: how many times faster ours is than the best peer, and a mark for each peer."""
-    rows = [row for row in document["results"] if report_ops.ours(row) and report_ops.best_peer(row)]
+    """A bar for each operator or model: how many times faster ours is than the best peer, and a mark for each peer."""
+    rows = [row for row in document["results"] if tables.ours(row) and tables.best_peer(row)]
     if not rows:
         raise ValueError("the results hold no case that ours and a peer were timed on")
     order = list(dict.fromkeys(row["op"] for row in rows))
     rows = sorted(rows, key=lambda row: order.index(row["op"]))
-    height = 1.35 + 0.235 * len(rows)
+    height = 1.5 + 0.235 * len(rows)
     with _figure(path, 1, (9.6, height)) as (figure, (panel,)):
         for index, row in enumerate(rows):
-            ratio = report_ops.speedup(row, report_ops.best_peer(row))
+            ratio = tables.speedup(row, tables.best_peer(row))
             panel.barh(index, ratio - 1, 0.62, left=1, color=_OURS if ratio >= 1 else _LOSS)
             for name, (color, marker) in _PEERS.items():
-                if (other := report_ops.speedup(row, name)) is not None:
+                if (other := tables.speedup(row, name)) is not None:
                     panel.scatter(other, index, s=17, color=color, marker=marker, zorder=3, linewidth=0)
             panel.annotate(
                 f"{ratio:.2f}x",
@@ -162,7 +156,7 @@ def speedups(document: Mapping[str, object], path: Path, machine: str) -> None:
                 color=_OURS if ratio >= 1 else _LOSS,
                 fontweight="bold",
             )
-        ratios = [report_ops.speedup(row, report_ops.best_peer(row)) for row in rows]
+        ratios = [tables.speedup(row, tables.best_peer(row)) for row in rows]
         panel.set_xlim(left=min(0.65, 0.65 * min(ratios)))
         panel.axvline(1, color=_INK, linewidth=1)
         panel.set_xscale("log")
@@ -190,10 +184,7 @@ def speedups(document: Mapping[str, object], path: Path, machine: str) -> None:
 
 def _label(row: Row) -> str:
     extra = "" if row["dtype"] == "float32" else f" {row['dtype']}"
-    return report_ops.title(row) + extra + ("" if row["layout"] == "contiguous" else " channels_last")
-
-
-# ---- cost over the kernel size ---------------------------------------------------------------------------------------
+    return tables.title(row) + extra + ("" if row["layout"] == "contiguous" else " channels_last")
 
 
 def kernel_sizes(document: Mapping[str, object], path: Path, machine: str) -> None:
@@ -205,7 +196,7 @@ def kernel_sizes(document: Mapping[str, object], path: Path, machine: str) -> No
     with _figure(path, len(_SWEEP), (12.6, 4.9), sharey=True) as (figure, panels):
         for panel, (op, title) in zip(panels, _SWEEP.items(), strict=True):
             rows = sorted((row for row in sweep if row["op"] == op), key=lambda row: row["kernel"])
-            _line(panel, rows, report_ops.ours, _OURS, "o", "ours", linewidth=2.4, zorder=4)
+            _line(panel, rows, tables.ours, _OURS, "o", "ours", linewidth=2.4, zorder=4)
             for name, (color, marker) in _PEERS.items():
                 _line(panel, rows, lambda row, n=name: n if n in row["implementations"] else None, color, marker, name)
             kernels = [row["kernel"] for row in rows]
@@ -240,9 +231,9 @@ def _line(panel, rows: Sequence[Row], choose, color: str, marker: str, label: st
     )
 
 
-#: By the name of the file in docs/.
+#: The files in docs/ that are drawn from a document, by its kind.
 PICTURES = {
-    "operators.png": speedups,
-    "kernel-size.png": kernel_sizes,
-    "roofline.png": roofline,
+    "models": {"speedup.png": speedups},
+    "operators": {"operators.png": speedups, "kernel-size.png": kernel_sizes, "roofline.png": roofline},
+    "gpu": {},
 }

@@ -1,35 +1,58 @@
 # SPDX-License-Identifier: MIT
-"""FLOPs and bytes that a ConvMixer cannot avoid, and the time that this machine needs for them at least.
+"""The FLOPs and bytes that no implementation can avoid, and the least time that this machine needs for them: a row's floor.
 
-FLOPs are nominal: 2 per multiply-add, padding taps included. A floor leaves those taps out and adds, on a CPU, the
-time of 18 multiply-adds per exact GELU (what a vector erf costs). A training step does every convolution three times
-(forward, input gradient, weight gradient), except that the images need no gradient, and GELU and its derivative once
-each. Bytes are the activation passes that no fusion within one block saves: eval reads and writes once a block;
-training has 9 passes forward, 16 backward and 1 to rebuild what the second block read. An operator's passes stand in ops.py.
+FLOPs are nominal: 2 per multiply-add, padding taps included. A floor leaves those taps out and, on a CPU, adds the time of 18
+multiply-adds per exact GELU (what a vector erf costs). A model's training step does every convolution three times (forward,
+input gradient, weight gradient; the images need no gradient) and computes GELU and its derivative once each. Its bytes are
+the activation passes that no fusion within one block saves: 4 a layer in inference; in training 9 forward, 16 backward and 1
+to rebuild what the second block read. ops.py lists the passes of an operator.
 """
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.machine import MachinePeaks
-from benchmarks.models import Case
+from benchmarks.cases import DTYPES, Case, ModelCase, OpCase, Preset
+from benchmarks.machine import Peaks
 from benchmarks.ops import OPERATORS
-from benchmarks.shapes import DTYPES, ModelCase, OpCase
 
 _GELU_MULTIPLY_ADDS = 18
-_EVAL_PASSES = 4
-_TRAINING_PASSES = 26
+#: Of a layer: in inference, in training.
+MODEL_PASSES = (4, 26)
 
 
-class Peaks(NamedTuple):
-    """What the machine reached in this run."""
+class Floor(NamedTuple):
+    """What a case cannot avoid, and the time of that."""
 
-    flops: float  # of a GEMM, per second
-    bandwidth: float  # of a copy, bytes read and written per second
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str  # "bytes" or "arithmetic", whichever takes longer
+
+    def fields(self) -> dict[str, object]:
+        """As they stand in a row of JSON."""
+        return {"bytes": self.bytes, "flops": self.flops, "floor_ms": 1e3 * self.seconds, "bound": self.bound}
+
+
+def floor(case: Case, device_type: str, peaks: Peaks) -> Floor:
+    """The bytes at the copy's pace or the arithmetic at its peak, whichever takes longer.
+
+    On a CPU depthwise convolutions and erfs run at the multiply-add peak, and so do matrix products, or at the measured product's
+    pace if a 16-bit one is faster. On a GPU erfs run beside the rest, and 16-bit depthwise convolutions on tensor cores: neither counts.
+    """
+    if isinstance(case, ModelCase):
+        size = model_bytes(case.preset, case.batch, case.training, DTYPES[case.dtype].itemsize)
+        flops = 2 * multiply_adds(case.preset, case.batch, case.training)
+        arithmetic = _model_arithmetic(case, device_type, peaks)
+    else:
+        size, flops = operator_bytes(case), sum(operator_flops(case))
+        arithmetic = _operator_arithmetic(case, device_type, peaks)
+    bound = "bytes" if size / peaks.copy >= arithmetic else "arithmetic"
+    return Floor(size, flops, max(size / peaks.copy, arithmetic), bound)
+
+
+def _matrix_peak(dtype: str, device_type: str, peaks: Peaks) -> float:
+    return max(peaks.gemm[dtype], peaks.fma) if device_type == "cpu" else peaks.gemm[dtype]
 
 
 def taps_inside(height: int, width: int, kernel: int) -> float:
@@ -40,48 +63,6 @@ def taps_inside(height: int, width: int, kernel: int) -> float:
         return sum(min(i, before) + 1 + min(size - 1 - i, kernel - 1 - before) for i in range(size))
 
     return inside(height) * inside(width) / (height * width * kernel**2)
-
-
-def multiply_adds(case: Case, batch: int, training: bool) -> int:
-    """Of all convolutions and the classifier, for `batch` images."""
-    pixels = batch * (case.image_size // case.patch_size) ** 2
-    stem = pixels * case.dim * 3 * case.patch_size**2
-    layer = pixels * case.dim * (case.kernel_size**2 + case.dim)
-    forward = stem + case.depth * layer + batch * case.dim * case.n_classes
-    return 3 * forward - stem if training else forward
-
-
-def activations(case: Case, batch: int) -> int:
-    """How many activation values are computed, for `batch` images."""
-    pixels = batch * (case.image_size // case.patch_size) ** 2
-    return pixels * case.dim * (1 + 2 * case.depth)
-
-
-def activation_bytes(case: Case, batch: int, training: bool, itemsize: int) -> int:
-    """Read and written by the layers (stem, pooling and classifier left out), for `batch` images."""
-    pixels = batch * (case.image_size // case.patch_size) ** 2
-    return pixels * case.dim * case.depth * itemsize * (_TRAINING_PASSES if training else _EVAL_PASSES)
-
-
-def floor_seconds(
-    case: Case, batch: int, training: bool, dtype: torch.dtype, device: torch.device, peaks: Peaks
-) -> float:
-    """The least time that the arithmetic or the bytes take, whichever is longer."""
-    size = case.image_size // case.patch_size
-    depthwise = batch * size**2 * case.dim * case.depth * case.kernel_size**2 * (3 if training else 1)
-    slots = multiply_adds(case, batch, training) - depthwise * (1 - taps_inside(size, size, case.kernel_size))
-    if case.activation == "gelu" and device.type == "cpu":
-        slots += _GELU_MULTIPLY_ADDS * activations(case, batch) * (2 if training else 1)
-    return max(2 * slots / peaks.flops, activation_bytes(case, batch, training, dtype.itemsize) / peaks.bandwidth)
-
-
-class Floor(NamedTuple):
-    """What a case cannot avoid, and the time of that."""
-
-    bytes: int
-    flops: int
-    seconds: float
-    bound: str  # "bytes" or "arithmetic", whichever takes longer
 
 
 def operator_bytes(case: OpCase) -> int:
@@ -99,64 +80,48 @@ def operator_flops(case: OpCase) -> tuple[int, int]:
     return depthwise, 2 * convolutions * pixels * c * case.out if case.has_pointwise else 0
 
 
-def operator_floor(case: OpCase, device: torch.device, peaks: MachinePeaks) -> Floor:
-    """Depthwise FLOPs and erfs at the FMA peak, pointwise ones at the matrix product's, or the bytes at the copy's.
-
-    On a CPU a matrix product can be faster than the one that was measured, up to the FMA peak: that is its floor, or the
-    measured one of a 16-bit dtype where that is faster. On a GPU erfs run beside the rest, and 16-bit depthwise
-    convolutions on tensor cores: neither is counted there.
-    """
+def _operator_arithmetic(case: OpCase, device_type: str, peaks: Peaks) -> float:
     n, c, h, w = case.shape
-    on_cpu, sixteen = device.type == "cpu", case.dtype != "float32"
+    on_cpu = device_type == "cpu"
     depthwise, pointwise = operator_flops(case)
-    arithmetic = pointwise / _matrix_peak(case.dtype, device, peaks)
+    seconds = pointwise / _matrix_peak(case.dtype, device_type, peaks)
     if on_cpu:
         channels = (c if case.has_depthwise else 0) + (case.out if case.has_pointwise else 0) or c
-        arithmetic += 2 * _GELU_MULTIPLY_ADDS * OPERATORS[case.op].activations * n * h * w * channels / peaks.fma
-    if on_cpu or not sixteen:
-        arithmetic += depthwise * taps_inside(h, w, case.kernel) / peaks.fma
-    size = operator_bytes(case)
-    bound = "bytes" if size / peaks.copy >= arithmetic else "arithmetic"
-    return Floor(size, depthwise + pointwise, max(size / peaks.copy, arithmetic), bound)
+        seconds += 2 * _GELU_MULTIPLY_ADDS * OPERATORS[case.op].activations * n * h * w * channels / peaks.fma
+    if on_cpu or case.dtype == "float32":
+        seconds += depthwise * taps_inside(h, w, case.kernel) / peaks.fma
+    return seconds
 
 
-def _matrix_peak(dtype: str, device: torch.device, peaks: MachinePeaks) -> float:
-    return max(peaks.gemm[dtype], peaks.fma) if device.type == "cpu" else peaks.gemm[dtype]
+def _pixels(preset: Preset, batch: int) -> int:
+    return batch * (preset.image_size // preset.patch_size) ** 2
 
 
-def model_floor(case: ModelCase, device: torch.device, peaks: MachinePeaks) -> Floor:
-    """A model's FLOPs at the best matrix product, or its bytes at the copy's pace."""
-    training, dtype = case.op == "model_step", DTYPES[case.dtype]
-    found = Peaks(_matrix_peak(case.dtype, device, peaks), peaks.copy)
-    seconds = floor_seconds(case.preset, case.batch, training, dtype, device, found)
-    size = activation_bytes(case.preset, case.batch, training, dtype.itemsize)
-    bound = "bytes" if seconds <= size / peaks.copy else "arithmetic"
-    return Floor(size, 2 * multiply_adds(case.preset, case.batch, training), seconds, bound)
+def multiply_adds(preset: Preset, batch: int, training: bool) -> int:
+    """Of all convolutions and the classifier, for `batch` images."""
+    pixels = _pixels(preset, batch)
+    stem = pixels * preset.dim * 3 * preset.patch_size**2
+    layer = pixels * preset.dim * (preset.kernel_size**2 + preset.dim)
+    forward = stem + preset.depth * layer + batch * preset.dim * preset.n_classes
+    return 3 * forward - stem if training else forward
 
 
-def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of several GEMMs and copies through torch."""
-    size, elements = (1024, 1 << 24) if device.type == "cpu" else (8192, 1 << 28)
-    # A CPU without 16-bit arithmetic multiplies 16-bit matrices slower than float32: its peak is the faster of the two.
-    dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
-    flops = 0.0
-    for each in dtypes:
-        matrix = torch.ones(size, size, device=device, dtype=each)
-        product = torch.empty_like(matrix)
-        flops = max(flops, 2 * size**3 / _best(lambda m=matrix, p=product: torch.mm(m, m, out=p), device))
-    source = torch.ones(elements, device=device)
-    target = torch.empty_like(source)
-    return Peaks(flops, 2 * source.nbytes / _best(lambda: target.copy_(source), device))
+def activations(preset: Preset, batch: int) -> int:
+    """How many activation values are computed, for `batch` images."""
+    return _pixels(preset, batch) * preset.dim * (1 + 2 * preset.depth)
 
 
-def _best(function, device: torch.device, calls: int = 20) -> float:
-    best = float("inf")
-    for _ in range(calls):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+def model_bytes(preset: Preset, batch: int, training: bool, itemsize: int) -> int:
+    """Read and written by the layers (stem, pooling and classifier left out), for `batch` images."""
+    return _pixels(preset, batch) * preset.dim * preset.depth * itemsize * MODEL_PASSES[training]
+
+
+def _model_arithmetic(case: ModelCase, device_type: str, peaks: Peaks) -> float:
+    """Everything at the best matrix product; on a GPU a 16-bit depthwise convolution counts too: tensor cores have to do it."""
+    preset, size = case.preset, case.preset.image_size // case.preset.patch_size
+    depthwise = _pixels(preset, case.batch) * preset.dim * preset.depth * preset.kernel_size**2
+    outside = (3 if case.training else 1) * depthwise * (1 - taps_inside(size, size, preset.kernel_size))
+    slots = multiply_adds(preset, case.batch, case.training) - outside
+    if preset.activation == "gelu" and device_type == "cpu":
+        slots += _GELU_MULTIPLY_ADDS * activations(preset, case.batch) * (2 if case.training else 1)
+    return 2 * slots / _matrix_peak(case.dtype, device_type, peaks)

@@ -19,22 +19,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    check,
-    machine,
-    memory,
-    ops,
-    peers,
-    roofline,
-    shapes,
-    suite,
-)
+from benchmarks import cases, check, engine, machine, ops, peers, roofline, suite
+from benchmarks.cases import ModelCase, OpCase
+from convmixer_kernels.backends import reference
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-TINY_CASES = {case.tiny().name: case.tiny() for case in shapes.cases("cpu") + shapes.cases("cuda")}
+TINY_CASES = {case.tiny().name: case.tiny() for case in cases.cases("cpu") + cases.cases("cuda")}
 
 
 @pytest.fixture(autouse=True)
@@ -43,26 +36,41 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+CLOCK = engine.clock_of(CPU, 1.0, repeats=1)
+PEAKS = machine.Peaks(1e10, 1e11, dict.fromkeys(cases.DTYPES, 1e11), "invented")
+
+
+def make_workload(case: cases.Case) -> peers.Workload:
+    return engine.make_workload(case, CPU, rotate=False)
+
+
+def verified(case: cases.Case, name: str, compile_all: bool = False) -> list[check.Comparison]:
+    """The verdict on an implementation; skips the test if it cannot run here."""
+    workload = make_workload(case)
+    ready, absent = engine.prepare(workload, [name], compile_all)
+    if name in absent:
+        pytest.skip(absent[name])
+    return engine.verify(workload, check.expect(workload), ready, {})[name]
+
+
 def run(path: Path, *arguments: str) -> tuple[int, dict]:
     status = command.main(["ops", "--tiny", "--repeats", "1", "--threads", "1", "--json", str(path), *arguments])
     return status, json.loads(path.read_text())
 
 
-# ---- every case ----
-
-
-@pytest.mark.parametrize("op", [*shapes.OPERATORS, *shapes.MODEL_MODES])
+@pytest.mark.parametrize("op", [*cases.OPERATORS, *cases.MODEL_MODES])
 def test_every_case_runs_and_is_right(op):
     """One repeat of every implementation but the compiled ones, which take a compiler 10 s each."""
-    peaks = machine.MachinePeaks(1e10, 1e11, dict.fromkeys(shapes.DTYPES, 1e11), "invented")
-    options = suite.options_of(["--tiny", "--repeats", "1"])
     found = [case for case in TINY_CASES.values() if case.op == op]
     assert found
     for case in found:
-        row = suite.measure(case, CPU, options, peaks)
-        assert row["passed"], row["wrong"]
+        row = engine.measure(make_workload(case), peers.names("cpu"), CLOCK, PEAKS)
+        assert not row["wrong"], row["wrong"]
         json.dumps(row, allow_nan=False)
-        expected = {"ours cpu", "eager NCHW", "eager channels_last"} - set(row["absent"])
+        expected = {"ours cpu"}
+        if op not in cases.PARTS:
+            expected |= {"eager NCHW", "eager channels_last"} - set(row["absent"])
+            assert peers.EAGER[case.layout] in expected
         assert expected <= set(row["implementations"])
         assert set(row["implementations"]) | set(row["absent"]) == set(peers.names("cpu"))
         for name, each in row["implementations"].items():
@@ -75,14 +83,13 @@ def test_every_case_runs_and_is_right(op):
             assert each.get("passed", True) or name != peers.EAGER[case.layout]
 
 
-@pytest.mark.parametrize("op", [*shapes.OPERATORS, *shapes.MODEL_MODES])
+@pytest.mark.parametrize("op", [*cases.OPERATORS, *cases.MODEL_MODES])
 def test_every_gpu_case_can_be_made(op):
     """The columns of a GPU's table from the inputs of each of its cases: ready, or a dash with its reason."""
     names = peers.names("cuda")
-    options = suite.options_of(["--tiny", "--implementations", *names])
-    found = {case.tiny().name: case.tiny() for case in shapes.cases("cuda") if case.op == op}
+    found = {case.tiny().name: case.tiny() for case in cases.cases("cuda") if case.op == op}
     for case in found.values():
-        ready, absent = suite.prepare(suite.make_inputs(case, CPU, rotate=False), options)
+        ready, absent = engine.prepare(make_workload(case), names, False)
         assert set(ready) | set(absent) == set(names)
         assert all(absent.values())
         assert (
@@ -99,14 +106,14 @@ def test_every_gpu_case_can_be_made(op):
 def test_the_triton_column_is_right(op):
     """A few, in Triton's interpreter: test_triton.py has its operators, test_gpu_command.py each primitive."""
     pytest.importorskip("triton", reason="triton is not installed")
-    case = shapes.OpCase(op, "sweep", (1, 64, 4, 5), 3, dtype="float16")
-    if op in shapes.MODEL_MODES:
-        case = shapes.ModelCase(op, "tiny", 2)
-    options = suite.options_of(["--tiny", "--implementations", "ours triton"])
-    inputs = suite.make_inputs(case, CPU, rotate=False)
-    ready, absent = suite.prepare(inputs, options)
+    case = OpCase(op, "sweep", (1, 64, 4, 5), 3, dtype="float16")
+    if op in cases.MODEL_MODES:
+        case = ModelCase(op, "tiny", 2)
+    workload = make_workload(case)
+    ready, absent = engine.prepare(workload, ["ours triton"], False)
     assert absent == {}
-    assert [each for each in suite.verify(inputs, ready)["ours triton"] if not each.passed] == []
+    found = engine.verify(workload, check.expect(workload), ready, absent)["ours triton"]
+    assert [each for each in found if not each.passed] == []
 
 
 def test_columns_are_those_of_the_device():
@@ -121,13 +128,10 @@ def test_columns_are_those_of_the_device():
 
 def test_compiled_operators_are_right():
     """The smallest case of a forward and of a step, under torch.compile."""
-    options = suite.options_of(["--compile-all", "--implementations", "compile", "ours cpu"])
     for op in ("depthwise_eval", "depthwise_step"):
-        inputs = suite.make_inputs(shapes.OpCase(op, "sweep", (2, 32, 6, 7), 3), CPU, rotate=False)
-        ready, absent = suite.prepare(inputs, options)
-        if "compile" in absent:
-            pytest.skip(absent["compile"])
-        assert all(each.error < 1e-5 for each in suite.verify(inputs, ready)["compile"])
+        found = verified(OpCase(op, "sweep", (2, 32, 6, 7), 3), "compile", compile_all=True)
+        assert found
+        assert all(each.error < 1e-5 for each in found)
 
 
 def test_pytest_benchmark_drives_the_same_cases(tmp_path):
@@ -147,41 +151,36 @@ def test_pytest_benchmark_drives_the_same_cases(tmp_path):
 
 def test_the_table_has_what_it_promises():
     for device in ("cpu", "cuda"):
-        found = shapes.cases(device)
+        found = cases.cases(device)
         assert len({case.name for case in found}) == len(found)
-        for op in shapes.DEPTHWISE:
-            assert {case.kernel for case in found if case.op == op} >= set(shapes.KERNELS)
-        for op in shapes.OPERATORS:
+        for op in cases.DEPTHWISE:
+            assert {case.kernel for case in found if case.op == op} >= set(cases.KERNELS)
+        for op in cases.OPERATORS:
             mine = [case for case in found if case.op == op]
-            assert {(case.dtype, case.layout) for case in mine} == {
-                (d, f) for d in shapes.DTYPES for f in shapes.LAYOUTS
-            }
+            assert {(case.dtype, case.layout) for case in mine} == {(d, f) for d in cases.DTYPES for f in cases.LAYOUTS}
             assert any(case.quick for case in mine)
-        assert {case.model for case in found if case.op == "model_step"} == set(shapes.PRESETS)
+        assert {case.model for case in found if case.op == "model_step"} == set(cases.PRESETS)
         families = {case.family.split("-")[0] for case in found if case.op == "depthwise_eval"}
         assert families == {"sweep", "ConvMixer", "ConvNeXt", "RepLKNet"}
-    quick = shapes.select(shapes.cases(), True, [])
-    assert {case.kernel for case in quick if case.op == "depthwise_weight_grad"} >= set(shapes.KERNELS)
+    quick = cases.select(cases.cases(), True, [])
+    assert {case.kernel for case in quick if case.op == "depthwise_weight_grad"} >= set(cases.KERNELS)
 
 
 def test_filters_take_patterns_of_words():
-    found = shapes.select(shapes.cases(), False, ["depthwise_eval k9 bfloat16", "RepLKNet* *_step"])
+    found = cases.select(cases.cases(), False, ["depthwise_eval k9 bfloat16", "RepLKNet* *_step"])
     assert {(case.op, case.kernel) for case in found} == {
         ("depthwise_eval", 9),
         *(("depthwise_step", k) for k in (31, 29, 27, 13)),
     }
-    assert not shapes.select(shapes.cases(), False, ["depthwise_eval k8"])
+    assert not cases.select(cases.cases(), False, ["depthwise_eval k8"])
 
 
-# ---- wrong results ----
-
-
-@pytest.mark.parametrize("case", [shapes.OpCase("depthwise_step", "sweep", (2, 32, 6, 7), 3)], ids=str)
+@pytest.mark.parametrize("case", [OpCase("depthwise_step", "sweep", (2, 32, 6, 7), 3)], ids=str)
 def test_a_wrong_result_gets_no_time(monkeypatch, tmp_path, capsys, case):
     honest = ops.Operator.ours
 
-    def wrong(self, some, backend):
-        call = honest(self, some, backend)
+    def wrong(self, inputs, backend):
+        call = honest(self, inputs, backend)
 
         def off() -> ops.Results:
             y, dx, dw, *rest = call()
@@ -196,7 +195,6 @@ def test_a_wrong_result_gets_no_time(monkeypatch, tmp_path, capsys, case):
     )
     assert status == 1
     (row,) = document["results"]
-    assert not row["passed"]
     assert [each["tensor"] for each in row["wrong"]] == ["dw"]
     assert set(row["implementations"]) == {"eager NCHW"}
     printed = capsys.readouterr()
@@ -205,7 +203,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch, tmp_path, capsys, case):
 
 
 def test_a_peer_that_fails_is_a_dash_with_its_reason(monkeypatch):
-    inputs = suite.make_inputs(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"], CPU, rotate=False)
+    workload = make_workload(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"])
     honest = peers.prepare
 
     def prepare(name, *rest):
@@ -215,17 +213,17 @@ def test_a_peer_that_fails_is_a_dash_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(peers, "prepare", prepare)
     broken = {"eager channels_last"}
-    ready, absent = suite.prepare(inputs, suite.options_of([]))
+    ready, absent = engine.prepare(workload, peers.names("cpu"), False)
     assert absent["eager channels_last"] == "failed: no memory"
     assert "ours cpu" in ready
     for name in ("ours cpu", "eager NCHW"):
         broken = {name}
         with pytest.raises(RuntimeError, match="no memory"):
-            suite.prepare(inputs, suite.options_of([]))
+            engine.prepare(workload, peers.names("cpu"), False)
 
 
 def test_a_peer_that_fails_at_its_first_call_is_a_dash(monkeypatch):
-    case = TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"]
+    workload = make_workload(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"])
     honest = peers.prepare
 
     def fail():
@@ -236,16 +234,15 @@ def test_a_peer_that_fails_at_its_first_call_is_a_dash(monkeypatch):
         return dataclasses.replace(prepared, calls=[fail] * len(prepared.calls)) if name in broken else prepared
 
     monkeypatch.setattr(peers, "prepare", prepare)
-    peaks = machine.MachinePeaks(1e10, 1e11, dict.fromkeys(shapes.DTYPES, 1e11), "invented")
-    chosen = ["--tiny", "--repeats", "1", "--implementations", "ours cpu", "eager NCHW", "eager channels_last"]
+    names = ["ours cpu", "eager NCHW", "eager channels_last"]
     broken = {"eager channels_last"}
-    row = suite.measure(case, CPU, suite.options_of(chosen), peaks)
+    row = engine.measure(workload, names, CLOCK, PEAKS)
     assert row["absent"] == {"eager channels_last": "failed: RuntimeError"}
     assert set(row["implementations"]) == {"ours cpu", "eager NCHW"}
     for name in ("ours cpu", "eager NCHW"):
         broken = {name}
         with pytest.raises(RuntimeError):
-            suite.measure(case, CPU, suite.options_of(chosen), peaks)
+            engine.measure(workload, names, CLOCK, PEAKS)
 
 
 def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
@@ -262,10 +259,10 @@ def test_an_engine_that_refuses_a_graph_is_a_dash(monkeypatch):
         InferenceSession=session,
         Fail=Fail,
     )
-    monkeypatch.setattr(peers, "_graph", lambda inputs: (b"", []))
+    monkeypatch.setattr(peers, "_graph", lambda workload: (b"", []))
     monkeypatch.setattr(peers, "require", lambda name: runtime)
-    inputs = suite.make_inputs(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"], CPU, rotate=False)
-    _, absent = suite.prepare(inputs, suite.options_of(["--implementations", "onnxruntime"]))
+    workload = make_workload(TINY_CASES["depthwise_eval k9 2x32x6x7 float32 contiguous"])
+    _, absent = engine.prepare(workload, ["onnxruntime"], False)
     assert absent == {"onnxruntime": "failed: no kernel for this"}
 
 
@@ -285,34 +282,68 @@ def test_bad_options_are_told_without_a_traceback(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_sampled_channels_are_the_whole_s(monkeypatch):
+@pytest.mark.parametrize(
+    "op", ["depthwise_step", "depthwise_train_kernel", "pointwise_step", "layer_step", "normalize"]
+)
+def test_sampled_channels_are_the_whole_s(monkeypatch, op):
     """A check of some channels sees the same numbers as one of all."""
-    case = shapes.OpCase("depthwise_step", "sweep", (2, 256, 5, 6), 3, layout="channels_last")
-    inputs = suite.make_inputs(case, CPU, rotate=False)
-    whole = check.exact(inputs)
+    out = 320 if op == "pointwise_step" else None
+    workload = make_workload(OpCase(op, "sweep", (2, 256, 5, 6), 3, out, layout="channels_last"))
+    whole = check.expect(workload)
     monkeypatch.setattr(check, "_LARGEST_EXACT", 1000)
-    sampled = check.exact(inputs)
+    monkeypatch.setattr(check, "_LARGEST_COMPARED", 5000)
+    sampled = check.expect(workload)
     assert whole.kept is None
     assert len(sampled.kept) == 128
-    for name, tensor in sampled.results[0].items():
-        everything = whole.results[0][name]
-        expected = everything[:, sampled.kept] if name in ("y", "dx") else everything[sampled.kept]
+    for name, tensor in sampled.exact[0].items():
+        everything = whole.exact[0][name]
+        expected = everything[:, sampled.kept] if name in ("y", "dx", "a") else everything[sampled.kept]
         torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
-    prepared = peers.prepare("ours cpu", inputs, False)
-    for name, tensor in check.results(inputs, prepared, sampled)[0].items():
-        assert tensor.shape == sampled.results[0][name].shape
+    prepared = peers.prepare("ours cpu", workload, False)
+    found = check.results(workload, prepared, 1, sampled.kept)
+    for name, tensor in found[0].items():
+        assert tensor.shape == sampled.exact[0][name].shape
+    assert all(each.passed for each in check.judge(workload, sampled, found, complete=True))
 
 
-# ---- counters ----
+@pytest.mark.parametrize(
+    ("op", "timed"),
+    [
+        ("depthwise_input_grad", ["norm_backward", "depthwise_input_grad"]),
+        ("depthwise_input_grad_kernel", ["depthwise_input_grad"]),
+        ("depthwise_weight_grad", ["depthwise_weight_grad"]),
+        ("pointwise_input_grad", ["norm_backward", "pointwise_backward"]),
+        ("pointwise_weight_grad", ["pointwise_backward"]),
+        ("pointwise_backward", ["norm_backward", "pointwise_backward"]),
+        ("depthwise_train", ["depthwise_train", "normalize"]),
+        ("depthwise_train_kernel", ["depthwise_train"]),
+    ],
+)
+def test_what_a_row_of_ours_contains(monkeypatch, op, timed):
+    """Which primitives are timed: the same on every device, since all backends have these."""
+    called = []
+    for name in ("norm_backward", "depthwise_input_grad", "depthwise_weight_grad", "pointwise_backward", "normalize"):
+        _record(monkeypatch, name, called)
+    _record(monkeypatch, "depthwise_train", called)
+    (inputs,) = ops.make_inputs(OpCase(op, "", (2, 8, 5, 6), 3), CPU, 1)
+    call = ops.OPERATORS[op].ours(inputs, "reference")
+    called.clear()
+    call()
+    assert called == timed
 
 
-@pytest.mark.parametrize("op", shapes.OPERATORS)
+def _record(monkeypatch: pytest.MonkeyPatch, name: str, called: list[str]) -> None:
+    honest = getattr(reference, name)
+    monkeypatch.setattr(reference, name, lambda *arguments: called.append(name) or honest(*arguments))
+
+
+@pytest.mark.parametrize("op", cases.OPERATORS)
 def test_flops_are_those_that_torch_counts(op):
     """torch's counter sees every convolution of eager PyTorch's way, forward and backward."""
-    case = shapes.OpCase(op, "sweep", (2, 6, 5, 7), 3, channels_out=10 if op.startswith("pointwise") else None)
-    (some,) = ops.make_sets(case, CPU, 1)
+    case = OpCase(op, "sweep", (2, 6, 5, 7), 3, channels_out=10 if op.startswith("pointwise") else None)
+    (inputs,) = ops.make_inputs(case, CPU, 1)
     with FlopCounterMode(display=False) as counter:
-        ops.OPERATORS[op].call(some)()
+        ops.OPERATORS[op].call(inputs)()
     depthwise, pointwise = roofline.operator_flops(case)
     if op in ("depthwise_weight_grad", "depthwise_step", "layer_step"):
         # torch (2.13) counts a grouped convolution's weight gradient as if it had one group: 6 times for 6 channels
@@ -324,7 +355,7 @@ def test_bytes_by_hand():
     pixels = 2 * 5 * 7
 
     def counted(op: str, **more) -> int:
-        return roofline.operator_bytes(shapes.OpCase(op, "sweep", (2, 6, 5, 7), 3, **more))
+        return roofline.operator_bytes(OpCase(op, "sweep", (2, 6, 5, 7), 3, **more))
 
     # x, y; x, a, a, x, y; dy, a, dy, a, dx; x, dy, a
     assert counted("depthwise_eval") == 2 * 6 * pixels * 4
@@ -339,24 +370,29 @@ def test_bytes_by_hand():
     assert counted("pointwise_step", channels_out=10) == (3 * 6 + 9 * 10) * pixels * 4
     assert counted("normalize") == 3 * 6 * pixels * 4
     assert counted("norm_backward") == 2 * 6 * pixels * 4
+    # the reduction's dy, a; dx from dy, a; dw from x, dy, a
+    assert counted("pointwise_backward", channels_out=10) == (2 * 6 + 6 * 10) * pixels * 4
+    # an operator without its other kernels: x, a; dy, a, dx
+    assert counted("depthwise_train_kernel") == 2 * 6 * pixels * 4
+    assert counted("depthwise_input_grad_kernel") == 3 * 6 * pixels * 4
     # as roofline counts a model's layer: 26 passes
     assert counted("layer_step") == 26 * 6 * pixels * 4
 
 
 def test_floors_by_hand():
-    peaks = machine.MachinePeaks(copy=1e9, fma=2e9, gemm={"float32": 1e9, "bfloat16": 1e9}, fma_source="")
-    case = shapes.OpCase("layer_eval", "sweep", (1, 10, 10, 10), 9)
+    peaks = machine.Peaks(copy=1e9, fma=2e9, gemm={"float32": 1e9, "bfloat16": 1e9}, fma_source="")
+    case = OpCase("layer_eval", "sweep", (1, 10, 10, 10), 9)
     # of 10 rows and 10 columns of 9 taps, 70 taps each are inside
     arithmetic = 2 * 10 * 70 * 70 / 2e9 + 2 * 1000 * 10 / 2e9 + 36 * 1000 * 2 / 2e9
-    floor = roofline.operator_floor(case, CPU, peaks)
+    floor = roofline.floor(case, "cpu", peaks)
     assert (floor.bytes, floor.flops, floor.bound) == (8000, 182_000, "arithmetic")
     assert floor.seconds == pytest.approx(arithmetic)
     fast = peaks._replace(fma=1e15, gemm=dict.fromkeys(peaks.gemm, 1e15))
-    floor = roofline.operator_floor(case, CPU, fast)
+    floor = roofline.floor(case, "cpu", fast)
     assert (floor.bound, floor.seconds) == ("bytes", pytest.approx(8e-6))
     # tensor cores carry a GPU's 16-bit convolutions, and its erfs run beside the rest
-    half = shapes.OpCase("depthwise_eval", "sweep", (1, 10, 10, 10), 9, dtype="bfloat16")
-    assert roofline.operator_floor(half, torch.device("cuda"), peaks).seconds == pytest.approx(4e-6)
+    half = OpCase("depthwise_eval", "sweep", (1, 10, 10, 10), 9, dtype="bfloat16")
+    assert roofline.floor(half, "cuda", peaks).seconds == pytest.approx(4e-6)
 
 
 def test_peaks_are_sane():
@@ -378,10 +414,7 @@ def test_peak_memory_is_what_is_held_at_once():
         del first, second
         return torch.empty(1 << 18)
 
-    assert memory.peak_bytes(call, CPU) == 2 * 4 << 20
-
-
-# ---- the file ----
+    assert machine.peak_bytes(call, CPU) == 2 * 4 << 20
 
 
 def test_resumes_without_repeating(tmp_path, capsys):

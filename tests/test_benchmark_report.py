@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is made of the benchmarks' JSON files: comparisons, tables, pictures and the page; and what of files that are none."""
+"""Comparisons, tables, pictures and the page from the benchmarks' JSON files; and the error for any other file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, environment, report, report_ops
-from benchmarks.optional import require
+from benchmarks import compare, machine, ops, plots, report, tables
+from benchmarks.console import require
 
 pytest.importorskip("rich", reason="the benchmarks need rich: pip install '.[bench]'")
 
@@ -25,7 +25,6 @@ def test_compare_tells_change_from_noise(tmp_path, capsys):
         rows = [
             {
                 "case": name,
-                "op": "depthwise_eval",
                 "implementations": {"ours cpu": dict(zip(("median_ms", "q20_ms", "q80_ms"), each, strict=True))},
             }
             for name, each in times.items()
@@ -47,7 +46,7 @@ def test_compare_tells_change_from_noise(tmp_path, capsys):
     assert lines[4] == "within noise: 1; in one file only: 1"
     assert command.main([*arguments, "--fail"]) == 1
     capsys.readouterr()
-    # another machine: told, and no verdict about the code
+    # another machine: a note, and no verdict about the code
     paths[0].write_text(json.dumps(before | {"environment": {"device": "y"}}))
     assert command.main(arguments) == 0
     assert capsys.readouterr().out.startswith("note: device differs: y and x")
@@ -63,103 +62,181 @@ def test_compare_tells_change_from_noise(tmp_path, capsys):
         assert command.main(arguments) == 2
 
 
+READMES = "before\n<!-- cpu:begin -->\nold\n<!-- cpu:end -->\n<!-- gpu:begin -->\n<!-- gpu:end -->\nafter\n"
+PERFORMANCE = "".join(f"{name}\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in (*report.KINDS, "rows"))
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch) -> list[str]:
+    """Documents with every marker, beside the committed results: the arguments that name them."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install '.[bench]'")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(READMES)
+    (tmp_path / "docs" / "performance.md").write_text(PERFORMANCE)
+    monkeypatch.chdir(ROOT)
+    return ["--readme", str(tmp_path / "README.md"), "--docs", str(tmp_path / "docs")]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "{}", '{"kind": "operators", "results": []}', '{"results": [], "environment": {}, "quick": false}'],
 )
-def test_a_report_of_no_results_ends_without_a_traceback(tmp_path, capsys, content):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install '.[bench]'")
-    path, readme = tmp_path / "x.json", tmp_path / "README.md"
+def test_a_report_of_no_results_ends_without_a_traceback(tmp_path, capsys, pages, content):
+    path = tmp_path / "x.json"
     path.write_text(content)
-    readme.write_text(text := f"{report.BEGIN}\n{report.END}\n{report.OPERATORS_BEGIN}\n{report.OPERATORS_END}\n")
-    arguments = ["report", str(path), "--readme", str(readme), "--picture", str(tmp_path / "docs" / "speedup.png")]
-    assert command.main([*arguments, "--page", str(tmp_path / "page.html")]) == 2
-    assert "benchmarks.report: " in capsys.readouterr().err
-    assert readme.read_text() == text
+    assert command.main(["report", str(path), *pages, "--page", str(tmp_path / "page.html")]) == 2
+    assert "benchmarks report: " in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == READMES
+    assert (tmp_path / "docs" / "performance.md").read_text() == PERFORMANCE
 
 
 def test_files_name_no_folder_of_the_machine():
-    assert str(ROOT) not in json.dumps(environment.describe(CPU, None))
+    assert str(ROOT) not in json.dumps(machine.describe(CPU, None))
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert "/convmixer_kernels/" not in path.read_text()
 
 
-def test_compare_reads_every_committed_file():
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        document = json.loads(path.read_text())
-        if isinstance(document, list):
-            # the static table of the CUDA kernels: nothing was timed
-            continue
-        assert len(compare.ranges(document)) >= len(document["results"]) // 2
+def committed() -> dict[str, dict]:
+    """The committed results by kind, less the static tables of the CUDA kernels: nothing was timed there."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    return {document["kind"]: document for document in found if isinstance(document, dict)}
+
+
+def test_committed_files_have_one_schema():
+    """Rows of every command and device: ops.py says what they contain, and only right results have a time."""
+    documents = committed()
+    assert set(documents) == set(report.KINDS)
+    for document in documents.values():
+        assert document["environment"]["device_type"] in ("cpu", "cuda")
+        assert len({row["case"] for row in document["results"]}) == len(document["results"])
+        for row in document["results"]:
+            assert row["op"] in ops.OPERATORS or row["op"] in ops.MODELS
+            wrong = {each["implementation"] for each in row["wrong"]}
+            for name, each in row["implementations"].items():
+                assert 0 < each["q20_ms"] <= each["median_ms"] <= each["q80_ms"]
+                assert name not in wrong
+            if row["op"] in ops.OPERATORS and ops.OPERATORS[row["op"]].part:
+                assert {name.split()[0] for name in row["implementations"]} <= {"ours", "clone"}
+        assert len(compare.ranges(document)) >= len(document["results"])
         assert all(not change.beyond_noise for change in compare.changes(document, document))
 
 
-# ---- the report ----
-
-
-@pytest.fixture
-def committed() -> Path:
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install '.[bench]'")
-    return ROOT / "benchmarks" / "results" / "cpu-ops.json"
-
-
-def test_report_writes_table_pictures_and_a_page_that_loads_nothing(tmp_path, committed):
-    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.html"
-    readme.write_text(f"before\n{report.OPERATORS_BEGIN}\nold\n{report.OPERATORS_END}\nafter\n")
-    arguments = ["report", str(committed), "--readme", str(readme), "--picture", str(tmp_path / "docs" / "speedup.png")]
-    assert command.main([*arguments, "--page", str(page)]) == 0
-    document, text = json.loads(committed.read_text()), readme.read_text()
-    assert "old" not in text
-    assert text.endswith("after\n")
-    row = next(row for row in document["results"] if row["op"] == "depthwise_eval")
-    median = report_ops.milliseconds(row["implementations"]["ours cpu"]["median_ms"])
-    assert f"| {report_ops.title(row)} | float32 | contiguous | {median} |" in text
-    for name in ("operators.png", "kernel-size.png", "roofline.png"):
-        with require("PIL.Image").open(tmp_path / "docs" / name) as image:
+def test_report_writes_tables_pictures_and_a_page_that_loads_nothing(tmp_path, pages):
+    page, picture = tmp_path / "docs" / "page.html", require("PIL.Image")
+    assert command.main(["report", *pages, "--page", str(page)]) == 0
+    documents, readme = committed(), (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n<!-- cpu:begin -->\n")
+    assert readme.endswith("<!-- gpu:end -->\nafter\n")
+    assert "old" not in readme
+    for heading in ("float32, milliseconds", "bfloat16, milliseconds"):
+        table = readme.partition(f"| {heading} |")[2].partition("\n\n")[0].splitlines()
+        # the rest of the heading, the rule, the rows
+        assert 2 < len(table) - 2 <= 8
+    performance = (tmp_path / "docs" / "performance.md").read_text()
+    assert "old" not in performance
+    for kind, document in documents.items():
+        row = next(row for row in document["results"] if tables.ours(row))
+        median = tables.milliseconds(tables.median(row, tables.ours(row)))
+        block = performance.partition(f"<!-- {kind}:begin -->")[2].partition(f"<!-- {kind}:end -->")[0]
+        assert re.search(
+            rf"\| {re.escape(row['label'] if kind == 'models' else tables.title(row))}.*\| {median} \|", block
+        )
+        assert tables.machine(document) in block
+    for name, operator in ops.OPERATORS.items():
+        assert f"| `{name}` | {operator.contains} |" in performance
+    pictures = [name for each in plots.PICTURES.values() for name in each]
+    assert sorted(pictures) == ["kernel-size.png", "operators.png", "roofline.png", "speedup.png"]
+    for name in pictures:
+        with picture.open(tmp_path / "docs" / name) as image:
             assert image.width > 800
     written = page.read_text()
-    assert written.count("<img ") == 3
-    assert written.count("<tr>") == len(document["results"]) + 1
+    assert written.count("<img ") == len(pictures)
+    assert written.count("<tr>") == sum(len(document["results"]) + 1 for document in documents.values())
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", written)
     assert "http" not in re.sub(r"base64,[^\"]*", "", written)
+    # again: the same text
+    assert command.main(["report", *pages]) == 0
+    assert (tmp_path / "README.md").read_text() == readme
+    assert (tmp_path / "docs" / "performance.md").read_text() == performance
 
 
-def test_the_readme_is_what_the_committed_files_say(tmp_path, committed, monkeypatch):
-    """Nobody edits a figure by hand, and no file is newer than its table."""
-    whole = (ROOT / "README.md").read_text()
-    (tmp_path / "README.md").write_text(whole)
-    monkeypatch.chdir(ROOT)
-    arguments = ["report", "--readme", str(tmp_path / "README.md"), "--picture", str(tmp_path / "docs" / "speedup.png")]
-    assert command.main([*arguments, "--page", str(tmp_path / "page.html")]) == 0
-    assert (tmp_path / "README.md").read_text() == whole
+def test_a_named_file_takes_the_place_of_its_kind(tmp_path, pages):
+    document = committed()["models"]
+    document["environment"]["cpu"] = "Another CPU"
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(document))
+    assert command.main(["report", str(path), *pages]) == 0
+    performance = (tmp_path / "docs" / "performance.md").read_text()
+    assert performance.count("Another CPU") == 1
+    assert tables.machine(committed()["operators"]) in performance
+    # README.md's table has rows of both
+    assert "Another CPU" in (tmp_path / "README.md").read_text()
 
 
-def test_tables_mark_what_is_wrong_missing_or_inexact():
-    def row(**more) -> dict:
-        fields = {"op": "depthwise_eval", "shape": [1, 2, 3, 4], "channels_out": 2, "kernel": 3, "dtype": "float32"}
-        timed = {"median_ms": 2.0, "percent_of_floor": 50.0, "peak_bytes": 1 << 21}
-        found = {"ours cpu": timed, "eager NCHW": {**timed, "median_ms": 1.0}, "clone": {**timed, "median_ms": 0.1}}
-        base = {
-            "layout": "contiguous",
-            "implementations": found,
-            "absent": {"openvino": "why"},
-            "wrong": [],
-            "passed": True,
-        }
-        return {**fields, **base, **more}
+@pytest.mark.parametrize("spoilt", ["", "<!-- rows:end -->\n<!-- rows:begin -->", "<!-- rows:begin -->"])
+def test_a_missing_marker_is_told_and_nothing_is_written(tmp_path, capsys, pages, spoilt):
+    path = tmp_path / "docs" / "performance.md"
+    path.write_text(text := PERFORMANCE.partition("<!-- rows:begin -->")[0] + spoilt)
+    assert command.main(["report", *pages]) == 2
+    assert "must contain <!-- rows:begin --> and then <!-- rows:end -->, once each" in capsys.readouterr().err
+    assert path.read_text() == text
+    assert (tmp_path / "README.md").read_text() == READMES
 
-    names = ["ours cpu", "eager NCHW", "openvino"]
-    good = row()
-    assert report_ops.cells(good, names)[3:] == ["2.00", "1.00", "-", "2.0 / 2.0", "50 %", "0.50x"]
-    good["implementations"]["eager NCHW"]["passed"] = False
-    assert report_ops.cells(good, names)[4] == "1.00*"
-    wrong = row(wrong=[{"implementation": "ours cpu"}], passed=False)
+
+def test_the_documents_are_what_the_committed_files_say(tmp_path, pages):
+    """Nobody edits a figure by hand, and no file is newer than its table: else run python -m benchmarks report."""
+    names = ("README.md", "docs/performance.md")
+    for name in names:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    assert command.main(["report", *pages]) == 0
+    for name in names:
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text()
+
+
+def row(**more) -> dict:
+    fields = {"op": "depthwise_eval", "shape": [1, 2, 3, 4], "channels_out": 2, "kernel": 3, "dtype": "float32"}
+    timed = {"median_ms": 2.0, "percent_of_floor": 50.0, "peak_bytes": 1 << 21}
+    found = {"ours cpu": timed, "eager NCHW": {**timed, "median_ms": 1.0}, "clone": {**timed, "median_ms": 0.1}}
+    base = {
+        "case": "c",
+        "layout": "contiguous",
+        "implementations": found,
+        "absent": {"openvino": "why"},
+        "wrong": [],
+    }
+    return {**fields, **base, **more}
+
+
+def test_tables_mark_what_is_wrong_missing_inexact_or_a_sum():
+    headings, (cells,) = tables.operators([row()])
+    assert headings[3:] == ["ours cpu", "eager NCHW", "openvino", "clone", *headings[-3:]]
+    assert cells[3:] == ["2.00", "1.00", "-", "0.100", "2.0 / 2.0", "50 %", "0.50x"]
+    inexact = row()
+    inexact["implementations"]["eager NCHW"]["passed"] = False
+    inexact["implementations"]["ours cpu"] = {"median_ms": 2.0, "sum_of": ["a", "b"]}
+    assert tables.operators([inexact])[1][0][3:] == ["2.00+", "1.00*", "-", "0.100", "- / 2.0", "-", "0.50x"]
+    document = {"results": [inexact], "environment": {"device_type": "cpu"}, "sessions": []}
+    notes = "\n".join(tables.operator_notes(document))
+    assert "+: a and b, two rows of the same run added." in notes
+    assert "*: an error of more than twice" in notes
+    assert "- openvino: why." in notes
+    failed = {"implementation": "ours cpu", "tensor": "y", "error": 1.0, "allowed": 0.1, "eager_error": 0.05}
+    wrong = row(wrong=[failed])
     del wrong["implementations"]["ours cpu"]
-    assert report_ops.cells(wrong, names)[3:] == ["WRONG", "1.00", "-", "- / 2.0", "-", "-"]
-    assert [report_ops.milliseconds(value) for value in (0.01234, 0.1234, 1.234, 12.34, 123.4)] == [
-        "0.0123",
-        "0.123",
-        "1.23",
-        "12.3",
-        "123",
-    ]
+    assert tables.operators([wrong])[1][0][3:] == ["WRONG", "1.00", "-", "0.100", "- / 2.0", "-", "-"]
+    assert tables.operators([wrong], "cpu")[1][0][3:] == ["WRONG", "1.00", "-", "-"]
+    assert (
+        tables.explain(wrong, failed) == "c: ours cpu: y: relative error 1.00e+00 (allowed 1.00e-01, eager's 5.00e-02)"
+    )
+    figures = [tables.milliseconds(value) for value in (0.01234, 0.1234, 1.234, 12.34, 123.4, 1234.5)]
+    assert figures == ["0.0123", "0.123", "1.23", "12.3", "123", "1234"]
+
+
+def test_a_forced_product_is_no_result_of_ours():
+    """Only what the package itself chooses is its speed."""
+    each = row()
+    each["implementations"] = {"ours cuda wgmma": {"median_ms": 1.0}, "ours cuda": {"median_ms": 2.0}}
+    assert tables.ours(each) == "ours cuda"
+    del each["implementations"]["ours cuda"]
+    assert tables.ours(each) is None
+    assert tables.best_peer(each) is None

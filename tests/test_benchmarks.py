@@ -3,31 +3,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import accuracy, environment, models, optional, photo, report, roofline, timing
+from benchmarks import cases, check, console, machine, models, roofline, tables, timing
 
 for package in ("PIL", "rich", "sklearn", "matplotlib"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}: pip install '.[bench]'")
 
 # Wide enough that the error of a bias's gradient is not a matter of luck.
-TINY = models.Case(64, 2, 3, 2, 16, "gelu", 5, batch=3, quick_batch=2, quick_training=False)
+TINY = cases.Preset(64, 2, 3, 2, 16, "gelu", 5, batch=3, quick_batch=2, quick_training=False)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> models.Case:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> cases.Preset:
     """The only model there is, on a machine whose peaks take no time to measure; one thread is enough for it."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(models, "CASES", {"tiny": TINY})
-    monkeypatch.setattr(roofline, "measure_peaks", lambda device, dtype: roofline.Peaks(1e11, 1e10))
+    for module in (cases, command):
+        monkeypatch.setattr(module, "PRESETS", {"tiny": TINY})
+    monkeypatch.setattr(command, "MODELS", ("tiny",))
+    peaks = machine.Peaks(1e10, 1e11, dict.fromkeys(cases.DTYPES, 1e11), "invented")
+    monkeypatch.setattr(machine, "measure_peaks", lambda device, dtypes: peaks)
     return TINY
 
 
@@ -37,32 +41,30 @@ def run(tmp_path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads(path.read_text())
 
 
-# ---- the command ----
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_checks_times_prints_and_writes(tmp_path, capsys, layout):
     status, document = run(tmp_path, "--layout", layout, "--dtype", "float32", "bfloat16")
     assert status == 0
     printed = capsys.readouterr()
-    for word in (*report.HEADINGS, "ConvMixer-64/2, 16x16, batch 3", "eval", "train", "bfloat16"):
+    for word in (*tables.MODEL_HEADINGS, "ConvMixer-64/2, 16x16, batch 3", "eval", "train", "bfloat16"):
         assert word in printed.out
     assert "tiny" not in printed.out
     assert "float64" in printed.err
-    assert [(row["mode"], row["dtype"]) for row in document["results"]] == [
-        ("eval", "float32"),
-        ("train", "float32"),
-        ("eval", "bfloat16"),
-        ("train", "bfloat16"),
+    assert [(row["op"], row["dtype"]) for row in document["results"]] == [
+        ("model_eval", "float32"),
+        ("model_step", "float32"),
+        ("model_eval", "bfloat16"),
+        ("model_step", "bfloat16"),
     ]
     # 1 output; 1 output + images + 2 per convolution and norm of a block + classifier + 3 buffers of each of 5 norms
     parameters = (1 + 2 * TINY.depth) * 4 + 2
-    assert [row["tensors_checked"] for row in document["results"]] == [1, 2 + parameters + 15] * 2
-    for row in document["results"]:
+    eager = {"contiguous": "eager NCHW", "channels_last": "eager channels_last"}[layout]
+    for row, checked in zip(document["results"], [1, 2 + parameters + 15] * 2, strict=True):
         assert row["layout"] == layout
-        assert row["case"] == "tiny"
-        assert set(row["implementations"]) == {"reference", "ours"}
+        assert row["model"] == "tiny"
+        assert set(row["implementations"]) == {eager, "ours cpu"}
         for each in row["implementations"].values():
+            assert each["tensors_checked"] == checked
             assert 0 < each["q20_ms"] <= each["median_ms"] <= each["q80_ms"]
             assert each["repeats"] == 2
     found = document["environment"]
@@ -74,7 +76,7 @@ def test_as_a_user_runs_it():
     """A process times each row; it cannot take what it runs from the module that `python -m` starts."""
     arguments = ["--models", "256/8@32", "--batch", "1", "--repeats", "1", "--threads", "1"]
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(environment.__file__).parent.parent)
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT)
     assert ran.returncode == 0, ran.stderr
     assert "ConvMixer-256/8, 32x32, batch 1" in ran.stdout
     assert "Traceback" not in ran.stderr
@@ -83,18 +85,24 @@ def test_as_a_user_runs_it():
 def test_quick_says_what_it_leaves_out(tmp_path, capsys):
     status, document = run(tmp_path, "--quick")
     assert status == 0
-    assert [row["mode"] for row in document["results"]] == ["eval"]
-    assert report.table_rows(document)[1][3:] == ["-"] * 5
+    assert [row["op"] for row in document["results"]] == ["model_eval"]
+    assert tables.models(document)[1][1][3:] == ["-"] * 5
     assert "not run with --quick" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "mode, tensor", [("eval", "output"), ("train", "gradient of 3.0.fn.0.weight"), ("train", "3.3.running_var")]
+    "op, tensor",
+    [
+        ("model_eval", "output"),
+        ("model_step", "gradient of 3.0.fn.0.weight"),
+        ("model_step", "3.3.running_var"),
+        ("model_step", "gradient of the images"),
+    ],
 )
-def test_a_wrong_tensor_is_named_and_fails(tmp_path, capsys, monkeypatch, mode, tensor):
+def test_a_wrong_tensor_is_named_and_fails(tmp_path, capsys, monkeypatch, op, tensor):
     """One element of one tensor of ours is off by a thousandth of the largest."""
-    name = "evaluate" if mode == "eval" else "training_step"
-    honest, calls = getattr(accuracy, name), []
+    name = "evaluate" if op == "model_eval" else "training_step"
+    honest, calls = getattr(check, name), []
 
     def wrong(model, images, *rest):
         results = honest(model, images, *rest)
@@ -104,24 +112,24 @@ def test_a_wrong_tensor_is_named_and_fails(tmp_path, capsys, monkeypatch, mode, 
             results[tensor].view(-1)[0] += results[tensor].abs().max() / 1000
         return results
 
-    monkeypatch.setattr(accuracy, name, wrong)
+    monkeypatch.setattr(check, name, wrong)
     status, document = run(tmp_path)
     assert status == 1
     assert calls == [torch.float64, torch.float32, torch.float32]
     printed = capsys.readouterr()
-    assert f"ConvMixer-64/2, 16x16, {mode}, float32: {tensor}: relative error" in printed.err
-    assert report.WRONG in printed.out
-    bad, good = sorted(document["results"], key=lambda row: row["passed"])
-    assert bad["mode"] == mode
+    assert f"{op} tiny batch 3 float32 contiguous: ours cpu: {tensor}: relative error" in printed.err
+    assert tables.WRONG in printed.out
+    good, bad = sorted(document["results"], key=lambda row: len(row["wrong"]))
+    assert bad["op"] == op
     assert [each["tensor"] for each in bad["wrong"]] == [tensor]
-    assert good["passed"]
-    assert good["implementations"]
-    assert not bad["implementations"]
+    assert not good["wrong"]
+    assert {name for name, each in good["implementations"].items() if "median_ms" in each} == {"eager NCHW", "ours cpu"}
+    assert not any("median_ms" in each for each in bad["implementations"].values())
 
 
 def test_nan_and_missing_tensors_are_wrong():
     exact = {"a": torch.ones(3), "b": torch.ones(3)}
-    found = accuracy.compare(exact, exact, {"a": torch.tensor([1.0, float("nan"), 1.0])}, torch.float32)
+    found = check.compare(exact, exact, {"a": torch.tensor([1.0, float("nan"), 1.0])}, torch.float32)
     assert [each.passed for each in found] == [False, False]
     assert found[0].share == float("inf")
 
@@ -163,7 +171,7 @@ def test_one_image_is_not_trained_on(tmp_path, capsys):
     """Batch norm and pooling over one image leave nothing of it: every gradient before them is exactly 0."""
     status, document = run(tmp_path, "--batch", "1")
     assert status == 0
-    assert [row["mode"] for row in document["results"]] == ["eval"]
+    assert [row["op"] for row in document["results"]] == ["model_eval"]
     assert "a training step needs two images" in capsys.readouterr().out
 
 
@@ -174,8 +182,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert "PIL" in error
     assert "pip install '.[bench]'" in error
     assert "Traceback" not in error
-    with pytest.raises(optional.MissingPackage, match="'no_such_package'"):
-        optional.require("no_such_package")
+    with pytest.raises(console.MissingPackage, match="'no_such_package'"):
+        console.require("no_such_package")
 
 
 @pytest.mark.parametrize(
@@ -195,27 +203,21 @@ def test_bad_options_end_with_status_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# ---- the photo ----
-
-
 def test_batch_of_a_photo_is_normalised_and_varied(tmp_path):
-    picture = photo.load_photo()
+    picture = models.load_photo()
     assert picture.dtype == torch.uint8
     assert picture.shape == (3, 427, 640)
-    images = photo.image_batch(picture, 4, 32)
+    images = models.image_batch(picture, 4, 32)
     assert images.shape == (4, 3, 32, 32)
-    assert torch.equal(images, photo.image_batch(picture, 4, 32))
+    assert torch.equal(images, models.image_batch(picture, 4, 32))
     # different pictures, not one picture and its rounding: the values' standard deviation is near 1
     assert all((images[i] - images[j]).abs().mean() > 0.1 for i in range(4) for j in range(i))
     # a white image file, enlarged, is white's normalised value everywhere
     path = tmp_path / "white.png"
-    optional.require("PIL.Image").new("L", (9, 7), 255).save(path)
-    white = photo.image_batch(photo.load_photo(path), 2, 16)
-    expected = (1 - torch.tensor(photo.MEAN)) / torch.tensor(photo.STD)
+    console.require("PIL.Image").new("L", (9, 7), 255).save(path)
+    white = models.image_batch(models.load_photo(path), 2, 16)
+    expected = (1 - torch.tensor(models.MEAN)) / torch.tensor(models.STD)
     torch.testing.assert_close(white, expected.view(1, 3, 1, 1).expand(2, 3, 16, 16))
-
-
-# ---- timing and counters ----
 
 
 def test_timing_interleaves_in_alternating_order():
@@ -224,25 +226,67 @@ def test_timing_interleaves_in_alternating_order():
     found = timing.interleaved(functions, repeats=2, warmup=1, device=torch.device("cpu"))
     assert "".join(calls) == "abbaab"
     assert found["a"].repeats == 2
-    assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 1.8, 4.2, 5)
+    assert timing.summarise([5.0, 1.0, 2.0, 3.0, 4.0]) == timing.Timing(3.0, 1.8, 4.2, 5)
 
 
-def in_another(what: str, *, on_call) -> tuple[int, int]:
+@pytest.mark.parametrize(
+    ("seconds_a_call", "reason", "fields"),
+    [
+        (1e-5, None, {"graph_calls": 40}),
+        (1e-2, None, {"graph_calls": 1}),
+        (1e-5, "a call that waits", {"graph_calls": 0, "not_captured": "a call that waits"}),
+        # its launches do not count, and it is not captured
+        (0.2, None, {"graph_calls": 0}),
+    ],
+)
+def test_a_gpu_is_timed_by_graphs(monkeypatch, seconds_a_call, reason, fields):
+    """A clock, streams and a graph that are invented: a replay takes as long as its calls."""
+    calls, captured = [], []
+
+    def elapsed(call, device):
+        call()
+        return seconds_a_call * (captured[-1] if call is replay else 1)
+
+    def replay():
+        pass
+
+    def graph_of(call, times):
+        captured.append(times)
+        return (None, reason) if reason else (replay, None)
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "stream": contextlib.nullcontext,
+        "current_stream": lambda: stream,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "elapsed", elapsed)
+    monkeypatch.setattr(timing, "_graph_of", graph_of)
+    found = timing.graphed(lambda: calls.append(1), seconds=0.2)
+    assert found.median == pytest.approx(seconds_a_call)
+    assert found.fields()["median_ms"] == pytest.approx(1e3 * seconds_a_call)
+    assert found.more["called_ms"] == pytest.approx(1e3 * seconds_a_call)
+    assert found.more["host_ms"] < 1
+    assert {name: found.more.get(name) for name in fields} == fields
+    assert ("not_captured" in found.more) == (reason is not None)
+    assert bool(captured) == (seconds_a_call < 0.1)
+    assert len(calls) >= 3 + 2 + 5
+
+
+def in_another(what: str) -> tuple[int, int]:
     """What a test has another process do."""
     if what == "raise":
         raise NotImplementedError("not here")
     if what == "die":
         os._exit(3)
-    for name in "ab":
-        on_call(name)
     return os.getpid(), os.getppid()
 
 
 def test_a_new_process_for_every_computation(capfd):
-    calls = []
-    found = [timing.in_new_process(in_another, "work", on_call=calls.append) for _ in range(2)]
+    found = [timing.in_new_process(in_another, "work") for _ in range(2)]
     assert len({os.getpid(), *(pid for pid, _ in found)}) == 3
-    assert calls == ["a", "b"] * 2
     with pytest.raises(NotImplementedError, match="not here"):
         timing.in_new_process(in_another, "raise")
     with pytest.raises(RuntimeError, match="ended with exit status 3"):
@@ -256,15 +300,18 @@ def test_counters_equal_numbers_by_hand():
     assert roofline.multiply_adds(TINY, 3, training=False) == stem + 2 * layer + head == 1_942_464
     assert roofline.multiply_adds(TINY, 3, training=True) == 3 * 1_942_464 - stem == 5_679_936
     assert roofline.activations(TINY, 3) == 192 * 64 * 5 == 61_440
-    assert roofline.activation_bytes(TINY, 3, training=False, itemsize=2) == 192 * 64 * 2 * 2 * 4
-    assert roofline.activation_bytes(TINY, 3, training=True, itemsize=4) == 192 * 64 * 2 * 4 * 26
-    cpu, slow, narrow = torch.device("cpu"), roofline.Peaks(1e9, 1e12), roofline.Peaks(1e15, 1e9)
-    floor = roofline.floor_seconds(TINY, 3, False, torch.float32, cpu, slow)
+    assert roofline.model_bytes(TINY, 3, training=False, itemsize=2) == 192 * 64 * 2 * 2 * 4
+    assert roofline.model_bytes(TINY, 3, training=True, itemsize=4) == 192 * 64 * 2 * 4 * 26
+    slow = machine.Peaks(1e12, 1e9, {"float32": 1e9}, "")
+    narrow = machine.Peaks(1e9, 1e15, {"float32": 1e15}, "")
+    floor = roofline.floor(cases.ModelCase("model_eval", "tiny", 3), "cpu", slow)
     # of 8 rows and 8 columns of 3 taps, 2 taps each are outside
     outside = 2 * 192 * 64 * (9 - 22 * 22 / 64)
-    assert floor == pytest.approx(2 * (1_942_464 - outside + 18 * 61_440) / 1e9)
-    floor = roofline.floor_seconds(TINY, 3, True, torch.float32, cpu, narrow)
-    assert floor == pytest.approx(192 * 64 * 2 * 4 * 26 / 1e9)
+    assert floor.seconds == pytest.approx(2 * (1_942_464 - outside + 18 * 61_440) / 1e9)
+    assert (floor.flops, floor.bound) == (2 * 1_942_464, "arithmetic")
+    floor = roofline.floor(cases.ModelCase("model_step", "tiny", 3), "cpu", narrow)
+    assert floor.seconds == pytest.approx(192 * 64 * 2 * 4 * 26 / 1e9)
+    assert floor.bound == "bytes"
 
 
 def test_taps_inside_the_image():
@@ -282,44 +329,15 @@ def test_published_models_have_the_published_parameters(monkeypatch):
     published = {"256/8@32": 0.71, "768/32@224": 21.1, "1536/20@224": 51.6}
     for name, millions in published.items():
         with torch.device("meta"):
-            model = models.CASES[name].build(models.convmixer.reference.ConvMixer)
+            model = cases.PRESETS[name].build(models.convmixer.reference.ConvMixer)
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-# ---- the report ----
-
-
-def test_report_writes_the_table_between_the_markers_and_a_picture(tmp_path, capsys):
-    run(tmp_path, "--quick", "--dtype", "float32", "float16")
-    readme, picture = tmp_path / "README.md", tmp_path / "docs" / "speedup.png"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [str(tmp_path / "results.json"), "--readme", str(readme), "--picture", str(picture)]
-    assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n")
-    assert text.endswith(f"\n{report.END}\nafter\n")
-    assert "old" not in text
-    assert text.count("| ConvMixer-64/2, 16x16, batch 2 | eval |") == 2
-    assert report.main(arguments) == 0
-    assert readme.read_text() == text
-    with optional.require("PIL.Image").open(picture) as image:
-        assert image.width > 800
-    readme.write_text("no markers\n")
-    assert report.main(arguments) == 2
-    assert "must contain" in capsys.readouterr().err
-    assert readme.read_text() == "no markers\n"
-
-
-def test_numbers_keep_three_digits():
-    found = [report.milliseconds(value) for value in (0.1234, 1.234, 12.34, 123.4, 1234.5)]
-    assert found == ["0.123", "1.23", "12.3", "123", "1234"]
-
-
 def test_results_name_no_folder_of_the_machine():
-    found = environment._without_paths(
+    found = machine._without_paths(
         {"available": False, "detail": "cannot import '_x' from 'p' (/a/b/p/convmixer_kernels/__init__.py)"}
     )
     assert found == {"available": False, "detail": "cannot import '_x' from 'p' (convmixer_kernels/__init__.py)"}
-    text = json.dumps(environment.describe(torch.device("cpu"), None))
-    assert str(Path(environment.__file__).resolve().parent.parent) not in text
+    text = json.dumps(machine.describe(torch.device("cpu"), None))
+    assert str(machine.ROOT) not in text
     assert sys.prefix not in text

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, gpu_confirm, models
+from benchmarks import cases, check, gpu_confirm, gpu_run, gpu_steps
 
-TINY = models.Case(16, 2, 3, 4, 16, "gelu", 4, batch=8, quick_batch=2, quick_training=False)
+TINY = cases.Preset(16, 2, 3, 4, 16, "gelu", 4, batch=8, quick_batch=2, quick_training=False)
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(models, "CASES", {gpu_confirm.SMALL: TINY, gpu_confirm.LARGE: TINY})
+    monkeypatch.setattr(cases, "PRESETS", {gpu_confirm.SMALL: TINY, gpu_confirm.LARGE: TINY})
 
 
 def test_one_that_fails_or_raises_is_a_finding(monkeypatch, tmp_path):
@@ -25,9 +25,9 @@ def test_one_that_fails_or_raises_is_a_finding(monkeypatch, tmp_path):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(gpu_confirm, "CONFIRMATIONS", {"a": lambda: {"ok": False, "unequal": ["x"]}, "b": raises})
-    run = gpu.Run(tmp_path / "rows.jsonl")
+    run = gpu_run.Run(tmp_path / "rows.jsonl")
     for name in ("a", "b"):
-        gpu._confirm(run, {}, name)
+        gpu_steps.do(run, {"kind": "confirm", "name": name, "limit": 10})
     assert run.document["a"] == {"ok": False, "unequal": ["x"]}
     assert run.document["b"] == {"ok": False, "error": "RuntimeError: out of memory"}
 
@@ -35,7 +35,7 @@ def test_one_that_fails_or_raises_is_a_finding(monkeypatch, tmp_path):
 def test_determinism_is_of_every_bit(monkeypatch):
     found = gpu_confirm.determinism("cpu", runs=3)
     assert found == {"ok": True, "runs": 3, "unequal": [], "nondeterministic_in_torch": []}
-    honest, calls, before = accuracy.training_step, [], torch.are_deterministic_algorithms_enabled()
+    honest, calls, before = check.training_step, [], torch.are_deterministic_algorithms_enabled()
 
     def last_bit(*arguments):
         results = honest(*arguments)
@@ -44,7 +44,7 @@ def test_determinism_is_of_every_bit(monkeypatch):
             results["gradient of 3.1.weight"].view(torch.int16).view(-1)[7] ^= 1
         return results
 
-    monkeypatch.setattr(accuracy, "training_step", last_bit)
+    monkeypatch.setattr(check, "training_step", last_bit)
     found = gpu_confirm.determinism("cpu", runs=3)
     assert not found["ok"]
     assert found["unequal"] == ["gradient of 3.1.weight"]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from helpers import Case, assert_twice_eager, eager, in_format, make_inputs, ours, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ops import OPERATORS, make_sets
-from benchmarks.shapes import DEPTHWISE, OpCase
+from benchmarks.cases import DEPTHWISE, OpCase
+from benchmarks.ops import OPERATORS
+from benchmarks.ops import make_inputs as make_case_inputs
 from convmixer_kernels import testing
 from convmixer_kernels.testing import UNIT_ROUNDOFF, relative_error, within_twice_eager
 
@@ -139,9 +140,9 @@ def test_the_reference_backend_and_the_transforms_always_return(monkeypatch, op,
 
 @pytest.mark.parametrize("op", [op for op in DEPTHWISE if op != "depthwise_conv"])
 def test_the_benchmarks_always_return(op):
-    (some,) = make_sets(OpCase(op, "", (1, 2, 5, 7), 15, dtype="bfloat16"), torch.device("cpu"), 1)
+    (inputs,) = make_case_inputs(OpCase(op, "", (1, 2, 5, 7), 15, dtype="bfloat16"), torch.device("cpu"), 1)
     with NoEndlessConvolution():
-        assert all(t.dtype == torch.bfloat16 for t in OPERATORS[op].call(some)()[:1])
+        assert all(t.dtype == torch.bfloat16 for t in OPERATORS[op].call(inputs)()[:1])
 
 
 def test_what_is_widened_is_rounded_once():

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""What the operator suite measures: the table of cases, and why these.
+"""Which cases are measured, and why these.
 
-The full grid (15 operators x 6 kernels x 13 shapes x batches x 3 dtypes x 2 layouts) is days of work and says little more
-than its axes. So every axis is walked once while the others stay at a point where its effect is seen best:
+The full grid (every operator, kernel size, shape, batch, dtype and layout) is days of work. So each axis is walked once while
+the others stay at a point that shows its effect:
 
-* kernel: every depthwise operator at one shape, k from 3 to 31 (the cost curve over k);
-* shape: the block in eval and a training step at each paper's shapes, the kernels as in the paper;
-* batch: the smallest plane, where a call's fixed cost is seen, and the largest model;
-* dtype and layout: every operator at 256 channels on 16x16, ConvMixer-256/8's plane, and eval at every depthwise case.
+* kernel: every depthwise operator at one shape, k from 3 to 31;
+* shape: inference and a training step of the block at the shapes of published networks, with their kernel sizes;
+* batch: the smallest plane, because it shows the fixed cost of a call;
+* dtype and layout: every operator at 256 channels on 16x16, the plane of ConvMixer-256/8.
 
-`quick` marks a selection of one run of a few minutes: every operator, every kernel size and every family once.
+`quick` marks a selection: on a CPU a few minutes, on a GPU what `python -m benchmarks.gpu` measures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-
-from benchmarks import models
+from torch import nn
 
 KERNELS = (3, 5, 7, 9, 13, 31)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,16 +34,56 @@ DEPTHWISE = (
     "depthwise_weight_grad",
     "depthwise_step",
 )
-POINTWISE = ("pointwise_eval", "pointwise_train", "pointwise_input_grad", "pointwise_weight_grad", "pointwise_step")
+POINTWISE = (
+    "pointwise_eval",
+    "pointwise_train",
+    "pointwise_input_grad",
+    "pointwise_weight_grad",
+    "pointwise_backward",
+    "pointwise_step",
+)
 NORM = ("normalize", "norm_backward")
 LAYER = ("layer_eval", "layer_step")
-OPERATORS = (*DEPTHWISE, *POINTWISE, *NORM, *LAYER)
+#: Single kernels of ours that are only a part of what eager PyTorch computes in one call.
+PARTS = ("depthwise_train_kernel", "depthwise_input_grad_kernel", "pointwise_train_kernel")
+OPERATORS = (*DEPTHWISE, *POINTWISE, *NORM, *LAYER, *PARTS)
 MODEL_MODES = ("model_eval", "model_step")
 
-#: The published models: those of python -m benchmarks, and the third ImageNet model of the paper.
-PRESETS = models.CASES | {
-    "1024/20@224": models.Case(1024, 20, 9, 14, 224, "gelu", 1000, batch=4, quick_batch=1, quick_training=False)
+
+@dataclass(frozen=True)
+class Preset:
+    """A published ConvMixer at one image size."""
+
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    image_size: int
+    activation: str
+    n_classes: int
+    batch: int  # of python -m benchmarks; what a training step saves in float64 fits into 4 GB
+    quick_batch: int
+    quick_training: bool
+
+    @property
+    def label(self) -> str:
+        return f"ConvMixer-{self.dim}/{self.depth}, {self.image_size}x{self.image_size}"
+
+    def build(self, constructor: Callable[..., nn.Sequential]) -> nn.Sequential:
+        """The model by `convmixer.ConvMixer` or `convmixer.reference.ConvMixer`, on the CPU in float32."""
+        sizes = (self.dim, self.depth, self.kernel_size, self.patch_size, self.n_classes)
+        return constructor(*sizes, activation=self.activation)
+
+
+#: By the name that --models takes.
+PRESETS = {
+    "256/8@32": Preset(256, 8, 9, 2, 32, "gelu", 10, batch=32, quick_batch=16, quick_training=True),
+    "256/8@224": Preset(256, 8, 9, 7, 224, "gelu", 1000, batch=8, quick_batch=2, quick_training=True),
+    "768/32@224": Preset(768, 32, 7, 7, 224, "relu", 1000, batch=4, quick_batch=1, quick_training=False),
+    "1024/20@224": Preset(1024, 20, 9, 14, 224, "gelu", 1000, batch=4, quick_batch=1, quick_training=False),
+    "1536/20@224": Preset(1536, 20, 9, 7, 224, "gelu", 1000, batch=2, quick_batch=1, quick_training=False),
 }
+_TINY_PRESET = Preset(64, 2, 5, 2, 12, "gelu", 10, batch=2, quick_batch=2, quick_training=True)
 
 
 @dataclass(frozen=True)
@@ -104,16 +144,29 @@ class ModelCase:
         return f"{self.op} {self.model} batch {self.batch} {self.dtype} {self.layout}"
 
     @property
-    def preset(self) -> models.Case:
-        return _TINY_MODEL if self.model == "tiny" else PRESETS[self.model]
+    def preset(self) -> Preset:
+        return PRESETS.get(self.model, _TINY_PRESET)
+
+    @property
+    def training(self) -> bool:
+        return self.op == "model_step"
 
     def tiny(self) -> ModelCase:
         return replace(self, model="tiny", batch=2)
 
 
-_TINY_MODEL = models.Case(64, 2, 5, 2, 12, "gelu", 10, batch=2, quick_batch=2, quick_training=True)
-
 Case = OpCase | ModelCase
+
+
+def to_json(case: Case) -> dict[str, object]:
+    return dataclasses.asdict(case)
+
+
+def from_json(fields: dict[str, object]) -> Case:
+    """What to_json wrote, after a round trip through JSON."""
+    if "model" in fields:
+        return ModelCase(**fields)
+    return OpCase(**{**fields, "shape": tuple(fields["shape"])})
 
 
 @dataclass(frozen=True)
@@ -148,7 +201,7 @@ _SWEEP = {"cpu": (1, 768, 32, 32), "cuda": (64, 768, 32, 32)}
 _BATCHES = {"cpu": (1, 8, 128), "cuda": (1, 32, 1024)}
 _MODEL_BATCHES = {
     "cpu": {"256/8@32": 32, "256/8@224": 4, "768/32@224": 2, "1024/20@224": 2, "1536/20@224": 2},
-    "cuda": {"256/8@32": 512, "256/8@224": 128, "768/32@224": 32, "1024/20@224": 64, "1536/20@224": 32},
+    "cuda": {"1536/20@224": 32, "256/8@32": 256, "768/32@224": 32, "256/8@224": 128, "1024/20@224": 64},
 }
 
 
@@ -181,7 +234,9 @@ def _operators(device_type: str) -> Iterator[OpCase]:
             for op in OPERATORS:
                 if not op.startswith("layer") or dtype != "float32":
                     # the kernels that no other axis has, and every operator in bfloat16 as a user would train
-                    quick = (op in (*POINTWISE, *NORM, "depthwise_conv", "depthwise_train")) and layout == "contiguous"
+                    quick = (
+                        op in (*POINTWISE, *NORM, *PARTS, "depthwise_conv", "depthwise_train")
+                    ) and layout == "contiguous"
                     sixteen = dtype == "bfloat16" and op in ("depthwise_eval", "layer_eval", "layer_step")
                     quick = (quick and dtype == "float32") or (sixteen and layout == "contiguous")
                     yield OpCase(op, base.family, size, base.kernel, dtype=dtype, layout=layout, quick=quick)
@@ -190,38 +245,79 @@ def _operators(device_type: str) -> Iterator[OpCase]:
             yield OpCase(op, base.family, (batch, *size[1:]), base.kernel, quick=batch == 1 and op == "layer_eval")
 
 
+def _gpu_operators() -> Iterator[OpCase]:
+    """What benchmarks.gpu measures, most important first: time runs out in this order."""
+
+    def case(
+        op: str, shape: tuple[int, int, int, int], kernel: int = 9, dtype: str = "bfloat16", **more: str
+    ) -> OpCase:
+        family = next((each.family for each in _SHAPES if shape[1:3] == (each.channels, each.side)), "sweep")
+        compiled = op in ("depthwise_eval", "pointwise_eval") and shape == big and dtype == "bfloat16"
+        return OpCase(op, family, shape, kernel, dtype=dtype, quick=True, compiled=compiled, **more)
+
+    big, half = (64, 1536, 32, 32), (32, 1536, 32, 32)
+    passes = ("depthwise_eval", "depthwise_input_grad", "depthwise_input_grad_kernel", "depthwise_weight_grad")
+    every = (*DEPTHWISE[1:], *PARTS, *NORM, "pointwise_eval", "pointwise_train", "pointwise_backward", "pointwise_step")
+    for layout in LAYOUTS:
+        yield from (case(op, big, layout=layout) for op in (*every, *LAYER))
+    # at these sizes a layer in one kernel is about as fast as two launches, and our GEMM as torch's
+    narrow = [(64, c, 32, 32) for c in (256, 128, 64)]
+    yield from (case("layer_eval", shape) for shape in (*narrow, (256, 256, 16, 16)))
+    for shape in (*((64, c, 32, 32) for c in (128, 256, 384, 512, 768)), (256, 256, 16, 16)):
+        yield from (case(op, shape) for op in ("pointwise_eval", "pointwise_train_kernel"))
+    yield from (case("pointwise_eval", (64, c, 32, 32), layout="channels_last") for c in (256, 768))
+    yield from (case("pointwise_backward", (64, c, 32, 32)) for c in (256, 768))
+    for op in (*passes, "depthwise_train", "depthwise_train_kernel", "pointwise_eval"):
+        yield case(op, half, dtype="float32")
+    yield case("pointwise_eval", narrow[0], dtype="float32")
+    yield case("depthwise_eval", half, dtype="float32", layout="channels_last")
+    planes = ((64, 768, 32, 32), (128, 256, 16, 16), (256, 768, 7, 7), (64, 768, 17, 17))
+    for shape in (*planes, (32, 256, 56, 56), (4, 128, 224, 224)):
+        kernel = 7 if shape == planes[0] else 9
+        yield from (case("depthwise_eval", shape, kernel, layout=layout) for layout in LAYOUTS)
+    yield from (case(op, shape) for op in passes[1:] for shape in planes[1:])
+    yield from (case(op, (32, 768, 32, 32), kernel) for kernel in (3, 7, 15, 31) for op in passes)
+    yield case("depthwise_eval", big, dtype="float16")
+    yield from (case(op, big) for op in ("depthwise_conv", "pointwise_input_grad", "pointwise_weight_grad"))
+
+
 def _models(device_type: str) -> Iterator[ModelCase]:
-    for model, batch in _MODEL_BATCHES[device_type].items():
+    batches = _MODEL_BATCHES[device_type]
+    if device_type == "cuda":
+        for layout in LAYOUTS:
+            for model in ("1536/20@224", "256/8@32", "768/32@224"):
+                compiled = model != "768/32@224" and layout == "contiguous"
+                for op in MODEL_MODES:
+                    yield ModelCase(op, model, batches[model], "bfloat16", layout, quick=True, compiled=compiled)
+    for model, batch in batches.items():
         for op in MODEL_MODES:
             first = model == "256/8@32"
-            yield ModelCase(op, model, batch, quick=first, compiled=first)
-    if device_type == "cuda":
-        for model in ("256/8@32", "768/32@224", "1536/20@224"):
-            for op in MODEL_MODES:
-                for layout in LAYOUTS:
-                    yield ModelCase(op, model, _MODEL_BATCHES["cuda"][model], "bfloat16", layout, quick=True)
+            yield ModelCase(op, model, batch, quick=first and device_type == "cpu", compiled=first)
 
 
 def cases(device_type: str = "cpu") -> list[Case]:
-    """Every case for a device type, each once; one that two axes share keeps all its marks."""
+    """Every case of a device type ("cpu", "cuda"), each once; one that two axes share keeps all its marks."""
+    operators = list(_operators(device_type))
+    if device_type == "cuda":
+        operators = [*_gpu_operators(), *(replace(case, quick=False) for case in operators)]
     found: dict[str, Case] = {}
-    for case in (*_operators(device_type), *_models(device_type)):
+    for case in (*operators, *_models(device_type)):
         known = found.get(case.name, case)
         marks = {"quick": known.quick or case.quick, "compiled": known.compiled or case.compiled}
         found[case.name] = replace(known, **marks)
     return list(found.values())
 
 
-def select(some: list[Case], quick: bool, patterns: list[str]) -> list[Case]:
-    """Those of `some` that a run was asked for.
+def select(all_cases: list[Case], quick: bool, patterns: list[str]) -> list[Case]:
+    """The cases that the options of a run name.
 
     Args:
-        quick: only the cases with that mark.
+        quick: only cases with that mark.
         patterns: a case stays if each of its words' patterns fits: "depthwise_eval k9", "*step float32", "RepLKNet*".
     """
     return [
         case
-        for case in some
+        for case in all_cases
         if (case.quick or not quick) and (not patterns or any(_fits(case, pattern) for pattern in patterns))
     ]
 

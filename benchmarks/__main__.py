@@ -20,7 +20,12 @@ from benchmarks.cases import DTYPES, LAYOUTS, PRESETS, ModelCase, Preset
 MODELS = ("256/8@32", "256/8@224", "768/32@224", "1536/20@224")
 REPEATS, QUICK_REPEATS = 11, 5
 #: What `python -m benchmarks NAME` runs instead of the models.
-COMMANDS = {"ops": "benchmarks.suite", "compare": "benchmarks.compare", "report": "benchmarks.report"}
+COMMANDS = {
+    "ops": "benchmarks.suite",
+    "host": "benchmarks.host",
+    "compare": "benchmarks.compare",
+    "report": "benchmarks.report",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,3 +84,20 @@ def calls(monkeypatch) -> list[str]:
     from model_helpers import count_operators
 
     return count_operators(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def cuda_module() -> Path:
+    """The built _cuda module, of this checkout's sources, and the tools that read its machine code."""
+    from benchmarks.static import kernels, sass
+    from convmixer_kernels import _build
+
+    found = kernels.find_module()
+    if found is None:
+        pytest.skip("the CUDA module is not built: no nvcc")
+    if (reason := sass.missing_tool()) is not None:
+        pytest.skip(reason)
+    built = found.with_name("_built.py")
+    if not built.exists() or _build.source_digest() not in built.read_text():
+        pytest.skip("the installed CUDA module was built from other sources")
+    return found

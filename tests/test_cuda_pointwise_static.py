@@ -14,7 +14,6 @@ import pytest
 from benchmarks.static import gemm as static_gemm
 from benchmarks.static import kernels as static_kernels
 from benchmarks.static import sass
-from convmixer_kernels import _build
 
 #: mma_kernel<T, MT, NT, LAST, ALIGNED> with 128 x 128 tiles
 LARGE = r"mma_kernelI\w*Li4ELi8ELb[01]ELb1E"
@@ -28,29 +27,15 @@ THREADS_AND_SHARED = {
 
 
 @pytest.fixture(scope="module")
-def module():
-    """The built _cuda module."""
-    found = static_kernels.find_module()
-    if found is None:
-        pytest.skip("the CUDA module is not built: no nvcc")
-    if (reason := sass.missing_tool()) is not None:
-        pytest.skip(reason)
-    built = found.with_name("_built.py")
-    if not built.exists() or _build.source_digest() not in built.read_text():
-        pytest.skip("the installed CUDA module was built from other sources")
-    return found
-
-
-@pytest.fixture(scope="module")
-def resources(module):
-    return [r for r in sass.resources(module) if "9pointwise" in r.function or "mixer_kernel" in r.function]
+def resources(cuda_module):
+    return [r for r in sass.resources(cuda_module) if "9pointwise" in r.function or "mixer_kernel" in r.function]
 
 
 @pytest.fixture(scope="module", params=("sm_80", "sm_90a"))
-def kernels(request, module, resources):
+def kernels(request, cuda_module, resources):
     if request.param not in {r.architecture for r in resources}:
         pytest.skip(f"the CUDA module holds no code for {request.param}")
-    return list(sass.kernels(module, request.param, lambda name: "9pointwise" in name or "mixer_kernel" in name))
+    return list(sass.kernels(cuda_module, request.param, lambda name: "9pointwise" in name or "mixer_kernel" in name))
 
 
 def _loop_of(kernel, instruction: str):
@@ -158,7 +143,7 @@ def test_a_layer_in_one_kernel(resources, kernels):
         assert kernel.counts["STG.128"] >= 8
 
 
-def test_the_committed_table(module, resources, kernels):
+def test_the_committed_table(resources, kernels):
     """docs/cuda-kernels.md was made from these kernels."""
     committed = json.loads((static_kernels.RESULTS / "cuda-static-gemm.json").read_text())
     rows = static_gemm.rows([k for k in kernels if static_gemm.is_of_a_case(k.function)], resources)

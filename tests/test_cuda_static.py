@@ -22,22 +22,8 @@ TENSOR_CORE_KERNELS = r"contiguous_kernel|channels_last_kernel|weight_grad\d+(?:
 
 
 @pytest.fixture(scope="module")
-def module():
-    """The built _cuda module."""
-    found = static_kernels.find_module()
-    if found is None:
-        pytest.skip("the CUDA module is not built: no nvcc")
-    if (reason := sass.missing_tool()) is not None:
-        pytest.skip(reason)
-    built = found.with_name("_built.py")
-    if not built.exists() or _build.source_digest() not in built.read_text():
-        pytest.skip("the installed CUDA module was built from other sources")
-    return found
-
-
-@pytest.fixture(scope="module")
-def resources(module):
-    found = sass.resources(module)
+def resources(cuda_module):
+    found = sass.resources(cuda_module)
     assert len(found) > 50
     return found
 
@@ -50,13 +36,13 @@ def architecture(request, resources):
 
 
 @pytest.fixture(scope="module")
-def kernels(module, architecture) -> list[sass.Kernel]:
+def kernels(cuda_module, architecture) -> list[sass.Kernel]:
     """The kernels of 16-bit depthwise convolution and of the table, disassembled."""
 
     def wanted(name: str) -> bool:
         return re.search(TENSOR_CORE_KERNELS, name) is not None or static_kernels.is_of_a_case(name)
 
-    return list(sass.kernels(module, architecture, wanted))
+    return list(sass.kernels(cuda_module, architecture, wanted))
 
 
 def test_no_kernel_spills_or_uses_local_memory(resources, architecture):

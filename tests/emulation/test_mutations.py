@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Plants bugs in copies of the kernels' sources; the emulation must catch each one.
 
-If the text of a mutation is no longer in the source, its test fails: change the mutation (mutations.py) with the kernel. Only the unit with the bug is compiled (-O0: a compile costs more than a run); weak stand-ins
-replace the other units.
+If the text of a mutation is no longer in the source, its test fails: change the mutation (mutations.py) with the kernel. Only the unit
+with the bug is compiled (-O0: a compile costs more than a run); weak stand-ins replace the other units.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from helpers import Case, check_case, use_cuda
 from torch import Tensor
 
-from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm
+from convmixer_kernels.backends import _native, cuda, cuda_choice, cuda_gemm
 from convmixer_kernels.testing import relative_error
 
 
@@ -70,7 +70,7 @@ def test_against_float64(processors, shape, c_out, parts, device, monkeypatch):
             assert torch.equal(_weight_grad(da, x, torch.float32), wide)
         monkeypatch.delenv("EMU_ORDER")
     if device == "cpu":
-        size = cuda._size("pointwise_weight_grad_workspace", -1, *cuda._shape(x), c_out)
+        size = cuda._size("pointwise_weight_grad_workspace", -1, *_native.shape_args(x), c_out)
         assert size == parts * 128 * 128 * 4
 
 

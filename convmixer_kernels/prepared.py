@@ -47,7 +47,7 @@ def state_of(t: Tensor) -> tuple:
 
 
 def _form_of(x: Tensor) -> tuple:
-    """What a check or a native call depends on, of an input that stays no object: all but its address and values."""
+    """All of an input that a check or a native call depends on, but its address and values."""
     return x.shape, x.dtype, x.stride(), x.device
 
 
@@ -97,7 +97,8 @@ def keep(
     train: Callable[[Tensor, Tensor], Any] | None,
 ) -> None:
     """Remember a call whose tensors are plain and contiguous, and whose x is plain and dense."""
-    if type(x) is not Tensor or _unusual():
+    # a weight that is computed anew for each call never comes back
+    if type(x) is not Tensor or _unusual() or not tensors[0].is_leaf:
         return
     if len(_entries) >= _MOST_ENTRIES:
         _entries.clear()

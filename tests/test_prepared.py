@@ -357,6 +357,12 @@ def test_entries_hold_no_tensor():
     assert [r for r in references if r() is not None] == []
 
 
+def test_computed_weights_are_not_kept():
+    x, tensors = _layer(CASES[3])
+    ck.mixer_layer(x, 2 * tensors[0], *tensors[1:], training=True)
+    assert not prepared._entries
+
+
 def test_entries_have_a_limit(monkeypatch):
     monkeypatch.setattr(prepared, "_MOST_ENTRIES", 4)
     x, tensors = _layer(CASES[3], requires_grad=False)

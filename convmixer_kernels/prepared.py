@@ -4,7 +4,7 @@
 A layer of a network is called again and again with the parameters and statistics that it had the time before. Its first call checks
 them, chooses a backend and makes the arguments of its native calls; `find` recognises a call that needs none of it again. An entry
 holds addresses and weak references, no tensor, and nothing that depends on a tensor's values. Each tensor is compared by identity and by
-all that an in-place operation, `.data =` or a resized storage can change: address, shape, dtype, strides, size of the storage.
+all that an in-place operation, `.data =` or a resized storage can change: address, shape, dtype, strides, size of the storage, sign.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _entries: dict[tuple, Entry] = {}
 
 def state_of(t: Tensor) -> tuple:
     """All that may change about a plain tensor that stays the same object, but its values."""
-    return t.data_ptr(), t.shape, t.dtype, t.stride(), t.untyped_storage().nbytes()
+    return t.data_ptr(), t.shape, t.dtype, t.stride(), t.untyped_storage().nbytes(), t.is_neg()
 
 
 def _form_of(x: Tensor) -> tuple:

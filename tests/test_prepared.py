@@ -216,6 +216,15 @@ def test_a_strided_weight_of_the_same_memory(hits):
     assert torch.equal(y, ck.mixer_layer(x, *[t.contiguous().clone() for t in tensors]))
 
 
+def test_a_negative_view_of_the_same_memory(hits):
+    x, tensors = _layer(CASES[3], requires_grad=False)
+    ck.mixer_layer(x, *tensors)
+    tensors[1].data = torch._neg_view(tensors[1].data)
+    y = ck.mixer_layer(x, *tensors)
+    assert torch.equal(y, ck.mixer_layer(x, *[t.resolve_neg().clone() for t in tensors]))
+    assert len(hits) == int(not tensors[1].is_neg())
+
+
 def test_an_input_that_is_not_what_it_was(hits):
     x, tensors = _layer(CASES[3], requires_grad=False)
     y = ck.mixer_layer(x, *tensors)

@@ -4,8 +4,9 @@
 Each backend that can run here takes a share of the cases: "cuda" emulated and "triton" interpreted without a GPU, with small
 tensors. A case is drawn from (seed, number) alone, and each failure prints the line that repeats it. The twice-eager rule decides
 (convmixer_kernels/testing.py). It compares two rounding errors, so a case that exceeds it is repeated with at least 24 other inputs, and
-the rule is applied to all of them together. Where rounding the inputs changes the exact result by as much as our error, the
-inputs are ill-conditioned and no rule can decide: these cases are counted apart.
+the rule is applied to all of them together. Two kinds of inputs are ill-conditioned, decide nothing, and are counted apart: if rounding
+the inputs and each convolution's result changes the exact result as much, and if eager has no right digit (such as a gradient that
+is 0 but for rounding) and ours is not ten times worse.
 
 With --wrong, random wrong arguments (fuzz_wrong.py).
 """
@@ -27,13 +28,13 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(path) for path in (TESTS, TESTS.parent) if str(path) not in sys.path]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from helpers import BLOCK_TENSORS, Case, in_format, use_cuda
+from helpers import ACTIVATIONS, BLOCK_TENSORS, Case, in_format, use_cuda
 from helpers import eager as eager_operator
 from model_helpers import randomize
 from torch import Tensor
@@ -116,9 +117,9 @@ def draw(seed: int, number: int, backend: str) -> Call:
     dtypes = [torch.float32, torch.float32, torch.float16] + [torch.bfloat16] * (backend != "triton")
     dtype = rng.choice(dtypes + [torch.float64] * (backend == "reference"))
     if op == "model":
-        # the layers have channels at least, and a model of torch's own 16-bit convolutions must return (testing.never_returns)
+        # torch's own convolutions run the reference's model and must return (testing.never_returns); two patches at least
         kernel = kernel if dtype in (torch.float32, torch.float64) else (min(kernel[0], 13), min(kernel[1], 13))
-        n = max(1, n)
+        n = max(2, n)
     count = {"depthwise_conv2d": 2, "mixer_layer": 12, "model": 0}.get(op, 6)
     narrow = dtype in (torch.float16, torch.bfloat16)
     wide_style = rng.choice(("none", "all", "some")) if narrow else "none"
@@ -248,7 +249,15 @@ def _eager(call: Call, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
     """helpers.eager with this call's eps and momentum; mixed dtypes as autocast's: norms in float32, convolutions in x's."""
 
     def same(i: int, t: Tensor | None) -> Tensor | None:
-        return t if t is None else t.to(x.dtype) if i % 6 < 2 else t.float() if call.wide and x.dtype != torch.float64 else t
+        return (
+            t
+            if t is None
+            else t.to(x.dtype)
+            if i % 6 < 2
+            else t.float()
+            if call.wide and x.dtype != torch.float64
+            else t
+        )
 
     taken = [same(i, t) for i, t in enumerate(tensors)]
     y = eager_operator(call.case(), x, taken, call.momentum, call.eps)
@@ -282,8 +291,16 @@ def _model(call: Call, seed: int, dtype: torch.dtype, ours: bool, x: Tensor, dy:
     torch.manual_seed(seed)
     make_model = convmixer.ConvMixer if ours else convmixer.reference.ConvMixer
     patch = 2 if min(call.shape[2:]) > 1 else 1
-    size = {"dim": call.shape[1], "depth": 1 + call.threads % 2, "kernel_size": call.kernel, "patch_size": patch, "n_classes": 24}
-    model = randomize(make_model(**size, in_chans=3, activation=call.activation), seed).to(call.dtype).to(x.device, dtype)
+    size = {
+        "dim": call.shape[1],
+        "depth": 1 + call.threads % 2,
+        "kernel_size": call.kernel,
+        "patch_size": patch,
+        "n_classes": 24,
+    }
+    model = (
+        randomize(make_model(**size, in_chans=3, activation=call.activation), seed).to(call.dtype).to(x.device, dtype)
+    )
     model.train(call.training)
     x = x.detach().requires_grad_(bool(call.wanted) and 0 in call.wanted)
     backend = ck.use_backend(call.backend) if ours else contextlib.nullcontext()
@@ -304,6 +321,31 @@ def _image(call: Call, seed: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = _with_values(torch.randn(n, 3, h, w, generator=g, dtype=torch.float64), call, g).to(call.dtype)
     return laid_out(x, call.x_format), torch.randn(n, 24, generator=g, dtype=torch.float64)
+
+
+def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t with each value moved by up to one rounding step of dtype."""
+    step = torch.finfo(dtype).eps / 2
+    return t.detach() * (1 + step * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1))
+
+
+def _rounded_channels(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """a with each channel moved by up to a rounding step of its values' size: of a bias beside large values, all roundings are alike."""
+    size = a.detach().square().mean((0, 2, 3), keepdim=True).sqrt() * torch.finfo(dtype).eps / 2
+    return a + size * (2 * torch.rand_like(size) - 1)
+
+
+@contextlib.contextmanager
+def _rounding_convolutions(call: Call) -> Iterator[None]:
+    """Inside, the equivalent rounds what its activations get, as every implementation does."""
+    dtype = torch.bfloat16 if call.route == "autocast" else call.dtype
+    with pytest.MonkeyPatch.context() as patch:
+        act = ACTIVATIONS[call.activation]
+        patch.setitem(ACTIVATIONS, call.activation, lambda a: act(_rounded_channels(a, dtype)))
+        for kind in (torch.nn.GELU, torch.nn.ReLU, torch.nn.Identity):
+            forward = kind.forward
+            patch.setattr(kind, "forward", lambda self, a, forward=forward: forward(self, _rounded_channels(a, dtype)))
+        yield
 
 
 class Wrong(Exception):
@@ -332,9 +374,13 @@ def results_of(call: Call, seed: int, device: str, perturbed: bool = False) -> t
         ours = _model(call, seed, call.dtype, True, _on(x, device), dy)
         eager = _model(call, seed, call.dtype, False, _on(x, device), dy)
         exact = _model(call, seed, torch.float64, False, x.double(), dy)
-        more = [_model(call, seed, torch.float64, False, _rounded(x.double(), call.dtype), dy)] if perturbed else []
-        return ours, eager, exact, *more
-    x, tensors, dy = (_on(x, device) if isinstance(x, Tensor) else [_on(t, device) for t in x] for x in make(call, seed))
+        if not perturbed:
+            return ours, eager, exact
+        with _rounding_convolutions(call):
+            return ours, eager, exact, _model(call, seed, torch.float64, False, _rounded(x.double(), call.dtype), dy)
+    x, tensors, dy = (
+        _on(x, device) if isinstance(x, Tensor) else [_on(t, device) for t in x] for x in make(call, seed)
+    )
     statistics = {i for i in range(len(tensors)) if i % 6 >= 4 and call.training}
     before = [_snapshot(t) for t in (x, dy, *tensors)]
     doubles = [None if t is None else t.detach().double() for t in tensors]
@@ -354,13 +400,9 @@ def results_of(call: Call, seed: int, device: str, perturbed: bool = False) -> t
     x, tensors, dy = make(call, seed)
     dtype = torch.bfloat16 if call.route == "autocast" else call.dtype
     doubles = [None if t is None else _rounded(t.double(), dtype) for t in tensors]
-    return ours, eager, exact, _run(call, _eager, _rounded(x.double(), dtype), doubles, _rounded(dy.double(), dtype))
-
-
-def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t with each value moved by up to one rounding step of dtype."""
-    step = torch.finfo(dtype).eps / 2
-    return t.detach() * (1 + step * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1))
+    with _rounding_convolutions(call):
+        moved = _run(call, _eager, _rounded(x.double(), dtype), doubles, _rounded(dy.double(), dtype))
+    return ours, eager, exact, moved
 
 
 def _comparable(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,7 +462,7 @@ def check(call: Call, number: int, device: str) -> str | None:
             continue
         moved = torch.cat([_comparable(name, parts[3][name], parts[1][name], parts[2][name])[0] for parts in pool])
         error, allowed = _errors(ours_all, eager_all, exact_all)
-        if error <= 2 * _errors(moved, moved, exact_all)[0]:
+        if error <= 2 * _errors(moved, moved, exact_all)[0] or (allowed > 0.1 and error <= 10 * allowed):
             ill = True
             continue
         raise Wrong(f"{name}: error {error:.2e}, eager's {allowed:.2e} over {inputs} inputs")
@@ -472,7 +514,9 @@ def fuzz(seed: int, numbers: range, backend: str, one: Callable, flags: str = ""
         kind = result if result in (None, "ill-conditioned") else "failed"
         counts[kind or "passed"] += 1
         if kind == "failed":
-            failures.append(f"python -m tests.fuzz {flags}--seed {seed} --case {number} --backend {backend}  # {result}")
+            failures.append(
+                f"python -m tests.fuzz {flags}--seed {seed} --case {number} --backend {backend}  # {result}"
+            )
             print(failures[-1], flush=True)
     told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     print(f"{backend}: {len(numbers)} cases of seed {seed}: {told} in {time.monotonic() - begin:.0f} s", flush=True)

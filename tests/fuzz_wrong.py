@@ -38,6 +38,12 @@ def _freed(t: Tensor, left: int) -> Tensor:
     return t
 
 
+def _reach(t: Tensor) -> int:
+    """The bytes of its storage that t needs."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + last + 1) * t.itemsize
+
+
 def _wrong_dtype(t: Tensor, x: Tensor) -> list[torch.dtype]:
     """Dtypes that neither are x's nor float32 beside a 16-bit x."""
     all_of_them = [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8]
@@ -64,7 +70,7 @@ TENSORS: dict[str, Callable[[random.Random, Tensor, Tensor], Any]] = {
     "mkldnn": lambda rng, t, x: t.float().cpu().to_mkldnn(),
     "nested": lambda rng, t, x: torch.nested.nested_tensor([t[0], t[0]] if t.dim() > 1 else [t, t]),
     "freed": lambda rng, t, x: _freed(t, 0),
-    "shrunk": lambda rng, t, x: _freed(t, rng.randrange(1, t.untyped_storage().nbytes())),
+    "shrunk": lambda rng, t, x: _freed(t, rng.randrange(1, _reach(t))),
 }
 _NUMBERS = (
     "0.1",

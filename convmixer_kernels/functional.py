@@ -219,6 +219,8 @@ def mixer_layer(
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
         return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
+    for prefix, pair in zip(("depthwise_", "pointwise_"), running, strict=True):
+        _check_updated(op, prefix, pair, training)
     used = (None,) * 4 if training else (*running[0], *running[1])
     y, _, _, *batch = torch.ops.convmixer.mixer_layer(*tensors, *used, *_flat(options), _name(chosen))
     if training:
@@ -381,11 +383,12 @@ def _run_block(
         running = Statistics(*map(_contiguous, running))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block))
     options = options._replace(save=save)
+    op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
     if _direct(x, *block, *running):
         if save:
             return BlockFunction.apply(x, *block, running, kind, options, backend)
-        op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
         return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
+    _check_updated(op, "", running, options.batch_statistics)
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
     y, _, mean, var = operator(x, *block, *used, *_flat(options), _name(backend))
@@ -476,6 +479,13 @@ def _choose(op: str, backend: str | None, kind: str, x: Tensor, weights: tuple[T
 
 def _name(backend: ModuleType | str) -> str:
     return backend if isinstance(backend, str) else backend.name
+
+
+def _check_updated(op: str, prefix: str, running: Statistics, training: bool) -> None:
+    """Statistics that _update will move must have their memory; a registered operator does not see them."""
+    for name, t in zip(("running_mean", "running_var"), running, strict=True):
+        if training and t is not None:
+            checks.check_before_copy(op, prefix + name, t)
 
 
 def _update(running: Statistics, mean: Tensor, var: Tensor, y: Tensor, momentum: float) -> None:

@@ -140,11 +140,11 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[Tensor, list[Tensor | None],
     return in_format(x.to(dtype), case.memory_format), tensors, dy.to(dtype)
 
 
-def eager(case: Case, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
+def eager(case: Case, x: Tensor, tensors: list[Tensor | None], momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     """The operator as torch users write it. Running statistics are updated in place."""
 
     def norm(h: Tensor, block: list[Tensor | None]) -> Tensor:
-        return F.batch_norm(h, block[4], block[5], block[2], block[3], case.training, 0.1, 1e-5)
+        return F.batch_norm(h, block[4], block[5], block[2], block[3], case.training, momentum, eps)
 
     act = ACTIVATIONS[case.activation]
 

@@ -109,7 +109,9 @@ def test_depthwise_weight_gradient_of_constants(shape, kernel, memory_format, ba
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", [(1, 24, 33, 3), (4, 8, 16, 16), (2, 300, 12, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 24, 33, 3), (4, 8, 16, 16), (2, 300, 12, 12), (1, 3, 12, 28), (1, 8, 24, 24)], ids=str
+)
 def test_pointwise_weight_gradient_of_constants(shape, memory_format, backend):
     """As above, in evaluation: batch statistics would leave nothing of a constant."""
     if backend in SLOW and shape != (1, 24, 33, 3):

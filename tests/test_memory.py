@@ -79,6 +79,25 @@ def test_views_that_are_copied(left):
 
 
 @pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op != "depthwise_conv2d"])
+def test_statistics_beside_a_strided_one(op, left, backend):
+    """A registered operator runs if one of them is strided, and does not see the statistics that training moves."""
+    names = OPERATORS[op]
+    for at, name in enumerate(names):
+        if at % 6 < 4:
+            continue
+        case = case_of(op)
+        x, tensors, _ = make_inputs(case)
+        other = at - 1 if at % 6 == 5 else at + 1
+        tensors[other] = torch.stack([tensors[other]] * 2, -1)[..., 0]
+        before = tensors[other].clone()
+        take_memory(tensors[at], LEFT[left])
+        with pytest.raises(RuntimeError, match=f"{op}: {lost(name)}"):
+            ours(case, x, tensors, backend)
+        assert torch.equal(tensors[other], before)
+
+
+@pytest.mark.parametrize("left", LEFT)
 def test_tensors_that_autocast_casts(left):
     for name in ("x", "weight", "bias"):
         given = {"x": torch.randn(1, 8, 6, 5), "weight": torch.randn(8, 1, 3, 3).half(), "bias": torch.randn(8).half()}

@@ -212,15 +212,21 @@ def normalize(
         *norm_args(norm),
         torch.get_num_threads(),
     )
-    for running_mean, running_var, mean, var, count, momentum in updates:
+    if updates:
+        # in one call: if memory ran out between two, one would have moved
         native.update_running_statistics(
-            mean.data_ptr(),
-            var.data_ptr(),
-            len(mean),
-            count,
-            *param_args(running_mean),
-            *param_args(running_var),
-            momentum,
+            [
+                (
+                    mean.data_ptr(),
+                    var.data_ptr(),
+                    len(mean),
+                    count,
+                    *param_args(running_mean),
+                    *param_args(running_var),
+                    momentum,
+                )
+                for running_mean, running_var, mean, var, count, momentum in updates
+            ]
         )
     return y
 

@@ -324,7 +324,8 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) {
-      if (plane == nullptr) continue;
+      // Not this thread's memory decides: a thread without any may have had no item, and all partial sums are there.
+      if (failed != 0) continue;
       Vec* total = reinterpret_cast<Vec*>(partials + b * V * taps);
       for (int64_t group = 1; group < groups; group++) {
         const Vec* more = reinterpret_cast<const Vec*>(partials + (group * plan.blocks + b) * V * taps);

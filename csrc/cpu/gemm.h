@@ -63,12 +63,12 @@ inline Multiply multiply_for(int rows, int vectors) {
   }
 }
 
-// The whole depth, in chunks.
+// The whole depth, in sums of at most `longest` products.
 inline void multiply_panels(const float* a, int rows, const float* b, int vectors, int64_t depth, float* c, int64_t ldc,
-                            bool add) {
+                            bool add, int64_t longest = kGemmDepth) {
   const Multiply kernel = multiply_for(rows, vectors);
-  for (int64_t k = 0; k < depth; k += kGemmDepth) {
-    kernel(a + k * rows, b + k * vectors * V, smaller(kGemmDepth, depth - k), c, ldc, add || k > 0);
+  for (int64_t k = 0; k < depth; k += longest) {
+    kernel(a + k * rows, b + k * vectors * V, smaller(longest, depth - k), c, ldc, add || k > 0);
   }
 }
 

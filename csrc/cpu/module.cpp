@@ -89,10 +89,17 @@ void normalize(Address a, Address residual, Address y, SHAPE, int activation, NO
       {SHAPE_VALUE, at(a), activation, NORM_VALUE, at(residual), output(y, n * c * h * w, dtype), threads}));
 }
 
-void update_running_statistics(Address mean, Address var, int64_t c, int64_t count, PARAM(running_mean),
-                               PARAM(running_var), double momentum) {
-  kernels().update_running_statistics(
-      {at<float>(mean), at<float>(var), c, count, PARAM_VALUE(running_mean), PARAM_VALUE(running_var), momentum});
+// Each update is: mean, var, C, count, running_mean, running_var, momentum. Nothing can fail between them.
+void update_running_statistics(const py::list& updates) {
+  std::vector<UpdateRunningStatistics> runs;
+  for (const py::handle& item : updates) {
+    const py::tuple t = py::reinterpret_borrow<py::tuple>(item);
+    const auto param = [&t](size_t i) { return MutableParam{at(t[i].cast<Address>()), t[i + 1].cast<int>()}; };
+    runs.push_back({at<float>(t[0].cast<Address>()), at<float>(t[1].cast<Address>()), t[2].cast<int64_t>(),
+                    t[3].cast<int64_t>(), param(4), param(6), t[8].cast<double>()});
+  }
+  const Kernels& chosen = kernels();
+  for (const UpdateRunningStatistics& run : runs) chosen.update_running_statistics(run);
 }
 
 void norm_backward(Address dy, Address a, SHAPE, int activation, PARAM(mean), PARAM(var), double eps, Address sum_dy,
@@ -209,7 +216,7 @@ PYBIND11_MODULE(_cpu, m) {
   define("depthwise_input_grad", depthwise_input_grad);
   define("depthwise_weight_grad", depthwise_weight_grad);
   define("normalize", normalize);
-  define("update_running_statistics", update_running_statistics);
+  m.def("update_running_statistics", update_running_statistics);
   define("norm_backward", norm_backward);
   define("pointwise_forward", pointwise_forward);
   define("pointwise_train", pointwise_train);

@@ -87,6 +87,10 @@ inline int pointwise_input_grad(const PointwiseBackward& p) {
   return failed;
 }
 
+// The longest sum of a weight gradient from n to m channels. Products of planes that are constant, as below a global
+// pooling, all round in one direction. Torch's sums for few channels are short, and ours may not be worse.
+inline int64_t longest_sum(int64_t m, int64_t n) { return smaller(m, n) <= 16 ? 16 : kGemmDepth; }
+
 // dw(m, k) = sum over positions of da(position, m) * x(position, k). A work item is a block of dw and a group of chunks
 // of positions; groups are added in order.
 inline int pointwise_weight_grad(const PointwiseBackward& p) {
@@ -135,7 +139,7 @@ inline int pointwise_weight_grad(const PointwiseBackward& p) {
           for (int64_t i = 0; i < rows.panels; i++) {
             multiply_panels(left + rows.start(i) * depth, rows.height(i), right + (c - n0) * depth, vectors_of(n1 - c),
                             depth, partials + (group * m + m0 + rows.start(i)) * ldc + c, ldc,
-                            chunk > group * per_group);
+                            chunk > group * per_group, longest_sum(m, n));
           }
         }
       }
@@ -261,7 +265,7 @@ inline void chunk_weight_grad(const PointwiseBackward& p, const Chunk& chunk, co
     pack(Operand<float>{da, ld, !last}, rows.start(i), height, 0, depth, panel, height);
     for (int64_t c = 0; c < n; c += kGemmColumns) {
       multiply_panels(panel, height, right + c * depth, vectors_of(n - c), depth, dw + rows.start(i) * ldc + c, ldc,
-                      add);
+                      add, longest_sum(s.c, n));
     }
   }
 }

@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OTHER_SETS = [] if cpu.native is None else [s for s in cpu.native.supported_isas().split(", ") if s != cpu.native.isa()]
 
 
+@pytest.fixture(autouse=True)
+def _products_are_ours(monkeypatch):
+    """Our kernels on CPUs with AMX too, where torch computes the bfloat16 products; test_amx says otherwise."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 def gelu_error(gradient: bool) -> float:
     """The largest error over float32: of gelu in units of 2^-24 |x|, of its derivative in units of 2^-24."""
     worst = 0.0
@@ -306,3 +312,54 @@ def test_gradients_of_depthwise_weights(shape, kernel, memory_format):
         torch.set_num_threads(threads)
         grads = cpu.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums)
         assert all(map(torch.equal, grads, expected))
+
+
+class _Recorder:
+    """A native module that notes which functions are called."""
+
+    def __init__(self, module):
+        self.module, self.called = module, set()
+
+    def __getattr__(self, name):
+        self.called.add(name)
+        return getattr(self.module, name)
+
+
+AMX_CASES = [
+    Case(op, (2, 24, 7, 9), (3, 3), out, torch.bfloat16, parameters, memory_format, training, "gelu", absent=absent)
+    for op, out, parameters, absent in (
+        ("pointwise_block", 40, None, ()),
+        ("pointwise_block", 8, torch.float32, ("bias",)),
+        ("mixer_layer", None, torch.float32, ()),
+    )
+    for memory_format in ("contiguous", "channels_last")
+    for training in (True, False)
+] + [Case("pointwise_block", (3, 16, 1, 1), channels_out=16, dtype=torch.bfloat16, activation="relu")]
+
+
+@pytest.mark.parametrize("case", AMX_CASES, ids=str)
+def test_amx(case, monkeypatch):
+    """torch's bfloat16 products: the twice-eager rule for output, gradients and statistics. No product is ours."""
+    recorder = _Recorder(cpu.native)
+    monkeypatch.setattr(cpu, "native", recorder)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    check_case(case, "cpu")
+    assert not [name for name in recorder.called if "pointwise" in name or "mixer" in name]
+
+
+def test_amx_rule(monkeypatch):
+    x = torch.randn(1, 16, 8, 8)
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert cpu.takes_torch_product(x.bfloat16()) == amx
+        assert not cpu.takes_torch_product(x)
+        assert not cpu.takes_torch_product(x.half())
+        assert cpu.mixer_may_fit(x.bfloat16()) != amx
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not cpu.takes_torch_product(x.bfloat16())
+        recorder = _Recorder(cpu.native)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "native", recorder)
+            inputs = make_inputs(Case("pointwise_block", (1, 16, 8, 8), dtype=torch.bfloat16))
+            ours(Case("pointwise_block", (1, 16, 8, 8), training=False), *inputs[:2], "cpu")
+        assert ("pointwise_forward" in recorder.called) != amx

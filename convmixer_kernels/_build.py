@@ -40,6 +40,8 @@ _DEFAULT_TOOLKIT = "/usr/local/cuda"
 DEFAULT_CUDA_ARCHS = "80;80+PTX;86;89;90a;100;120;120+PTX"
 #: No contraction: sources call fma where they need it, so that an expression has the same bits wherever it is inlined.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra", "-ffp-contract=off"]
+#: No path of this machine gets into a module: the same sources give the same bytes in any folder.
+CXX_FLAGS.append(shlex.quote(f"-ffile-prefix-map={ROOT}=."))
 #: The instruction sets of csrc/cpu/isa_<name>.cpp, each with its own flags, and only there.
 ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
@@ -216,7 +218,11 @@ def _binding_flags() -> list[str]:
 
     # the module carries the digest of its sources, and _load.py refuses a module of other sources
     digest = shlex.quote(f'-DCONVMIXER_DIGEST="{source_digest()}"')
-    return [*BINDING_FLAGS, digest, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = [*BINDING_FLAGS, digest]
+    for name, path in (("pybind11", pybind11.get_include()), ("python", sysconfig.get_path("include"))):
+        # their assertions name the file
+        flags += [f"-I{path}", f"-ffile-prefix-map={path}={name}"]
+    return flags
 
 
 #: If better instruction sets are built too, only old processors run the portable kernels: -O2 halves the compile time

@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""The build backend of pyproject.toml: setuptools', which also asks for NVIDIA's compiler if the CUDA kernels need it.
+"""The build backend of pyproject.toml: setuptools', with two additions.
 
-Most people who use PyTorch's GPU builds have a driver and no CUDA toolkit. NVIDIA's compiler is on the package index, so a build
-without nvcc requires it, about 104 MB, where an NVIDIA driver is visible or CONVMIXER_BUILD_CUDA=1.
+The same sources give the same bytes: an sdist's entries are sorted, of no owner and, as a wheel's, of one date.
+
+It asks for NVIDIA's compiler if the CUDA kernels need it. Most people who use PyTorch's GPU builds have a driver and no CUDA toolkit.
+NVIDIA's compiler is on the package index, so a build without nvcc requires it, about 104 MB, where an NVIDIA driver is visible or
+CONVMIXER_BUILD_CUDA=1.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import _build
+from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
+
+# the first date of a zip file
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")
+
+
+def build_sdist(sdist_directory, config_settings=None):
+    """setuptools' sdist, whose entries have the times and the owner of the files here, packed again."""
+    name = build_meta.build_sdist(sdist_directory, config_settings)
+    path, date = Path(sdist_directory, name), int(os.environ["SOURCE_DATE_EPOCH"])
+    packed = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
+        for entry in sorted(old.getmembers(), key=lambda entry: entry.name):
+            data = old.extractfile(entry) if entry.isfile() else None
+            entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname, entry.pax_headers = date, 0, 0, "", "", {}
+            entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+            new.addfile(entry, data)
+    # without a file name and with a fixed date in gzip's header too
+    path.write_bytes(gzip.compress(packed.getvalue(), mtime=date))
+    return name
 
 
 def _download_problem(packages: list[str]) -> str | None:

@@ -11,7 +11,7 @@ These conventions hold for every primitive of every backend:
 * Padding is nn.Conv2d's "same": (k - 1) // 2 at the top and left, the rest at the bottom and right.
 * ``activation`` is one of ``ACTIVATIONS``.
 * Arithmetic, statistics and sums are float32 for 32- and 16-bit tensors (float64 on the reference backend for float64).
-  Results are deterministic: the same bits on each run and for each number of threads.
+  Results are deterministic: the same bits on each run and for each number of threads (where a product is torch's, as far as torch's are).
 * ``norm`` is None (no normalisation: scale 1, shift 0) or a :class:`Norm`; then
   ``y = (act(a) - mean) * (weight * rsqrt(var + eps)) + bias``.
 * ``sums`` is None if the statistics were constants (eval); then ``dh = weight * rstd * dy``. Otherwise it is the result of

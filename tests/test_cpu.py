@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Case, check_case, make_inputs, ours
+from helpers import Case, assert_twice_eager, check_case, make_inputs, ours
 
 from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
@@ -21,6 +21,12 @@ pytestmark = pytest.mark.skipif(cpu.native is None, reason="the native module _c
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_SETS = [] if cpu.native is None else [s for s in cpu.native.supported_isas().split(", ") if s != cpu.native.isa()]
+
+
+@pytest.fixture(autouse=True)
+def _products_are_ours(monkeypatch):
+    """Our kernels on CPUs with AMX too, where torch computes the bfloat16 products; test_amx says otherwise."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def gelu_error(gradient: bool) -> float:
@@ -62,6 +68,68 @@ def test_gelu_of_special_values():
     assert y[1:].tolist() == [float("inf"), 0.0, 6.0, x[4].item(), 0.0, 0.0]
 
 
+# widths of one tile, more and less; channels of one vector, more and less; rows of one item and more; more blocks of
+# channels than an item takes
+IN_PLACE = [
+    ((1, 16, 5, 16), (3, 3)),
+    ((2, 24, 17, 17), (3, 3)),
+    ((1, 3, 33, 40), (5, 5)),
+    ((3, 33, 7, 31), (7, 7)),
+    ((1, 40, 2, 33), (7, 3)),
+    ((1, 8, 40, 20), (2, 4)),
+    ((1, 272, 4, 18), (3, 5)),
+    ((1, 16, 1, 64), (1, 49)),
+    ((1, 16, 50, 16), (31, 1)),
+    ((2, 20, 9, 23), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape, kernel", IN_PLACE, ids=str)
+def test_channels_last_in_place(shape, kernel, dtype):
+    """Small kernels read channels_last tensors in place: the bits of contiguous tensors, which go through padded planes."""
+    g = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(shape[1], 1, *kernel, generator=g), 100 * torch.randn(shape[1], generator=g)
+    norm = Norm(*(torch.rand(shape[1], generator=g) + 0.5 for _ in range(4)), 1e-5)
+    # what lies outside the image is 0 and no neighbouring value
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = float("inf"), float("nan")
+
+    def results(memory_format: torch.memory_format) -> list[torch.Tensor]:
+        t, d = (v.contiguous(memory_format=memory_format) for v in (x, dy))
+        plain = cpu.depthwise_eval(t, weight, bias, "identity", None, False)
+        blocks = [cpu.depthwise_eval(t, weight, bias, "gelu", norm, residual) for residual in (False, True)]
+        a, *_ = cpu.depthwise_train(t, weight, None, "relu")
+        grads = [cpu.depthwise_input_grad(d, None, weight, "identity", None, None, r) for r in (False, True)]
+        return [plain, *blocks, a, *grads]
+
+    for mine, expected in zip(results(torch.channels_last), results(torch.contiguous_format), strict=True):
+        assert torch.equal(mine.isnan(), expected.isnan())
+        assert torch.equal(mine.nan_to_num(0), expected.nan_to_num(0))
+
+
+def test_channels_last_in_place_statistics():
+    """The statistics of a training forward: twice eager's error at most, for any number of threads the same bits."""
+    threads = torch.get_num_threads()
+    try:
+        for shape, kernel in IN_PLACE[1:4]:
+            x = torch.randn(shape).to(memory_format=torch.channels_last) + 3
+            weight = torch.randn(shape[1], 1, *kernel)
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(cpu.depthwise_train(x, weight, None, "gelu"))
+            for other in found[1:]:
+                assert all(torch.equal(mine, first) for mine, first in zip(other, found[0], strict=True))
+            h = torch.nn.functional.gelu(found[0][0])
+            exact = torch.var_mean(torch.nn.functional.gelu(found[0][0].double()), (0, 2, 3), correction=0)
+            eager = torch.var_mean(h, (0, 2, 3), correction=0)
+            for name, mine, theirs, right in zip(("var", "mean"), found[0][:0:-1], eager, exact, strict=True):
+                assert_twice_eager(name, mine, theirs, right)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "CONVMIXER_CPU_ISA": isa, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, *arguments]
@@ -71,7 +139,8 @@ def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("isa", OTHER_SETS)
 def test_other_instruction_sets(isa):
     """Some tests of the operators, and this file, under the narrower sets: a process picks its set once."""
-    selection = "(cpu and (33x9x31 or 24x16x16)) or test_gelu or test_mixer or test_layers or test_deep or test_gradients or test_isa"
+    names = "test_gelu or test_mixer or test_layers or test_deep or test_gradients or test_isa or in_place"
+    selection = f"(cpu and (33x9x31 or 24x16x16)) or {names}"
     result = _run(
         isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_operators.py", __file__, "-k", selection
     )
@@ -243,3 +312,54 @@ def test_gradients_of_depthwise_weights(shape, kernel, memory_format):
         torch.set_num_threads(threads)
         grads = cpu.depthwise_weight_grad(dy, a, x, weight, bias, "gelu", norm, sums)
         assert all(map(torch.equal, grads, expected))
+
+
+class _Recorder:
+    """A native module that notes which functions are called."""
+
+    def __init__(self, module):
+        self.module, self.called = module, set()
+
+    def __getattr__(self, name):
+        self.called.add(name)
+        return getattr(self.module, name)
+
+
+AMX_CASES = [
+    Case(op, (2, 24, 7, 9), (3, 3), out, torch.bfloat16, parameters, memory_format, training, "gelu", absent=absent)
+    for op, out, parameters, absent in (
+        ("pointwise_block", 40, None, ()),
+        ("pointwise_block", 8, torch.float32, ("bias",)),
+        ("mixer_layer", None, torch.float32, ()),
+    )
+    for memory_format in ("contiguous", "channels_last")
+    for training in (True, False)
+] + [Case("pointwise_block", (3, 16, 1, 1), channels_out=16, dtype=torch.bfloat16, activation="relu")]
+
+
+@pytest.mark.parametrize("case", AMX_CASES, ids=str)
+def test_amx(case, monkeypatch):
+    """torch's bfloat16 products: the twice-eager rule for output, gradients and statistics. No product is ours."""
+    recorder = _Recorder(cpu.native)
+    monkeypatch.setattr(cpu, "native", recorder)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    check_case(case, "cpu")
+    assert not [name for name in recorder.called if "pointwise" in name or "mixer" in name]
+
+
+def test_amx_rule(monkeypatch):
+    x = torch.randn(1, 16, 8, 8)
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert cpu.takes_torch_product(x.bfloat16()) == amx
+        assert not cpu.takes_torch_product(x)
+        assert not cpu.takes_torch_product(x.half())
+        assert cpu.mixer_may_fit(x.bfloat16()) != amx
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not cpu.takes_torch_product(x.bfloat16())
+        recorder = _Recorder(cpu.native)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "native", recorder)
+            inputs = make_inputs(Case("pointwise_block", (1, 16, 8, 8), dtype=torch.bfloat16))
+            ours(Case("pointwise_block", (1, 16, 8, 8), training=False), *inputs[:2], "cpu")
+        assert ("pointwise_forward" in recorder.called) != amx

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch's matrix products for the `cuda` backend's pointwise block, without copies of an activation-sized tensor."""
+"""torch's matrix products for the pointwise block of `cuda`, and of `cpu` on AMX, without copies of an activation-sized tensor."""
 
 from __future__ import annotations
 

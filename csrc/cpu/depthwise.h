@@ -3,102 +3,21 @@
 //   y[c] = norm(act(sum_ij x[c, y + i - top, x + j - left] * w[c, i, j] + b[c])) (+ x)
 //   dx   = correlate(da, flipped w)
 // A work item is V channels of one image, or of a tile of its rows. Its input is copied once into a zero-padded float
-// plane [row][column][V], which stays in L2. A micro-kernel holds T output columns and up to kMaxTaps weights in
-// registers: 24 loads feed 144 FMAs (k = 9). Finished rows go to a dense strip in L1; the epilogue runs there and
-// scatters them to memory. FMAs bound it: k * k for each output, beside 20 operations of GELU.
+// plane [row][column][V], which stays in L2 and which the micro-kernels (convolve.h) read. Finished rows go to a dense
+// strip in L1; the epilogue runs there and scatters them to memory. FMAs bound it: k * k for each output, beside 20
+// operations of GELU. If a kernel has few taps, the copies bound it: then channels_last tensors are read in place.
 
-// T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. `row` is the plane's row stride in floats.
-// Sums of more than kSumTaps products are added in parts, which keeps the rounding error of large kernels small. The
-// upper half of the bias is added last: a large bias at the start would round each product at the bias's scale. The
-// lower half starts the sum: added last, it would round alike for all sums of a binade and shift the channel's mean.
-constexpr int kSumTaps = 100;
-template <int KX, int T>
-void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
-  const int part = 1 + kSumTaps / (chunks * KX + rest);
-  int next_sum = part;
-  const Vec upper = (Vec)((IVec)bias & static_cast<int>(0xffff0000));
-  const Vec lower = upper == bias ? splat(0.f) : bias - upper;
-  Vec acc[T];
-#pragma GCC unroll 16
-  for (int o = 0; o < T; o++) acc[o] = lower;
-  for (int ky = 0; ky < kh; ky++) {
-    if (ky == next_sum) {
-      next_sum += part;
-#pragma GCC unroll 16
-      for (int o = 0; o < T; o++) {
-        Vec* sum = reinterpret_cast<Vec*>(to) + o;
-        *sum = ky == part ? acc[o] : *sum + acc[o];
-        acc[o] = splat(0.f);
-      }
-    }
-    const Vec* p = reinterpret_cast<const Vec*>(plane + ky * row);
-    for (int chunk = 0; chunk < chunks; chunk++) {
-      const Vec* taps = reinterpret_cast<const Vec*>(w);
-      Vec weights[KX];
-#pragma GCC unroll 16
-      for (int k = 0; k < KX; k++) weights[k] = taps[k];
-#pragma GCC unroll 32
-      for (int i = 0; i < T + KX - 1; i++) {
-        const Vec v = p[i];
-#pragma GCC unroll 16
-        for (int o = 0; o < T; o++) {
-          if (i - o >= 0 && i - o < KX) acc[o] = fma(v, weights[i - o], acc[o]);
-        }
-      }
-      p += KX;
-      w += KX * V;
-    }
-    for (int k = 0; k < rest; k++) {
-      const Vec weight = *reinterpret_cast<const Vec*>(w);
-#pragma GCC unroll 16
-      for (int o = 0; o < T; o++) acc[o] = fma(p[o], weight, acc[o]);
-      p += 1;
-      w += V;
-    }
-  }
-#pragma GCC unroll 16
-  for (int o = 0; o < T; o++) {
-    Vec* sum = reinterpret_cast<Vec*>(to) + o;
-    *sum = (kh > part ? *sum + acc[o] : acc[o]) + upper;
-  }
-}
-using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);
-
-template <int T>
-Convolve convolve_for(int kx) {
-  switch (kx) {
-    case 1:
-      return convolve<1, T>;
-    case 2:
-      return convolve<2, T>;
-    case 3:
-      return convolve<3, T>;
-    case 4:
-      return convolve<4, T>;
-    case 5:
-      return convolve<5, T>;
-    case 6:
-      return convolve<6, T>;
-    case 7:
-      return convolve<smaller_int(7, kMaxTaps), T>;
-    case 8:
-      return convolve<smaller_int(8, kMaxTaps), T>;
-    default:
-      return convolve<smaller_int(9, kMaxTaps), T>;
-  }
-}
-
-template <int I = 0>
-Convolve convolve_tile(int tile, int kx) {
-  if constexpr (I < static_cast<int>(sizeof kTiles / sizeof kTiles[0])) {
-    return kTiles[I] == tile ? convolve_for<kTiles[I]>(kx) : convolve_tile<I + 1>(tile, kx);
-  } else {
-    return nullptr;
-  }
-}
-
-// Bytes of a padded plane that stay in L2 beside the output strip.
+// Bytes of padded planes that stay in L2 beside the output strip.
 constexpr int64_t kPlaneBytes = 512 * 1024;
+// Blocks of V channels that a channels_last item takes together, with planes and without, at most.
+constexpr int64_t kMostTogether = 4, kMostBlocks = 16;
+// Without planes: most taps, and output rows of an item. On a Xeon with AVX-512, 1x128x56x56 took 0.17 ms instead of
+// 0.38 (k = 3) and 0.39 instead of 0.61 (k = 7). Of more than 100 taps the sums would need their strip.
+constexpr int kTensorTaps = 49;
+constexpr int64_t kTensorRows = 16;
+inline bool takes_planes(const Shape& s, int kh, int kw) {
+  return !s.channels_last || kh * kw > kTensorTaps || s.w < kMaxTile;
+}
 
 // How the rows of an image and the taps of a kernel row are cut. It depends on the shape only.
 struct Plan {
@@ -108,9 +27,10 @@ struct Plan {
   int64_t columns;         // of the padded plane
   int64_t strip_rows;      // output rows that are finished together
   int kx, chunks, rest;
+  bool planes;  // whether items copy their input into padded planes
   Convolve kernel;
 
-  Plan(const Shape& s, int kh_, int kw_, bool flipped) : kh(kh_), kw(kw_) {
+  Plan(const Shape& s, int kh_, int kw_, bool flipped, bool planes_ = true) : kh(kh_), kw(kw_), planes(planes_) {
     top = flipped ? kh / 2 : (kh - 1) / 2;
     left = flipped ? kw / 2 : (kw - 1) / 2;
     blocks = blocks_of(s.c);
@@ -121,8 +41,9 @@ struct Plan {
       if (candidate >= width) break;
     }
     columns = static_cast<int64_t>(column_tiles) * tile + kw - 1;
-    const int64_t fit = kPlaneBytes / (columns * V * 4) - (kh - 1);
-    const int64_t most = larger(larger(fit, kh), 8);
+    // in channels_last memory kMostTogether planes should fit
+    const int64_t fit = (s.channels_last ? kPlaneBytes / kMostTogether : kPlaneBytes) / (columns * V * 4) - (kh - 1);
+    const int64_t most = planes ? larger(larger(fit, kh), 8) : kTensorRows;
     row_tiles = ceil_div(s.h, most);
     rows = ceil_div(s.h, row_tiles);
     row_tiles = ceil_div(s.h, rows);
@@ -135,8 +56,8 @@ struct Plan {
     rest = kw % kx;
     kernel = convolve_tile(tile, kx);
   }
-  int64_t plane_floats() const { return (rows + kh - 1) * columns * V; }
-  int64_t strip_floats(int64_t w) const { return (strip_rows * w + tile) * V; }
+  int64_t plane_floats() const { return planes ? (rows + kh - 1) * columns * V : 0; }
+  int64_t strip_floats(int64_t w) const { return (planes ? strip_rows * w + tile : kMaxTile) * V; }
 };
 
 // The weights of V channels as [tap][V], in reverse order if flipped.
@@ -177,11 +98,10 @@ inline Window open_window(const Plan& plan, const Shape& s, float* plane, int64_
   return {first, last};
 }
 
-constexpr int64_t kMostTogether = 4;
 // Blocks of V channels that an item takes together. In channels_last memory these are neighbours: reading the rows of
 // several blocks in turn uses whole pages and neighbouring cache lines, a single block would waste most of them.
 inline int64_t blocks_together(const Plan& plan, const Shape& s, int64_t bytes, int threads) {
-  int64_t together = s.channels_last ? kMostTogether : 1;
+  int64_t together = s.channels_last ? (plan.planes ? kMostTogether : kMostBlocks) : 1;
   while (together > 1 && (together * bytes > kPlaneBytes ||
                           s.n * plan.row_tiles * ceil_div(plan.blocks, together) < 2 * int64_t{threads})) {
     together /= 2;
@@ -262,6 +182,41 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
     for_rows_of_blocks(s, r0, r1, item.blocks, [&](int g, int64_t y0, int64_t y1) {
       emit(g, y0 * s.w, y1 * s.w, strips + g * plan.strip_floats(s.w) + (y0 - r0) * s.w * V);
     });
+  }
+}
+
+// As convolve_rows, straight from x. Calls finish and emit for a tile of columns; the last tile of a row lies at the
+// row's end and may overlap the one before. If y is not null, the sums are the result: they go there, and nothing is
+// called.
+template <typename T, typename Finish, typename Emit>
+inline void convolve_tensor_rows(const Plan& plan, const Shape& s, const Item& item, const T* x, const float* weights,
+                                 const float* biases, float* strip, T* y, Finish finish, Emit emit) {
+  const int taps = plan.kh * plan.kw, width = static_cast<int>(s.w);
+  const ConvolveTensor<T> kernels[] = {convolve_tensor_for<T, kInside>(plan.kw), convolve_tensor_for<T, kEdge>(plan.kw),
+                                       convolve_tensor_for<T, kFewChannels>(plan.kw)};
+  for (int64_t r = item.y0; r < item.y1; r++) {
+    const int64_t above = larger(0, plan.top - r), below = larger(0, r - plan.top + plan.kh - s.h);
+    const int kh = static_cast<int>(plan.kh - above - below);
+    for (int column = 0; column < width; column += kMaxTile) {
+      const int start = smaller_int(column, width - kMaxTile), left = start - plan.left;
+      const bool inside = left >= 0 && left + kMaxTile + plan.kw - 1 <= width;
+      const T* from = x + ((item.n * s.h + r - plan.top + above) * s.w + left) * s.c;
+      T* out = y == nullptr ? nullptr : y + ((item.n * s.h + r) * s.w + start) * s.c;
+      const int64_t p0 = r * s.w + column, p1 = r * s.w + start + kMaxTile;
+      for (int g = 0; g < item.blocks; g++) {
+        const int64_t c0 = item.c0 + g * V;
+        const int channels = channels_of(s, c0);
+        kernels[channels < V ? kFewChannels
+                : inside ? kInside
+                         : kEdge](s, from + c0, channels, left, weights + c0 * taps + above * plan.kw * V, kh, plan.kw,
+                                  biases == nullptr ? splat(0.f) : load(biases + c0), strip,
+                                  out == nullptr ? out : out + c0);
+        if (y != nullptr) continue;
+        float* const tile = strip + (column - start) * V;
+        finish(g, p0, p1, tile);
+        emit(g, p0, p1, tile);
+      }
+    }
   }
 }
 
@@ -352,17 +307,27 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
   float* strips = planes + together * plane_floats;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  Window window{};
-  for (int g = 0; g < item.blocks; g++) {
-    window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+  if (plan.planes) {
+    Window window{};
+    for (int g = 0; g < item.blocks; g++) {
+      window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+    }
+    for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
+      gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
+             window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+    });
   }
-  for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
-    gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
-           window.row(plan, s, planes + g * plane_floats, item.y0, y0));
-  });
   const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
     const int64_t c0 = item.c0 + g * V;
     scatter(s, from, p.residual ? x : nullptr, y, item.n, c0, channels_of(s, c0), p0, p1);
+  };
+  const auto convolve_all = [&](auto finish) {
+    if (plan.planes) {
+      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
+    } else {
+      const bool plain = p.activation == kIdentity && !p.norm.present && !p.residual && partials == nullptr;
+      convolve_tensor_rows(plan, s, item, x, tables.weights, tables.biases, strips, plain ? y : nullptr, finish, emit);
+    }
   };
   with_activation(p.activation, [&](auto act) {
     constexpr int A = decltype(act)::value;
@@ -373,10 +338,10 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
         Vec* v = reinterpret_cast<Vec*>(to);
         for (int64_t j = 0; j < p1 - p0; j++) v[j] = normalized<A>(v[j], affine, p.norm.present);
       };
-      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
+      convolve_all(finish);
       return;
     }
-    LaneMoments sums[kMostTogether];
+    LaneMoments sums[kMostBlocks];
     const auto finish = [&](int g, int64_t p0, int64_t p1, float* to) {
       Vec* v = reinterpret_cast<Vec*>(to);
       if (p0 == item.y0 * s.w) sums[g].begin(activate<A>(rounded(v[0], T{})));
@@ -387,7 +352,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
       }
       sums[g] = total;
     };
-    convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
+    convolve_all(finish);
     for (int g = 0; g < item.blocks; g++) {
       for (int l = 0; l < channels_of(s, item.c0 + g * V); l++) {
         partials[item.part * s.c + item.c0 + g * V + l] =
@@ -400,7 +365,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
 
 int depthwise_forward(const DepthwiseForward& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, p.kh, p.kw, false);
+  const Plan plan(s, p.kh, p.kw, false, takes_planes(s, p.kh, p.kw));
   const bool training = p.statistics.mean != nullptr;
   const int64_t parts = s.n * plan.row_tiles;
   const int64_t moments_bytes = training ? parts * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
@@ -432,7 +397,7 @@ int depthwise_forward(const DepthwiseForward& p) {
       with_dtype(s.dtype, [&](auto tag) {
         using T = decltype(tag);
         // Threads take turns: this thread's next item is about so many items further.
-        const Ahead ahead = i + threads < items
+        const Ahead ahead = plan.planes && i + threads < items
                                 ? input_of(plan, s, Item(plan, s, i + threads, together), static_cast<const T*>(p.x))
                                 : Ahead();
         depthwise_item<T>(p, plan, tables, item, ahead, together, planes, partials);
@@ -452,7 +417,7 @@ int depthwise_forward(const DepthwiseForward& p) {
 
 int depthwise_input_grad(const DepthwiseInputGrad& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, p.kh, p.kw, true);
+  const Plan plan(s, p.kh, p.kw, true, p.a != nullptr || takes_planes(s, p.kh, p.kw));
   const int taps = p.kh * p.kw;
   const bool sums = p.sums.dy != nullptr;
   const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;
@@ -491,25 +456,29 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
       with_dtype(s.dtype, [&](auto tag) {
         using T = decltype(tag);
         const T* dy = static_cast<const T*>(p.dy);
-        Window window{};
-        for (int g = 0; g < item.blocks; g++) {
-          window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
-        }
-        with_activation(p.activation, [&](auto act) {
-          for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
-            const int64_t c0 = item.c0 + g * V;
-            gather_gradient<T, decltype(act)::value>(
-                s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
-                y0 * s.w, y1 * s.w, grad_strip, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
-          });
-        });
-        convolve_rows(
-            plan, s, item, planes, weights, nullptr, strips, Ahead(), [](int, int64_t, int64_t, float*) {},
-            [&](int g, int64_t p0, int64_t p1, const float* from) {
+        const auto finish = [](int, int64_t, int64_t, float*) {};
+        const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
+          const int64_t c0 = item.c0 + g * V;
+          scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0, p1);
+        };
+        if (plan.planes) {
+          Window window{};
+          for (int g = 0; g < item.blocks; g++) {
+            window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
+          }
+          with_activation(p.activation, [&](auto act) {
+            for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
               const int64_t c0 = item.c0 + g * V;
-              scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0,
-                      p1);
+              gather_gradient<T, decltype(act)::value>(
+                  s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
+                  y0 * s.w, y1 * s.w, grad_strip, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
             });
+          });
+          convolve_rows(plan, s, item, planes, weights, nullptr, strips, Ahead(), finish, emit);
+        } else {
+          T* dx = p.residual ? nullptr : static_cast<T*>(p.dx);
+          convolve_tensor_rows(plan, s, item, dy, weights, nullptr, strips, dx, finish, emit);
+        }
       });
     }
   }

@@ -19,6 +19,7 @@ namespace {
 #include "gemm.h"
 #include "pointwise.h"
 #include "pointwise_backward.h"
+#include "convolve.h"
 #include "depthwise.h"
 #include "depthwise_weight_grad.h"
 #include "mixer.h"

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT
+// The micro-kernels of the depthwise convolution: a tile of T output columns of V channels, as the sum of kh rows of kw
+// taps plus bias. T accumulators and up to kMaxTaps weights stay in registers: 24 loads feed 144 FMAs (k = 9). The input
+// comes from a zero-padded float plane [row][column][V], or straight from a channels_last tensor, whose columns outside
+// the image read as 0. Both add the same products in the same order: the bits are the same.
+
+// Reads neighbouring columns of a plane, or of a channels_last tensor.
+struct PlaneColumns {
+  const Vec* p;
+  VEC_INLINE Vec next() { return *p++; }
+};
+enum Part { kInside, kEdge, kFewChannels };  // all columns inside the image; not all; fewer than V channels
+template <typename T, int P>
+struct TensorColumns {
+  const T* p;  // at the channels of this block
+  int64_t pixel;
+  int column, width, channels;
+  VEC_INLINE Vec next() {
+    alignas(64) static const T kZeros[V] = {};
+    const T* from = P == kInside || static_cast<unsigned>(column) < static_cast<unsigned>(width) ? p : kZeros;
+    p += pixel;
+    column++;
+    // or the compiler computes the addresses of all columns first, which takes as long as the products
+    asm("" : "+r"(p));
+    if (P != kInside) asm("" : "+r"(column));
+    return P == kFewChannels ? load_n(from, channels) : load(from);
+  }
+};
+
+// T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. columns(ky, k) reads on from the first
+// column's tap k in row ky. Sums of more than kSumTaps products are added in parts, which keeps the rounding error of
+// large kernels small. The upper half of the bias is added last: a large bias at the start would round each product at
+// the bias's scale. The lower half starts the sum: added last, it would round alike for all sums of a binade and shift
+// the channel's mean.
+constexpr int kSumTaps = 100;
+template <int KX, int T, typename Columns, typename Write>
+VEC_INLINE void convolve_columns(Columns columns, const float* w, int kh, int chunks, int rest, Vec bias, float* to,
+                                 Write write) {
+  const int part = 1 + kSumTaps / (chunks * KX + rest);
+  int next_sum = part;
+  const Vec upper = (Vec)((IVec)bias & static_cast<int>(0xffff0000));
+  const Vec lower = upper == bias ? splat(0.f) : bias - upper;
+  Vec acc[T];
+#pragma GCC unroll 16
+  for (int o = 0; o < T; o++) acc[o] = lower;
+  for (int ky = 0; ky < kh; ky++) {
+    if (ky == next_sum) {
+      next_sum += part;
+#pragma GCC unroll 16
+      for (int o = 0; o < T; o++) {
+        Vec* sum = reinterpret_cast<Vec*>(to) + o;
+        *sum = ky == part ? acc[o] : *sum + acc[o];
+        acc[o] = splat(0.f);
+      }
+    }
+    for (int chunk = 0; chunk < chunks; chunk++) {
+      const Vec* taps = reinterpret_cast<const Vec*>(w);
+      Vec weights[KX];
+#pragma GCC unroll 16
+      for (int k = 0; k < KX; k++) weights[k] = taps[k];
+      auto from = columns(ky, chunk * KX);
+#pragma GCC unroll 32
+      for (int i = 0; i < T + KX - 1; i++) {
+        const Vec v = from.next();
+#pragma GCC unroll 16
+        for (int o = 0; o < T; o++) {
+          if (i - o >= 0 && i - o < KX) acc[o] = fma(v, weights[i - o], acc[o]);
+        }
+      }
+      w += KX * V;
+    }
+    for (int k = 0; k < rest; k++) {
+      const Vec weight = *reinterpret_cast<const Vec*>(w);
+      auto from = columns(ky, chunks * KX + k);
+#pragma GCC unroll 16
+      for (int o = 0; o < T; o++) acc[o] = fma(from.next(), weight, acc[o]);
+      w += V;
+    }
+  }
+#pragma GCC unroll 16
+  for (int o = 0; o < T; o++) {
+    const Vec sum = kh > part ? reinterpret_cast<Vec*>(to)[o] + acc[o] : acc[o];
+    write(o, sum + upper);
+  }
+}
+
+// From a plane; `row` is its row stride in floats.
+template <int KX, int T>
+void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
+  const auto columns = [=](int ky, int k) { return PlaneColumns{reinterpret_cast<const Vec*>(plane + ky * row) + k}; };
+  const auto write = [=](int o, Vec sum) { reinterpret_cast<Vec*>(to)[o] = sum; };
+  convolve_columns<KX, T>(columns, w, kh, chunks, rest, bias, to, write);
+}
+using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);
+
+// From a channels_last tensor. x is at the first column and row of taps, at this block's channels; the column is `left`
+// and may lie outside the image. The sums go to the strip, or to a tensor of x's shape if y is not null.
+template <int KX, typename T, int P>
+void convolve_tensor(const Shape& s, const T* x, int channels, int left, const float* w, int kh, int kw, Vec bias,
+                     float* strip, T* y) {
+  const int64_t row = s.w * s.c, pixel = s.c;
+  const int width = static_cast<int>(s.w);
+  const auto columns = [=](int ky, int k) {
+    return TensorColumns<T, P>{x + ky * row + k * pixel, pixel, left + k, width, channels};
+  };
+  const auto write = [=](int o, Vec sum) {
+    if (y == nullptr) {
+      reinterpret_cast<Vec*>(strip)[o] = sum;
+    } else if (P == kFewChannels) {
+      store_n(y + o * pixel, sum, channels);
+    } else {
+      store(y + o * pixel, sum);
+    }
+  };
+  convolve_columns<KX, kMaxTile>(columns, w, kh, kw / KX, kw % KX, bias, strip, write);
+}
+template <typename T>
+using ConvolveTensor = void (*)(const Shape&, const T*, int, int, const float*, int, int, Vec, float*, T*);
+template <typename T, int P>
+ConvolveTensor<T> convolve_tensor_for(int kw) {
+  switch (kw) {
+    case 5:
+      return convolve_tensor<5, T, P>;
+    case 7:
+      return convolve_tensor<smaller_int(7, kMaxTaps), T, P>;
+    default:
+      return convolve_tensor<3, T, P>;
+  }
+}
+
+template <int T>
+Convolve convolve_for(int kx) {
+  switch (kx) {
+    case 1:
+      return convolve<1, T>;
+    case 2:
+      return convolve<2, T>;
+    case 3:
+      return convolve<3, T>;
+    case 4:
+      return convolve<4, T>;
+    case 5:
+      return convolve<5, T>;
+    case 6:
+      return convolve<6, T>;
+    case 7:
+      return convolve<smaller_int(7, kMaxTaps), T>;
+    case 8:
+      return convolve<smaller_int(8, kMaxTaps), T>;
+    default:
+      return convolve<smaller_int(9, kMaxTaps), T>;
+  }
+}
+
+template <int I = 0>
+Convolve convolve_tile(int tile, int kx) {
+  if constexpr (I < static_cast<int>(sizeof kTiles / sizeof kTiles[0])) {
+    return kTiles[I] == tile ? convolve_for<kTiles[I]>(kx) : convolve_tile<I + 1>(tile, kx);
+  } else {
+    return nullptr;
+  }
+}

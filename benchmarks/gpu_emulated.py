@@ -51,7 +51,7 @@ def plant(text: str | None) -> str | None:
 
 
 def adapt(jobs: Sequence[Job], device: torch.device) -> Sequence[Job]:
-    """On a CPU the first job of each operator and choice of ours, small and with its fault; one torch.compile, because a compiler needs seconds for each."""
+    """On a CPU the first job of each operator, of checks also of each choice of ours, and one torch.compile: small, with its fault."""
     if device.type == "cuda":
         return jobs
     found: dict[Any, Job] = {}
@@ -64,9 +64,9 @@ def adapt(jobs: Sequence[Job], device: torch.device) -> Sequence[Job]:
             small["cases"] = [_small(case) for case in job["cases"][:1]]
         if "case" in job:
             small["case"] = _small(job["case"])
-        ours = tuple(name for name in job.get("names", ()) if name.startswith("ours"))
-        op = job.get("case", {}).get("op")
-        found.setdefault((op, ours) if ours else job["kind"], small)
+        names = job.get("names", ("",))
+        key = "compile" if names[0].startswith("compile") else job.get("case", job).get("op")
+        found.setdefault((key, *names) if job.get("timed") is False else key, small)
     for job in found.values():
         for words, fault in _plants.items():
             if words in label(job):

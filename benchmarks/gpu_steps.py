@@ -185,6 +185,9 @@ def check_jobs(backends: Sequence[str]) -> list[Job]:
         job("pointwise_backward", (5, 136, 8, 24), "wgmma"),
         job("pointwise_backward", big, "wgmma"),
     ]
+    if _capability() != (9, 0):
+        # forced there, it would be another kernel under this name
+        jobs = [each for each in jobs if each["names"] != ["ours cuda wgmma"]]
     return jobs if "cuda" in backends else []
 
 
@@ -193,8 +196,8 @@ def _cases() -> tuple[list[OpCase], list[ModelCase]]:
     return [c for c in chosen if isinstance(c, OpCase)], [c for c in chosen if isinstance(c, ModelCase)]
 
 
-#: What is timed beside the rows of one operator, because nobody who does its work is faster.
-_ALONE = {peers.CLONE: "depthwise_eval", peers.MATMUL: "pointwise_eval"}
+#: Beside the rows of which operator each is timed.
+_BOUNDS = {peers.CLONE: "depthwise_eval", peers.MATMUL: "pointwise_eval"}
 
 
 def operator_jobs(backend: str, wgmma: bool) -> list[Job]:
@@ -203,7 +206,7 @@ def operator_jobs(backend: str, wgmma: bool) -> list[Job]:
     for case in _cases()[0]:
         forced = peers.gemms_of(case, _capability()) if backend == "cuda" else ()
         names = [f"ours {backend}", *(f"ours cuda {gemm}" for gemm in forced if wgmma or gemm != "wgmma")]
-        names += [peers.EAGER[case.layout]] + [each for each, op in _ALONE.items() if case.op == op]
+        names += [peers.EAGER[case.layout]] + [each for each, op in _BOUNDS.items() if case.op == op]
         jobs.append(_job(case, names, 30 + 5 * len(names)))
     return jobs
 
@@ -230,8 +233,9 @@ def compile_jobs() -> list[Job]:
 def autotune_jobs() -> list[Job]:
     """max-autotune compiles longest: the blocks and the training step of the smallest model, last of all."""
     operators, models = _cases()
+    blocks = [case for case in operators if case.compiled and case.layout == "contiguous"]
     small = [case for case in models if case.compiled and case.model == "256/8@32" and case.training]
-    return [_job(case, ["compile max-autotune"], 100) for case in [*filter(lambda c: c.compiled, operators), *small]]
+    return [_job(case, ["compile max-autotune"], 100) for case in [*blocks, *small]]
 
 
 def names_job() -> Job:
@@ -286,6 +290,10 @@ def measure(run: Run, steps: Sequence[str], shares: dict[str, float]) -> int:
     A step may also take what the steps before it have left, but nothing of the later ones' shares. If there is less time than all
     shares together, all are cut alike.
     """
+    before = run.document.get("environment", {}).get("commit")
+    if before != machine.commit() and before is not None:
+        print(f"benchmarks.gpu: {run.path.parent} has rows of commit {before}: name another folder", file=sys.stderr)
+        return 2
     run.note("kind", "gpu")
     if (lost := killed(run.document)) is not None:
         # it may have been at fault: it is not run again

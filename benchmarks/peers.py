@@ -33,8 +33,8 @@ CUDNN = {f"cudnn {mode}": mode for mode in ("auto", "cudnn", "native")}
 CLONE = "clone"
 #: The matrix product of a pointwise block's forward and nothing else.
 MATMUL = "matmul"
-#: What is no implementation of a row, but a part that each one contains.
-PARTS = (CLONE, MATMUL)
+#: What does only a part of a row's work, so that nobody is much faster.
+BOUNDS = (CLONE, MATMUL)
 #: The products of ours on a GPU that CONVMIXER_CUDA_GEMM can force: "ours cuda wgmma" is "ours cuda" with that choice.
 GEMMS = ("fused", "torch", "wgmma", "layer")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ _UNITS = {
     "L1": "fewer or wider accesses to shared memory",
     "tensor": "fewer products that are thrown away",
     "FMA": "tensor cores, or fewer multiply-adds",
-    "L2": "larger tiles, or one load for several blocks",
+    "parts": "depthwise, products and epilogue run one after the other: overlap them",
 }
 #: ncu's names of the reasons why warps do not issue, and what shortens them.
 _STALLS = {
@@ -101,6 +102,9 @@ def _cycles(row: dict[str, Any], name: str) -> dict[str, float]:
         kernels = {"fused": "pointwise, 128 x 128", "wgmma": "pointwise, wgmma"}
         found = (e for e in _table("cuda-static-gemm") if _fits(e, like, name=kernels.get(words[2])))
         return next((each["cycles"].get(str(row["shape"][1]), {}) for each in found), {})
+    if (op, words[2:], row["shape"][1]) == ("layer_eval", ["layer"], 256):
+        found = (each["parts"].values() for each in _table("cuda-static-gemm") if _fits(each, like, name="mixer layer"))
+        return next(({"parts": sum(max(part.values()) for part in parts)} for parts in found), {})
     return {}
 
 
@@ -143,7 +147,10 @@ def summary(document: dict[str, Any]) -> str:
     for key in ("profile", "sanitizer"):
         if "skipped" in document.get(key, {}):
             lines.append(f"- {key}: {document[key]['skipped']}")
-    steps = ", ".join(f"{each['step']} {each['seconds']:.0f} s" for each in document.get("steps", []))
+    seconds: Counter[str] = Counter()
+    for each in document.get("steps", []):
+        seconds[each["step"]] += each["seconds"]
+    steps = ", ".join(f"{step} {taken:.0f} s" for step, taken in seconds.items())
     return "\n".join([*lines, f"- steps: {steps}", ""])
 
 

@@ -35,6 +35,9 @@ def on_cpu() -> None:
 def _command(run: Run, command: list[str], limit: float, log: Path, **environment: str) -> tuple[int | None, float]:
     """Run a command in the repository's root, its output in a file as it comes: its exit status (None: out of time) and seconds."""
     start = time.monotonic()
+    if (program := shutil.which("setpriv")) is not None:
+        # it ends with this process: if that is killed, the next command must not share the GPU with it
+        command = [program, "--pdeathsig", "KILL", *command]
     with open(log, "ab") as file:
         process = subprocess.Popen(
             command,

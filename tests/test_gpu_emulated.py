@@ -211,6 +211,10 @@ def test_predictions_are_those_of_the_docs():
     assert (each.unit, round(each.measured)) == ("tensor", 494)
     # 768 cycles for 1024 of 64 * 1536 * 1024 values
     assert each.predicted == pytest.approx(768 * 64 * 1536 / 132 / 1.7e3)
+    # three parts, one after the other
+    each = found["layer_eval k9 64x256x32x32 bfloat16 contiguous", "ours cuda layer"]
+    assert each.unit == "parts"
+    assert each.predicted == pytest.approx((324 + 256 + 146) * 64 * 256 / 132 / 1.7e3)
     # the input gradient's row holds more than the kernel, which has its own
     assert not any(name.startswith("depthwise_input_grad k9 64x1536") for name, _ in found)
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,22 +88,24 @@ def _runs(argument: str) -> bool:
     return False
 
 
+def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_kill_9_loses_at_most_one_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     jobs = _faults("first", "second", "hang", "last", hang=60)
     program = "from pathlib import Path\nfrom benchmarks import gpu_run\n"
     program += f"gpu_run.run_jobs(gpu_run.Run(Path({str(path)!r}), 90, 'cpu'), 'check', {jobs!r}, 80)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (path.exists() and path.read_text().count('"results"') == 2):
-        time.sleep(0.1)
+    _wait(lambda: path.exists() and path.read_text().count('"results"') == 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # its worker, which hangs, ends with it
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and _runs(str(path)):
-        time.sleep(0.1)
-    assert not _runs(str(path))
+    _wait(lambda: not _runs(str(path)))
     # as if the kill had come while a row was written
     with open(path, "a") as file:
         file.write('{"append": "results", "val')
@@ -138,3 +142,19 @@ def test_parts_of_a_row_become_one(run):
         "wrong": [{"implementation": "ours cuda", "failure": "no"}],
         "session": 1,
     }
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
+def test_a_tool_ends_with_the_command(tmp_path):
+    """A killed command's tests would otherwise share the GPU with the next one's timings."""
+    mark = str(tmp_path / "mark")
+    program = "from pathlib import Path\nfrom benchmarks import gpu_run, gpu_tools\nimport sys\n"
+    tool = f"[sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}]"
+    program += f"run = gpu_run.Run(Path({mark!r}), 90)\ngpu_tools._command(run, {tool}, 60, Path({mark!r} + '.log'))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT)
+    try:
+        _wait(lambda: _runs(mark))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _wait(lambda: not _runs(mark))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -21,13 +22,17 @@ Job = dict[str, Any]
 
 #: Seconds that a worker may take before its first job: it imports torch and makes a context.
 _START_LIMIT = 60
+#: What a worker prints when it is ready for a job.
+READY = "\x1e"
 
 
 class Run:
     """The results so far, on disk after every row, and how much time is left."""
 
-    def __init__(self, path: Path, seconds: float = float("inf")) -> None:
+    def __init__(self, path: Path, seconds: float = float("inf"), device: str = "cuda") -> None:
         self.path, self.deadline = path, time.monotonic() + seconds
+        self.device = device
+        self.worker: Worker | None = None
         self.document: dict[str, Any] = {"results": []}
         self._read = 0
         self.reload()
@@ -46,6 +51,11 @@ class Run:
         """Append a row of engine.measure, or a part of one, to the list `key`: parts of a case become one row."""
         self.append(key, row)
         print(describe_row(row), flush=True)
+
+    def end_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.end()
+            self.worker = None
 
     def _write(self, line: dict[str, object]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +103,12 @@ class Run:
         known |= {**value, **merged}
 
 
+def killed(document: dict[str, Any]) -> dict[str, str] | None:
+    """Of a command that was killed: the job or step that it was at, as an entry of `broken`."""
+    at = document.get("under_way")
+    return None if at is None else {"job": at, "error": "the command was killed during it, or right after"}
+
+
 def describe_row(row: dict[str, Any]) -> str:
     """A row as lines of the log."""
     lines = [f"WRONG {tables.explain(row, each)}" for each in row["wrong"]]
@@ -107,21 +123,25 @@ def describe_row(row: dict[str, Any]) -> str:
 
 
 def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
-    """Every job in order while `seconds` last, in workers; the rest is named as left out.
+    """Every job in order while `seconds` last, in a worker; the rest is named as left out.
 
-    A job that hangs or crashes costs its row: it is noted as broken, and the next worker goes on behind it.
+    A job that hangs or crashes costs its row: it is noted as broken, and the next one gets a new worker. Jobs that an earlier command
+    with the same folder has done are not done again, nor one that broke it.
     """
     until = min(time.monotonic() + seconds, run.deadline - 3)
-    first = 0
-    while first < len(jobs) and time.monotonic() < until:
-        first = _run_worker(run, jobs, first, until)
-    if first < len(jobs):
-        run.note(f"{name}_left_out", [_label(job) for job in jobs[first:]])
-        print(f"{name}: out of time, {len(jobs) - first} of {len(jobs)} left out", flush=True)
+    done = set(run.document.get("done", ()))
+    # later rows refer to the peaks of the machine that they ran on
+    waiting = [job for job in jobs if job["kind"] == "peaks" or label(job) not in done]
+    while waiting and time.monotonic() < until and _do(run, waiting[0], until):
+        waiting.pop(0)
+    if waiting or run.document.get(f"{name}_left_out"):
+        run.note(f"{name}_left_out", [label(job) for job in waiting])
+    if waiting:
+        print(f"{name}: out of time, {len(waiting)} of {len(jobs)} left out", flush=True)
 
 
-def _label(job: Job) -> str:
-    return " ".join(_word(value) for key, value in job.items() if key not in ("limit", "settings"))
+def label(job: Job) -> str:
+    return " ".join(_word(value) for key, value in job.items() if key not in ("limit", "settings", "plant"))
 
 
 def _word(value: Any) -> str:
@@ -130,62 +150,90 @@ def _word(value: Any) -> str:
     return " ".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _run_worker(run: Run, jobs: Sequence[Job], first: int, until: float) -> int:
-    """Jobs from number `first` on in one process; the number of the first that was not begun."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--worker", str(run.path)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    begun, last_words = first - 1, ""
-    reason: str | None = None
+def _do(run: Run, job: Job, until: float) -> bool:
+    """One job; False if time ran out before its end."""
+    run.note("under_way", label(job))
+    limit, reason = _START_LIMIT, None
     try:
-        # the pipe stays open: a worker ends with this process, however that ends
-        process.stdin.write(json.dumps(jobs[first:]) + "\n")
-        process.stdin.flush()
-        limit = time.monotonic() + _START_LIMIT
+        settings = job.get("settings", {})
+        if run.worker is None or run.worker.settings != settings:
+            run.end_worker()
+            run.worker = Worker(run, settings)
+            reason = run.worker.wait(min(until, time.monotonic() + limit))
+        if reason is None:
+            limit = job.get("limit", 20)
+            run.worker.send(job)
+            reason = run.worker.wait(min(until, time.monotonic() + limit))
+    except TimeoutError:
+        if time.monotonic() >= until:
+            run.end_worker()
+            return False
+        reason = f"did not end within {limit} s"
+    run.reload()
+    if reason is not None:
+        run.end_worker()
+        run.append("broken", {"job": label(job), "error": reason})
+        print(f"BROKEN {label(job)}: {reason}", flush=True)
+    run.append("done", label(job))
+    return True
+
+
+class Worker:
+    """A process that does one job after the other, so that importing and the GPU's context are paid once. It ends with this process."""
+
+    def __init__(self, run: Run, settings: dict[str, str]) -> None:
+        self.settings = settings
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu", "--worker", str(run.path), "--device", run.device],
+            cwd=ROOT,
+            env=os.environ | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._last_words = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def send(self, job: Job) -> None:
+        self._last_words = ""
+        # of a process that has ended, wait() tells how
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+
+    def wait(self, until: float) -> str | None:
+        """Until it is ready for a job. Returns how the process ended, if it did.
+
+        Raises:
+            TimeoutError: it is not ready.
+        """
         while True:
             try:
-                line = lines.get(timeout=max(0.0, min(limit, until) - time.monotonic()))
+                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                if time.monotonic() >= until:
-                    return begun + 1 if begun < first else begun
-                reason = f"did not end within {jobs[max(begun, first)].get('limit', 20)} s"
-                break
+                raise TimeoutError from None
             if line is None:
-                break
-            if line.startswith("\x1e"):
-                begun, last_words = begun + 1, ""
-                limit = time.monotonic() + jobs[begun].get("limit", 20)
-            elif line.strip():
-                last_words = line.strip()
+                # it has closed its output: its own status comes at once
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=5)
+                return f"ended its process with status {self._process.returncode}: {self._last_words[-200:]}"
+            if READY in line:
+                return None
+            if line.strip():
+                self._last_words = line.strip()
                 print(line, end="", flush=True)
-    except BrokenPipeError:
-        pass
-    finally:
-        end(process)
-        run.reload()
-    if reason is None and process.returncode == 0:
-        return len(jobs)
-    reason = reason or f"ended its process with status {process.returncode}: {last_words[-200:]}"
-    job = jobs[max(begun, first)]
-    run.append("broken", {"job": _label(job), "error": reason})
-    print(f"BROKEN {_label(job)}: {reason}", flush=True)
-    return max(begun, first) + 1
+
+    def end(self) -> None:
+        end(self._process)
 
 
 def end(process: subprocess.Popen[str]) -> None:

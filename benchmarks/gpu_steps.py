@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, engine, gpu_confirm, gpu_tools, machine, peers, tables
+from benchmarks import check, engine, gpu_confirm, gpu_emulated, gpu_summary, gpu_tools, machine, peers, timing
 from benchmarks.cases import ModelCase, OpCase, cases, from_json, select, to_json
 from benchmarks.console import first_line
-from benchmarks.gpu_run import Job, Run, run_jobs
+from benchmarks.gpu_run import READY, Job, Run, killed, run_jobs
 from convmixer_kernels import dispatch
 from convmixer_kernels.backends import triton
 
@@ -26,53 +27,79 @@ _MODEL_SECONDS = 0.5
 _DEVICE = torch.device("cuda")
 
 
+def use_cpu() -> None:
+    """Tensors on the CPU, for emulated kernels."""
+    global _DEVICE
+    _DEVICE = torch.device("cpu")
+    gpu_emulated.use()
+
+
+def _synchronize() -> None:
+    if _DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if _DEVICE.type == "cuda" else gpu_emulated.CAPABILITY
+
+
 def worker(path: Path) -> int:
-    """The jobs of standard input, each announced on standard output by a line that begins with a record separator."""
-    jobs: list[Job] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """The jobs of standard input, one a line; gpu_run.READY on standard output says that the next one can come."""
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
     run = Run(path)
-    if torch.cuda.is_available():
+    if _DEVICE.type == "cuda":
         # a context takes seconds, which are not the first job's
         torch.zeros(1, device="cuda").sum().item()
-    for job in jobs:
-        print("\x1e", flush=True)
+    while True:
+        print(READY, flush=True)
+        job = json.loads(jobs.get())
+        run.reload()
         do(run, job)
-    return 0
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
+def _read(jobs: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        jobs.put(line)
+    # the command has ended, however it did
+    os._exit(0)
 
 
 def do(run: Run, job: Job) -> None:
-    """One job, with the environment variables that it sets."""
-    settings = job.get("settings", {})
-    os.environ.update(settings)
-    _KINDS[job["kind"]](run, **{key: value for key, value in job.items() if key not in ("kind", "limit", "settings")})
-    for key in settings:
-        del os.environ[key]
+    """One job. If it has a planted fault (for tests: --plant), it hangs, crashes or is wrong."""
+    fields = {key: value for key, value in job.items() if key not in ("kind", "limit", "settings", "plant")}
+    with gpu_emulated.planted(job.get("plant")):
+        _KINDS[job["kind"]](run, **fields)
 
 
 def _peaks(run: Run) -> None:
-    peaks = machine.measure_peaks(_DEVICE, ("bfloat16", "float16", "float32"))
-    run.append("sessions", machine.session(_DEVICE, peaks))
+    peaks = machine.measure_peaks(_DEVICE, ("bfloat16", "float16", "float32"), small=_DEVICE.type == "cpu")
+    run.append("sessions", machine.session(_DEVICE, peaks) | {"clock_hz": _clock_hz()})
+
+
+def _clock_hz() -> float:
+    """Cycles a second of a multiprocessor, by a kernel that waits for so many of them."""
+    if _DEVICE.type == "cpu":
+        return gpu_emulated.CLOCK_HZ
+    cycles = 50_000_000
+    return cycles / min(timing.elapsed(lambda: torch.cuda._sleep(cycles), _DEVICE) for _ in range(3))
 
 
 def _measure(run: Run, case: dict[str, Any], names: Sequence[str], timed: bool = True) -> None:
     """The row of a case, on disk implementation by implementation; one that fails does not take the others with it."""
     measured = from_json(case)
-    workload = engine.make_workload(measured, _DEVICE, rotate=timed)
+    workload = engine.make_workload(measured, _DEVICE, rotate=timed and _DEVICE.type == "cuda")
     expected = check.expect(workload)
-    sessions = run.document["sessions"]
-    peaks = machine.Peaks(**sessions[-1]["peaks"]) if timed else None
+    # without peaks (their own job broke) a row has no floor
+    sessions = run.document.get("sessions", [])
+    peaks = machine.Peaks(**sessions[-1]["peaks"]) if timed and sessions else None
     seconds = _MODEL_SECONDS if isinstance(measured, ModelCase) else engine.GPU_SECONDS
-    clock = engine.clock_of(_DEVICE, seconds, None) if timed else None
+    clock = engine.clock_of(_DEVICE, seconds, 1 if _DEVICE.type == "cpu" else None) if timed else None
     for name in names:
         try:
             row = engine.measure(workload, [name], clock, peaks, compile_all=True, expected=expected)
         except _failures() as error:
-            torch.cuda.synchronize()
+            _synchronize()
             row = {**engine.case_fields(measured), "implementations": {}, "absent": {}, "wrong": []}
             if name.startswith("ours"):
                 row["wrong"].append({"implementation": name, "failure": first_line(error)})
@@ -95,15 +122,16 @@ def _names(run: Run, cases: Sequence[dict[str, Any]]) -> None:
     """Which kernels a call of the cuda backend launches, by case, in order."""
     from torch.profiler import ProfilerActivity, profile
 
+    kind = _DEVICE.type.upper()
     for case in map(from_json, cases):
         workload = engine.make_workload(case, _DEVICE, rotate=False)
         call = peers.prepare("ours cuda", workload, False).calls[0]
         call()
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        _synchronize()
+        with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
             call()
-            torch.cuda.synchronize()
-        names = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            _synchronize()
+        names = [e.name for e in profiler.events() if e.device_type == getattr(torch.autograd.DeviceType, kind)]
         run.append("kernels", {"case": case.name, "names": names})
 
 
@@ -113,10 +141,6 @@ def _confirm(run: Run, name: str) -> None:
 
 def _fault(run: Run, how: str) -> None:
     """For tests of what a broken kernel does to a run."""
-    if how == "hang":
-        time.sleep(600)
-    if how == "crash":
-        os.abort()
     if how == "raise":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     wrong = [{"implementation": "ours", "failure": how}] if how == "wrong" else []
@@ -161,6 +185,9 @@ def check_jobs(backends: Sequence[str]) -> list[Job]:
         job("pointwise_backward", (5, 136, 8, 24), "wgmma"),
         job("pointwise_backward", big, "wgmma"),
     ]
+    if _capability() != (9, 0):
+        # forced there, it would be another kernel under this name
+        jobs = [each for each in jobs if each["names"] != ["ours cuda wgmma"]]
     return jobs if "cuda" in backends else []
 
 
@@ -169,13 +196,17 @@ def _cases() -> tuple[list[OpCase], list[ModelCase]]:
     return [c for c in chosen if isinstance(c, OpCase)], [c for c in chosen if isinstance(c, ModelCase)]
 
 
+#: Beside the rows of which operator each is timed.
+_BOUNDS = {peers.CLONE: "depthwise_eval", peers.MATMUL: "pointwise_eval"}
+
+
 def operator_jobs(backend: str, wgmma: bool) -> list[Job]:
     """Every case, with each choice of GEMM and with eager PyTorch."""
     jobs = []
     for case in _cases()[0]:
-        forced = peers.gemms_of(case, torch.cuda.get_device_capability()) if backend == "cuda" else ()
+        forced = peers.gemms_of(case, _capability()) if backend == "cuda" else ()
         names = [f"ours {backend}", *(f"ours cuda {gemm}" for gemm in forced if wgmma or gemm != "wgmma")]
-        names += [peers.EAGER[case.layout]] + ([peers.CLONE] if case.op == "depthwise_eval" else [])
+        names += [peers.EAGER[case.layout]] + [each for each, op in _BOUNDS.items() if case.op == op]
         jobs.append(_job(case, names, 30 + 5 * len(names)))
     return jobs
 
@@ -197,6 +228,14 @@ def compile_jobs() -> list[Job]:
     operators, models = _cases()
     jobs = [_job(case, ["compile"], 40) for case in operators if case.compiled]
     return jobs + [_job(case, ["compile"], 100) for case in models if case.compiled]
+
+
+def autotune_jobs() -> list[Job]:
+    """max-autotune compiles longest: the blocks and the training step of the smallest model, last of all."""
+    operators, models = _cases()
+    blocks = [case for case in operators if case.compiled and case.layout == "contiguous"]
+    small = [case for case in models if case.compiled and case.model == "256/8@32" and case.training]
+    return [_job(case, ["compile max-autotune"], 100) for case in [*blocks, *small]]
 
 
 def names_job() -> Job:
@@ -225,6 +264,10 @@ def measured_backends(device: str = "cuda") -> tuple[list[str], dict[str, str]]:
 
 def describe(run: Run, backend: str) -> None:
     """Write down the machine and the versions."""
+    if _DEVICE.type == "cpu":
+        run.note("environment", machine.describe(_DEVICE, backend) | gpu_emulated.ENVIRONMENT)
+        run.note("gpu", gpu_emulated.GPU)
+        return
     run.note("environment", machine.describe(_DEVICE, backend))
     properties = torch.cuda.get_device_properties(0)
     run.note(
@@ -241,10 +284,23 @@ def describe(run: Run, backend: str) -> None:
     )
 
 
-def measure(run: Run, steps: Sequence[str], most: dict[str, float]) -> int:
-    """Run `steps` in the order of `most`, which says how many seconds each may take; the command's exit status."""
+def measure(run: Run, steps: Sequence[str], shares: dict[str, float]) -> int:
+    """Run `steps` in the order of `shares`, which says what each one's seconds are; the command's exit status.
+
+    A step may also take what the steps before it have left, but nothing of the later ones' shares. If there is less time than all
+    shares together, all are cut alike.
+    """
+    before = run.document.get("environment", {}).get("commit")
+    if before != machine.commit() and before is not None:
+        print(f"benchmarks.gpu: {run.path.parent} has rows of commit {before}: name another folder", file=sys.stderr)
+        return 2
     run.note("kind", "gpu")
-    backends, absent = measured_backends()
+    if (lost := killed(run.document)) is not None:
+        # it may have been at fault: it is not run again
+        run.append("broken", lost)
+        run.append("done", lost["job"])
+        run.note("under_way", None)
+    backends, absent = measured_backends(_DEVICE.type)
     for backend, reason in absent.items():
         print(f"{backend}: - ({reason})", flush=True)
     run.note("absent", absent)
@@ -252,14 +308,26 @@ def measure(run: Run, steps: Sequence[str], most: dict[str, float]) -> int:
         print("benchmarks.gpu: no backend for this GPU", file=sys.stderr)
         return 2
     describe(run, backends[0])
-    run_jobs(run, "peaks", [{"kind": "peaks", "limit": 30}], 60)
-    for step in most:
-        if step in steps and run.left() > 5:
+    try:
+        run_jobs(run, "peaks", [{"kind": "peaks", "limit": 30}], 60)
+        chosen = [step for step in shares if step in steps]
+        scale = min(1.0, run.left() / sum(shares[step] for step in chosen))
+        for index, step in enumerate(chosen):
             start = time.monotonic()
-            _STEPS[step](run, min(most[step], run.left()), backends, absent)
+            later = sum(shares[each] for each in chosen[index + 1 :])
+            seconds = run.left() - scale * later
+            if step in _JOBS:
+                run_jobs(run, step, gpu_emulated.adapt(_JOBS[step](run, backends), _DEVICE), seconds)
+            elif step not in run.document.get("done", ()) and seconds > 5:
+                run.note("under_way", step)
+                _TOOLS[step](run, seconds, absent)
+                run.append("done", step)
             run.append("steps", {"step": step, "seconds": round(time.monotonic() - start, 1)})
-    text = summary(run.document)
-    (run.path.parent / "summary.txt").write_text(text)
+    finally:
+        run.end_worker()
+    run.note("under_way", None)
+    text = gpu_summary.summary(run.document)
+    (run.path.parent / gpu_summary.FILE).write_text(text)
     print(text, flush=True)
     failed = [key for key in ("tests", "sanitizer") if not run.document.get(key, {"ok": True})["ok"]]
     wrong = any(row["wrong"] for key in ("checks", "results") for row in run.document.get(key, ()))
@@ -275,37 +343,18 @@ def _wgmma_is_right(run: Run) -> bool:
     return right >= 3 and not wrong and not any("wgmma" in each["job"] for each in run.document.get("broken", ()))
 
 
-_STEPS: dict[str, Callable[[Run, float, list[str], dict[str, str]], None]] = {
-    "check": lambda run, s, backends, absent: run_jobs(run, "check", check_jobs(backends), s),
-    "operators": lambda run, s, backends, absent: run_jobs(
-        run, "operators", operator_jobs(backends[0], _wgmma_is_right(run)), s
-    ),
-    "models": lambda run, s, backends, absent: run_jobs(run, "models", model_jobs(backends[:1]), s),
-    "profile": lambda run, s, backends, absent: gpu_tools.profile(run, s),
-    "tests": lambda run, s, backends, absent: gpu_tools.tests(run, s),
-    "sanitizer": lambda run, s, backends, absent: gpu_tools.sanitizer(run, s, absent.get("cuda")),
-    "names": lambda run, s, backends, absent: run_jobs(run, "names", [names_job()] if "cuda" in backends else [], s),
-    "triton": lambda run, s, backends, absent: run_jobs(run, "triton", triton_jobs() if len(backends) > 1 else [], s),
-    "compile": lambda run, s, backends, absent: run_jobs(run, "compile", compile_jobs(), s),
-    "confirm": lambda run, s, backends, absent: run_jobs(run, "confirm", confirm_jobs(), s),
+_JOBS: dict[str, Callable[[Run, list[str]], list[Job]]] = {
+    "check": lambda run, backends: check_jobs(backends),
+    "operators": lambda run, backends: operator_jobs(backends[0], _wgmma_is_right(run)),
+    "models": lambda run, backends: model_jobs(backends[:1]),
+    "names": lambda run, backends: [names_job()] if "cuda" in backends else [],
+    "triton": lambda run, backends: triton_jobs() if len(backends) > 1 else [],
+    "compile": lambda run, backends: compile_jobs(),
+    "autotune": lambda run, backends: autotune_jobs(),
+    "confirm": lambda run, backends: confirm_jobs(),
 }
-
-
-def summary(document: dict[str, Any]) -> str:
-    """What is wrong or broken first, then the table of the rows."""
-    lines = [f"BROKEN {each['job']}: {each['error']}" for each in document.get("broken", [])]
-    for key in ("checks", "results"):
-        lines += [f"WRONG {tables.explain(row, each)}" for row in document.get(key, []) for each in row["wrong"]]
-    for key in ("tests", "sanitizer"):
-        found = document.get(key, {})
-        if found and not found["ok"]:
-            lines.append(f"{key.upper()} NOT OK: {found.get('summary', '')}")
-            lines += [f"  {line}" for line in found.get("failures", [])]
-    for key, left in document.items():
-        if key.endswith("_left_out"):
-            lines.append(f"{key.removesuffix('_left_out')}: {len(left)} left out, from {left[0]} on")
-    timed = [row for row in document["results"] if row["implementations"]]
-    lines += ["", *tables.markdown_lines(tables.operators(timed, "cuda"), 3), ""]
-    lines += [f"- {backend}: {reason}" for backend, reason in document.get("absent", {}).items()]
-    steps = ", ".join(f"{each['step']} {each['seconds']:.0f} s" for each in document.get("steps", []))
-    return "\n".join([*lines, f"steps: {steps}", ""])
+_TOOLS: dict[str, Callable[[Run, float, dict[str, str]], None]] = {
+    "profile": lambda run, seconds, absent: gpu_tools.profile(run, seconds, absent.get("cuda")),
+    "tests": lambda run, seconds, absent: gpu_tools.tests(run, seconds),
+    "sanitizer": lambda run, seconds, absent: gpu_tools.sanitizer(run, seconds, absent.get("cuda")),
+}

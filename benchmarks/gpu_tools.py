@@ -24,11 +24,20 @@ from benchmarks.ops import make_inputs
 from convmixer_kernels.backends import cuda_gemm
 
 _DEVICE = torch.device("cuda")
+#: What pytest collects: everything, or for the emulated command a file whose GPU tests are skipped.
+_TESTS: list[str] = []
+
+
+def on_cpu() -> None:
+    _TESTS[:] = ["tests/test_triton.py"]
 
 
 def _command(run: Run, command: list[str], limit: float, log: Path, **environment: str) -> tuple[int | None, float]:
     """Run a command in the repository's root, its output in a file as it comes: its exit status (None: out of time) and seconds."""
     start = time.monotonic()
+    if (program := shutil.which("setpriv")) is not None:
+        # it ends with this process: if that is killed, the next command must not share the GPU with it
+        command = [program, "--pdeathsig", "KILL", *command]
     with open(log, "ab") as file:
         process = subprocess.Popen(
             command,
@@ -51,7 +60,19 @@ def _command(run: Run, command: list[str], limit: float, log: Path, **environmen
 def tests(run: Run, limit: float) -> None:
     """The tests marked gpu: the cases of the emulation with the real kernels, in parallel, each with a time limit."""
     log = run.path.parent / "tests.log"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        *_TESTS,
+        "-v",
+        "--no-header",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
     if _installed("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     if _installed("pytest_timeout"):
@@ -135,6 +156,7 @@ _NCU_METRICS = {
     "warps_percent": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
 }
+_RANGE = re.compile(r"row=(.*?);(.*?);")
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 
 
@@ -149,6 +171,9 @@ def profiled_kernels(table: Path) -> list[dict[str, object]]:
         launch = dict(zip(headings, cells, strict=True))
         unit = dict(zip(headings, units, strict=True))
         kernel: dict[str, object] = {"kernel": launch["Kernel Name"].removeprefix("void ").split("(")[0]}
+        # the NVTX range of profile_workload, wherever this version of ncu puts it
+        if (row := next(filter(None, map(_RANGE.search, cells)), None)) is not None:
+            kernel |= {"case": row[1], "implementation": row[2]}
         for name, metric in _NCU_METRICS.items():
             if launch.get(metric):
                 value = float(launch[metric].replace(",", ""))
@@ -163,14 +188,17 @@ def profiled_kernels(table: Path) -> list[dict[str, object]]:
     return found
 
 
-def profile(run: Run, limit: float) -> None:
-    """Nsight Compute on one launch of each headline kernel, to DIR/ncu.csv."""
+def profile(run: Run, limit: float, no_cuda: str | None = None) -> None:
+    """Nsight Compute on one launch of each headline kernel, to DIR/ncu.csv; `no_cuda` says why there are none."""
+    if no_cuda is not None:
+        run.note("profile", {"skipped": f"it watches the CUDA kernels: {no_cuda}"})
+        return
     program = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
     if program is None:
         run.note("profile", {"skipped": "ncu is not installed"})
         return
     table = run.path.parent / "ncu.csv"
-    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--nvtx", "--csv", "--page", "raw"]
     command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:convmixer|gemm|nvjet|xmma"]
     command += [part for section in _NCU_SECTIONS for part in ("--section", section)]
     command += ["--log-file", str(table)]
@@ -216,13 +244,16 @@ def profile_workload() -> int:
     cases += [OpCase("depthwise_eval", "", half), OpCase("depthwise_eval", "", (64, 768, 17, 17), dtype="bfloat16")]
     cases += [OpCase("pointwise_eval", "", shape, dtype="bfloat16") for shape in (big, (64, 256, 32, 32))]
     for case in cases:
-        for gemm in (" fused", " wgmma") if case.op == "pointwise_eval" else ("",):
-            prepared = _prepared(case, f"ours cuda{gemm}")
+        forced = [gemm for gemm in peers.gemms_of(case, torch.cuda.get_device_capability()) if gemm != "torch"]
+        for name in [f"ours cuda {gemm}" for gemm in forced] or ["ours cuda"]:
+            prepared = _prepared(case, name)
             with prepared.setting():
                 prepared.calls[0]()
                 torch.cuda.synchronize()
                 torch.cuda.profiler.start()
+                torch.cuda.nvtx.range_push(f"row={case.name};{name};")
                 prepared.calls[0]()
+                torch.cuda.nvtx.range_pop()
                 torch.cuda.synchronize()
                 torch.cuda.profiler.stop()
         del prepared

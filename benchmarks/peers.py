@@ -31,6 +31,10 @@ COMPILE = {
 }
 CUDNN = {f"cudnn {mode}": mode for mode in ("auto", "cudnn", "native")}
 CLONE = "clone"
+#: The matrix product of a pointwise block's forward and nothing else.
+MATMUL = "matmul"
+#: What does only a part of a row's work, so that nobody is much faster.
+BOUNDS = (CLONE, MATMUL)
 #: The products of ours on a GPU that CONVMIXER_CUDA_GEMM can force: "ours cuda wgmma" is "ours cuda" with that choice.
 GEMMS = ("fused", "torch", "wgmma", "layer")
 
@@ -38,8 +42,8 @@ GEMMS = ("fused", "torch", "wgmma", "layer")
 def names(device_type: str) -> list[str]:
     """The implementations of a device type in the order of the tables, ours by backend first; some may not run here."""
     ours = [f"ours {name}" for name in dispatch.automatic_order(device_type) if name != "reference"]
-    others = ["onnxruntime", "openvino"] if device_type == "cpu" else list(CUDNN)
-    return [*ours, *EAGER.values(), *COMPILE, *others, CLONE]
+    others = ["onnxruntime", "openvino", CLONE] if device_type == "cpu" else [*CUDNN, CLONE, MATMUL]
+    return [*ours, *EAGER.values(), *COMPILE, *others]
 
 
 #: Implementations that run only if named: the reference backend, which is not made to be fast, backends that take CPU tensors in an
@@ -87,6 +91,14 @@ def prepare(name: str, workload: Workload, compile_all: bool) -> Prepared:
         if isinstance(case, ModelCase):
             raise Absent("a copy of the images is no bound of a model")
         return Prepared([lambda i=i: (i.x.clone(),) for i in workload.inputs])
+    if name == MATMUL:
+        if isinstance(case, ModelCase) or case.op not in (
+            "pointwise_eval",
+            "pointwise_train",
+            "pointwise_train_kernel",
+        ):
+            raise Absent("its work is not one product")
+        return Prepared([_product(case.layout, inputs) for inputs in workload.inputs])
     if not isinstance(case, ModelCase) and OPERATORS[case.op].part:
         raise Absent("this row is one kernel of ours")
     if name in EAGER.values():
@@ -159,6 +171,16 @@ def eager(workload: Workload, layout: str) -> Prepared:
         return _model(workload, copy.deepcopy(workload.reference), layout)
     inputs = workload.inputs if layout == case.layout else [each.in_layout(layout) for each in workload.inputs]
     return Prepared([OPERATORS[case.op].call(each) for each in inputs])
+
+
+def _product(layout: str, inputs: Inputs) -> Callable[[], Results]:
+    """torch.matmul of the weight and x as they lie in memory."""
+    weight = inputs.parameters.weight.flatten(1)
+    if layout == "contiguous":
+        x = inputs.x.flatten(2)
+        return lambda: (torch.matmul(weight, x),)
+    rows = inputs.x.permute(0, 2, 3, 1).flatten(0, 2)
+    return lambda: (torch.matmul(rows, weight.t()),)
 
 
 def _model(

@@ -46,6 +46,18 @@ def load(named: Sequence[Path]) -> dict[str, Mapping[str, object]]:
     return {kind: documents[kind] for kind in KINDS if kind in documents}
 
 
+def _short(documents: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """README.md's tables. A run that was cut off before their rows leaves the table as it is."""
+    blocks = {}
+    for name, kinds, device_type in (("cpu", KINDS[:2], "cpu"), ("gpu", KINDS[2:], "cuda")):
+        found = [documents[kind] for kind in kinds if kind in documents]
+        try:
+            blocks |= {name: tables.small(found, device_type)} if found else {}
+        except ValueError as error:
+            print(f"benchmarks report: README.md keeps its table: {error}", file=sys.stderr)
+    return blocks
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 if a file could not be read, drawn or written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.partition(": ")[2])
@@ -63,9 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         documents = load(options.results)
-        on_cpu = [documents[kind] for kind in ("models", "operators") if kind in documents]
-        short = {} if not on_cpu else {"cpu": tables.small(on_cpu, "cpu")}
-        short |= {"gpu": tables.small([documents["gpu"]], "cuda")} if "gpu" in documents else {}
+        short = _short(documents)
         blocks = {kind: tables.markdown(document) for kind, document in documents.items()}
         blocks["rows"] = "\n".join(tables.markdown_lines(tables.contents(), 3))
         pictures: dict[str, list[Path]] = {kind: [] for kind in documents}

@@ -64,9 +64,11 @@ def ours(row: Row) -> str | None:
 
 
 def best_peer(row: Row, start: str = "") -> str | None:
-    """The fastest implementation that is neither ours nor the bound, of those whose name begins with `start`."""
+    """The fastest implementation that is neither ours nor a bound, of those whose name begins with `start`."""
     found = row["implementations"]
-    names = [name for name in found if name.startswith(start) and not name.startswith("ours ") and name != peers.CLONE]
+    names = [
+        name for name in found if name.startswith(start) and not name.startswith("ours ") and name not in peers.BOUNDS
+    ]
     return min((name for name in names if "median_ms" in found[name]), key=lambda name: median(row, name), default=None)
 
 
@@ -137,7 +139,7 @@ def _implementations(rows: Sequence[Row]) -> list[str]:
     """Every implementation that a row has or misses, ours first."""
     found = {name: None for row in rows for name in (*row["implementations"], *row["absent"])}
     found |= {each["implementation"]: None for row in rows for each in row["wrong"]}
-    order = ("ours", "eager", "compile", "cudnn", "onnxruntime", "openvino", "clone")
+    order = ("ours", "eager", "compile", "cudnn", "onnxruntime", "openvino", *peers.BOUNDS)
     return sorted(found, key=lambda name: next((i for i, start in enumerate(order) if name.startswith(start)), 99))
 
 
@@ -167,6 +169,7 @@ _SHORT: dict[str, list[Column]] = {
         ("eager, same layout", lambda row: _cell(row, peers.EAGER[row["layout"]])),
         ("torch.compile", lambda row: _cell(row, best_peer(row, "compile"))),
         ("other products", _other_products),
+        ("product alone", lambda row: _cell(row, peers.MATMUL)),
         ("called, not as a graph", _called),
     ],
 }

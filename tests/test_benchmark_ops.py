@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, check, engine, machine, ops, peers, roofline, suite
+from benchmarks import cases, check, engine, machine, ops, peers, roofline, suite, tables
 from benchmarks.cases import ModelCase, OpCase
 from convmixer_kernels.backends import reference
 
@@ -124,6 +124,26 @@ def test_columns_are_those_of_the_device():
         assert set(names) >= {"compile", "compile max-autotune", "compile layout opt. off"}
     assert set(peers.names("cuda")) >= {"cudnn auto", "cudnn cudnn", "cudnn native"}
     assert set(peers.names("cpu")) >= {"onnxruntime", "openvino"}
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_the_product_alone_is_the_one_of_the_block(layout):
+    case = OpCase("pointwise_eval", "", (2, 16, 4, 5), channels_out=24, layout=layout)
+    workload = make_workload(case)
+    (found,) = peers.prepare(peers.MATMUL, workload, False).calls[0]()
+    inputs = workload.inputs[0]
+    expected = torch.nn.functional.conv2d(inputs.x, inputs.parameters.weight)
+    if layout == "channels_last":
+        found = found.view(2, 4, 5, 24).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
+    for op in ("depthwise_eval", "pointwise_step", "layer_eval"):
+        with pytest.raises(peers.Absent, match="not one product"):
+            peers.prepare(peers.MATMUL, make_workload(OpCase(op, "", (2, 16, 4, 5), 3)), False)
+
+
+def test_a_bound_is_no_peer():
+    row = {"implementations": {name: {"median_ms": 1.0} for name in ("ours cuda", "eager NCHW", *peers.BOUNDS)}}
+    assert tables.best_peer(row) == "eager NCHW"
 
 
 def test_compiled_operators_are_right():

@@ -3,22 +3,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from emulation.build import build
 from helpers import use_cuda
 
-from benchmarks import cases, check, engine, gpu, gpu_run, gpu_steps, gpu_tools, machine, models, peers, tables, timing
+from benchmarks import (
+    cases,
+    check,
+    engine,
+    gpu,
+    gpu_run,
+    gpu_steps,
+    gpu_summary,
+    gpu_tools,
+    machine,
+    models,
+    peers,
+    tables,
+    timing,
+)
 from benchmarks.cases import OpCase
 from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, triton
 
@@ -51,75 +60,13 @@ def test_only_a_clean_summary_is_clean(tool, status, output, clean):
 
 @pytest.fixture
 def run(tmp_path):
-    return gpu_run.Run(tmp_path / "rows.jsonl", 100)
+    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
+    yield run
+    run.end_worker()
 
 
 def _saved(run: gpu_run.Run) -> dict:
     return gpu_run.Run(run.path).document
-
-
-def _faults(*how: str, limit: float = 20) -> list[gpu_run.Job]:
-    return [{"kind": "fault", "how": each, "limit": 2 if each == "hang" else limit} for each in how]
-
-
-def test_a_job_that_hangs_or_crashes_costs_its_row(run, capfd):
-    gpu_run.run_jobs(run, "check", _faults("first", "hang", "second", "crash", "raise", "wrong", "last"), 90)
-    document = _saved(run)
-    assert [row["case"] for row in document["results"]] == ["first", "second", "wrong", "last"]
-    broken = {each["job"]: each["error"] for each in document["broken"]}
-    assert broken["fault hang"] == "did not end within 2 s"
-    assert "status -6" in broken["fault crash"]
-    assert "status 1: RuntimeError: CUDA error" in broken["fault raise"]
-    text = gpu_steps.summary(document)
-    for word in ("fault hang", "fault crash", "fault raise", "WRONG wrong: ours"):
-        assert word in text
-    assert "check_left_out" not in document
-
-
-def test_jobs_that_time_does_not_suffice_for_are_named(run, capfd):
-    gpu_run.run_jobs(
-        run, "check", [*_faults("first"), {"kind": "fault", "how": "hang", "limit": 60}, *_faults("last")], 15
-    )
-    document = _saved(run)
-    assert [row["case"] for row in document["results"]] == ["first"]
-    assert document["check_left_out"] == ["fault hang", "fault last"]
-    assert "check: 2 left out, from fault hang on" in gpu_steps.summary(document)
-
-
-def _runs(argument: str) -> bool:
-    """Whether some process has this among its arguments."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        # processes end meanwhile
-        with contextlib.suppress(OSError):
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                return True
-    return False
-
-
-def test_kill_9_loses_at_most_one_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    jobs = [*_faults("first", "second"), {"kind": "fault", "how": "hang", "limit": 60}, *_faults("last")]
-    program = "from pathlib import Path\nfrom benchmarks import gpu_run\n"
-    program += f"gpu_run.run_jobs(gpu_run.Run(Path({str(path)!r}), 90), 'check', {jobs!r}, 80)"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") == 2):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # its worker, which hangs, ends with it
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and _runs(str(path)):
-        time.sleep(0.1)
-    assert not _runs(str(path))
-    # as if the kill had come while a row was written
-    with open(path, "a") as file:
-        file.write('{"append": "results", "val')
-    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second"]
-    # and the next run goes on behind it
-    again = gpu_run.Run(path)
-    again.row({"case": "third", "implementations": {}, "absent": {}, "wrong": []})
-    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second", "third"]
 
 
 @pytest.fixture
@@ -167,37 +114,9 @@ def test_a_sanitizer_without_cuda_kernels_says_so(run):
     }
 
 
-def test_parts_of_a_row_become_one(run):
-    """Implementation by implementation on disk, one row of the schema that all commands share."""
-    row = {"case": "a", "op": "normalize", "implementations": {}, "absent": {}, "wrong": []}
-    run.row({**row, "implementations": {"ours cuda": {"median_ms": 1.0}}})
-    run.row({**row, "case": "b", "implementations": {"ours cuda": {"median_ms": 2.0}}})
-    run.row({**row, "wrong": [{"implementation": "ours triton", "failure": "no"}]})
-    run.row({**row, "absent": {"eager NCHW": "no memory"}})
-    first, second = _saved(run)["results"]
-    assert first == {
-        **row,
-        "implementations": {"ours cuda": {"median_ms": 1.0}},
-        "absent": {"eager NCHW": "no memory"},
-        "wrong": [{"implementation": "ours triton", "failure": "no"}],
-    }
-    assert second["case"] == "b"
-    # a later run of the same implementation replaces what was known of it
-    run.row({**row, "implementations": {"ours triton": {"median_ms": 3.0}}, "session": 1})
-    run.row({**row, "wrong": [{"implementation": "ours cuda", "failure": "no"}], "session": 1})
-    first, second = _saved(run)["results"]
-    assert first == {
-        **row,
-        "implementations": {"ours triton": {"median_ms": 3.0}},
-        "absent": {"eager NCHW": "no memory"},
-        "wrong": [{"implementation": "ours cuda", "failure": "no"}],
-        "session": 1,
-    }
-
-
 def _jobs() -> list[gpu_run.Job]:
     jobs = gpu_steps.check_jobs(["cuda"]) + gpu_steps.operator_jobs("cuda", True) + gpu_steps.triton_jobs()
-    jobs += gpu_steps.model_jobs(["cuda"]) + gpu_steps.compile_jobs()
+    jobs += gpu_steps.model_jobs(["cuda"]) + gpu_steps.compile_jobs() + gpu_steps.autotune_jobs()
     return [*jobs, gpu_steps.names_job(), *gpu_steps.confirm_jobs()]
 
 
@@ -238,12 +157,25 @@ def test_the_first_backend_is_measured_everywhere(monkeypatch):
             assert peers.EAGER[case.layout] in job["names"]
         forced = {name for job in jobs for name in job["names"] if len(name.split()) == 3}
         assert forced == ({f"ours cuda {gemm}" for gemm in peers.GEMMS} if backend == "cuda" else set())
+    assert {tuple(job["names"]) for job in jobs} & {
+        ("ours triton", "eager NCHW", "clone"),
+        ("ours triton", "eager NCHW", "matmul"),
+    }
     # a kernel that failed its checks does not take other rows with it
     assert not any("ours cuda wgmma" in job["names"] for job in gpu_steps.operator_jobs("cuda", wgmma=False))
     # a layer in one kernel is cuda's alone
     ops = {cases.from_json(job["case"]).op for job in gpu_steps.triton_jobs()}
     assert ops == {op for op in cases.OPERATORS if not op.startswith("layer")}
     assert {tuple(job["names"]) for job in gpu_steps.triton_jobs()} == {("ours triton",)}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
+def test_a_kernel_of_hopper_is_checked_on_hopper(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for jobs in (gpu_steps.check_jobs(["cuda"]), gpu_steps.operator_jobs("cuda", wgmma=True)):
+        assert any("ours cuda wgmma" in job["names"] for job in jobs) is (capability == (9, 0))
+        assert any("ours cuda fused" in job["names"] for job in jobs)
+    assert gpu_steps.check_jobs(["triton"]) == []
 
 
 def test_every_job_survives_json(monkeypatch):
@@ -264,6 +196,10 @@ def test_every_job_survives_json(monkeypatch):
 
 
 def test_compiled_peers_are_few(monkeypatch):
+    longest = gpu_steps.autotune_jobs()
+    assert {tuple(job["names"]) for job in longest} == {("compile max-autotune",)}
+    # the blocks and, last, one model
+    assert [cases.from_json(job["case"]).op for job in longest] == ["depthwise_eval", "pointwise_eval", "model_step"]
     jobs = gpu_steps.compile_jobs()
     assert {tuple(job["names"]) for job in jobs} == {("compile",)}
     assert {cases.from_json(job["case"]).op for job in jobs} == {
@@ -341,7 +277,7 @@ def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys
     assert row["implementations"]["ours triton"]["percent_of_floor"] > 0
     assert row["implementations"]["ours triton"]["host_ms"] == 2e-3
     run.note("absent", {"cuda": "not built"})
-    text = gpu_steps.summary(run.document)
+    text = gpu_summary.summary(run.document)
     assert "- cuda: not built" in text
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {tables.title(row)} ")]
     if not absent:
@@ -361,8 +297,8 @@ def test_a_wrong_result_has_no_time(run, on_the_cpu, monkeypatch, capsys):
     (row,) = _saved(run)["results"]
     assert set(row["implementations"]) == {"eager NCHW"}
     assert [each["implementation"] for each in row["wrong"]] == ["ours reference"]
-    (line,) = [line for line in gpu_steps.summary(run.document).splitlines() if line.startswith("WRONG")]
-    assert line.startswith(f"WRONG {case.name}: ours reference: y: relative error")
+    (line,) = [line for line in gpu_summary.summary(run.document).splitlines() if line.startswith("- WRONG")]
+    assert line.startswith(f"- WRONG {case.name}: ours reference: y: relative error")
 
 
 def test_one_that_fails_does_not_take_the_others_with_it(run, on_the_cpu, monkeypatch, capsys):
@@ -383,22 +319,17 @@ def test_one_that_fails_does_not_take_the_others_with_it(run, on_the_cpu, monkey
 
 
 @pytest.mark.parametrize("op", cases.OPERATORS)
-def test_every_operator_of_the_emulated_kernels_with_settings(op, run, on_the_cpu, emulated, monkeypatch):
-    """A worker's way: the case by its JSON, a setting that only it sees, every choice of GEMM, right or wrong only."""
+def test_every_operator_of_the_emulated_kernels(op, run, on_the_cpu, emulated, monkeypatch):
+    """A worker's way: the case by its JSON, every choice of GEMM, right or wrong only."""
     case = OpCase(op, "sweep", (2, 16, 5, 8), 3, dtype="bfloat16")
-    seen = []
-    honest = engine.measure
-    monkeypatch.setattr(engine, "measure", lambda *a, **k: seen.append(os.environ["EMU_BLOCKS"]) or honest(*a, **k))
     names = ["ours cuda", *(f"ours cuda {gemm}" for gemm in peers.gemms_of(case, (8, 0)))]
-    job = gpu_steps._job(case, names, 10, timed=False, settings={"EMU_BLOCKS": "3"})
+    job = gpu_steps._job(case, names, 10, timed=False)
     gpu_steps.do(run, json.loads(json.dumps(job)))
     (row,) = _saved(run)["checks"]
     assert not row["wrong"], row["wrong"]
     assert not row["absent"]
     assert list(row["implementations"]) == names
     assert all(each["passed"] for each in row["implementations"].values())
-    assert seen == ["3"] * len(names)
-    assert "EMU_BLOCKS" not in os.environ
 
 
 def test_models_are_measured_with_the_backend_that_there_is(run, on_the_cpu, monkeypatch, capsys):
@@ -482,7 +413,7 @@ def no_real_gpu(monkeypatch):
 
 def test_the_command_measures_what_there_is(no_real_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
-        gpu_steps, "measured_backends", lambda: (["triton"], {"cuda": "the native module is not built"})
+        gpu_steps, "measured_backends", lambda device: (["triton"], {"cuda": "the native module is not built"})
     )
     assert gpu.main(["--only", "check,operators,sanitizer,models,triton", "--output", str(tmp_path)]) == 0
     assert no_real_gpu == [
@@ -497,11 +428,48 @@ def test_the_command_measures_what_there_is(no_real_gpu, monkeypatch, tmp_path, 
     assert document["absent"] == {"cuda": "the native module is not built"}
     assert [each["step"] for each in document["steps"]] == ["check", "operators", "models", "sanitizer", "triton"]
     assert "cuda: - (the native module is not built)" in capsys.readouterr().out
-    assert "cuda: the native module is not built" in (tmp_path / "summary.txt").read_text()
+    assert "cuda: the native module is not built" in (tmp_path / gpu_summary.FILE).read_text()
+
+
+def _seconds_of_steps(monkeypatch, tmp_path, *arguments: str) -> dict[str, float]:
+    """What each step of jobs may take if no step takes any time."""
+    found = {}
+    monkeypatch.setattr(gpu_steps, "measured_backends", lambda device: (["triton"], {"cuda": "not built"}))
+    monkeypatch.setattr(gpu_steps, "run_jobs", lambda run, name, jobs, seconds: found.update({name: seconds}))
+    monkeypatch.setattr(gpu_tools, "tests", lambda run, seconds: found.update(tests=seconds))
+    assert gpu.main(["--output", str(tmp_path), *arguments]) == 0
+    return found
+
+
+def test_a_step_leaves_the_later_ones_their_shares(no_real_gpu, monkeypatch, tmp_path):
+    assert sum(gpu.STEPS[step] for step in gpu._DEFAULT_STEPS) <= gpu.SECONDS - 15
+    found = _seconds_of_steps(monkeypatch, tmp_path)
+    assert list(found) == ["peaks", *(s for s in gpu._DEFAULT_STEPS if s not in ("profile", "sanitizer"))]
+    names = list(gpu._DEFAULT_STEPS)
+    for step in found.keys() - {"peaks"}:
+        later = sum(gpu.STEPS[each] for each in names[names.index(step) + 1 :])
+        assert found[step] == pytest.approx(gpu.SECONDS - later, abs=5)
+        assert found[step] >= gpu.STEPS[step]
+
+
+def test_with_less_time_all_shares_are_cut_alike(no_real_gpu, monkeypatch, tmp_path):
+    found = _seconds_of_steps(monkeypatch, tmp_path, "--only", "check,tests,confirm", "--seconds", "37")
+    # a tenth of 40 + 90 + 240
+    assert found["check"] == pytest.approx(37 - 33, abs=0.5)
+    assert found["tests"] == pytest.approx(37 - 24, abs=0.5)
+    assert found["confirm"] == pytest.approx(37, abs=0.5)
+
+
+def test_rows_of_two_commits_are_not_mixed(no_real_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "commit", lambda: "new")
+    gpu_run.Run(tmp_path / "rows.jsonl").note("environment", {"commit": "old"})
+    assert gpu.main(["--output", str(tmp_path)]) == 2
+    assert "rows of commit old: name another folder" in capsys.readouterr().err
+    assert no_real_gpu == []
 
 
 def test_a_wrong_row_is_exit_status_1(no_real_gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_steps, "measured_backends", lambda: (["triton"], {}))
+    monkeypatch.setattr(gpu_steps, "measured_backends", lambda device: (["triton"], {}))
     wrong = [{"implementation": "ours cuda", "failure": "no"}]
     row = {"case": "a", "implementations": {}, "absent": {}, "wrong": wrong}
     monkeypatch.setattr(gpu_steps, "run_jobs", lambda run, name, jobs, seconds: run.row(row))
@@ -509,7 +477,9 @@ def test_a_wrong_row_is_exit_status_1(no_real_gpu, monkeypatch, tmp_path):
 
 
 def test_a_gpu_without_any_backend_is_exit_status_2(no_real_gpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_steps, "measured_backends", lambda: ([], {"cuda": "not built", "triton": "not installed"}))
+    monkeypatch.setattr(
+        gpu_steps, "measured_backends", lambda device: ([], {"cuda": "not built", "triton": "not installed"})
+    )
     assert gpu.main(["--output", str(tmp_path)]) == 2
     assert no_real_gpu == []
     assert "triton: - (not installed)" in capsys.readouterr().out

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""benchmarks/gpu_run.py: rows on disk as they come, and jobs in a worker with a watchdog."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_run, gpu_summary, machine
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
+    yield run
+    run.end_worker()
+
+
+def _saved(run: gpu_run.Run) -> dict:
+    return gpu_run.Run(run.path).document
+
+
+def _faults(*how: str, hang: float = 2) -> list[gpu_run.Job]:
+    planted = {"hang": {"plant": "hang", "limit": hang}, "crash": {"plant": "crash"}}
+    return [{"kind": "fault", "how": each, "limit": 20, **planted.get(each, {})} for each in how]
+
+
+def test_a_job_that_hangs_or_crashes_costs_its_row(run, capfd):
+    gpu_run.run_jobs(run, "check", _faults("first", "hang", "second", "crash", "raise", "wrong", "last"), 90)
+    document = _saved(run)
+    assert [row["case"] for row in document["results"]] == ["first", "second", "wrong", "last"]
+    broken = {each["job"]: each["error"] for each in document["broken"]}
+    assert broken["fault hang"] == "did not end within 2 s"
+    assert "status -6" in broken["fault crash"]
+    assert "status 1: RuntimeError: CUDA error" in broken["fault raise"]
+    text = gpu_summary.summary(document)
+    for word in ("fault hang", "fault crash", "fault raise", "WRONG wrong: ours"):
+        assert word in text
+    assert "check_left_out" not in document
+
+
+def test_jobs_that_time_does_not_suffice_for_are_named(run, capfd):
+    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last", hang=60), 15)
+    document = _saved(run)
+    assert [row["case"] for row in document["results"]] == ["first"]
+    assert document["check_left_out"] == ["fault hang", "fault last"]
+    assert "OUT OF TIME check: 2 left out, from fault hang on" in gpu_summary.summary(document)
+    assert run.worker is None
+    # with more time the same folder goes on behind what is done, and a broken job is not done again
+    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last"), 90)
+    document = _saved(run)
+    assert [row["case"] for row in document["results"]] == ["first", "last"]
+    assert document["check_left_out"] == []
+    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last"), 90)
+    assert _saved(run) == document
+
+
+def test_a_job_with_settings_gets_a_worker_of_its_own(run, capfd):
+    def environment() -> bytes:
+        return Path(f"/proc/{run.worker._process.pid}/environ").read_bytes()
+
+    first, second = _faults("first", "second")
+    gpu_run.run_jobs(run, "check", [{**first, "settings": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}], 60)
+    assert b"CUBLAS_WORKSPACE_CONFIG=:4096:8" in environment()
+    gpu_run.run_jobs(run, "check", [second], 60)
+    assert b"CUBLAS_WORKSPACE_CONFIG" not in environment()
+    kept = run.worker
+    gpu_run.run_jobs(run, "models", _faults("third"), 60)
+    assert run.worker is kept
+    assert [row["case"] for row in _saved(run)["results"]] == ["first", "second", "third"]
+
+
+def _runs(argument: str) -> bool:
+    """Whether some process has this among its arguments."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        # processes end meanwhile
+        with contextlib.suppress(OSError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                return True
+    return False
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_kill_9_loses_at_most_one_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    jobs = _faults("first", "second", "hang", "last", hang=60)
+    program = "from pathlib import Path\nfrom benchmarks import gpu_run\n"
+    program += f"gpu_run.run_jobs(gpu_run.Run(Path({str(path)!r}), 90, 'cpu'), 'check', {jobs!r}, 80)"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT, stdout=subprocess.DEVNULL)
+    _wait(lambda: path.exists() and path.read_text().count('"results"') == 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # its worker, which hangs, ends with it
+    _wait(lambda: not _runs(str(path)))
+    # as if the kill had come while a row was written
+    with open(path, "a") as file:
+        file.write('{"append": "results", "val')
+    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second"]
+    # and the next run goes on behind it
+    again = gpu_run.Run(path)
+    again.row({"case": "third", "implementations": {}, "absent": {}, "wrong": []})
+    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second", "third"]
+
+
+def test_parts_of_a_row_become_one(run):
+    """Implementation by implementation on disk, one row of the schema that all commands share."""
+    row = {"case": "a", "op": "normalize", "implementations": {}, "absent": {}, "wrong": []}
+    run.row({**row, "implementations": {"ours cuda": {"median_ms": 1.0}}})
+    run.row({**row, "case": "b", "implementations": {"ours cuda": {"median_ms": 2.0}}})
+    run.row({**row, "wrong": [{"implementation": "ours triton", "failure": "no"}]})
+    run.row({**row, "absent": {"eager NCHW": "no memory"}})
+    first, second = _saved(run)["results"]
+    assert first == {
+        **row,
+        "implementations": {"ours cuda": {"median_ms": 1.0}},
+        "absent": {"eager NCHW": "no memory"},
+        "wrong": [{"implementation": "ours triton", "failure": "no"}],
+    }
+    assert second["case"] == "b"
+    # a later run of the same implementation replaces what was known of it
+    run.row({**row, "implementations": {"ours triton": {"median_ms": 3.0}}, "session": 1})
+    run.row({**row, "wrong": [{"implementation": "ours cuda", "failure": "no"}], "session": 1})
+    first, second = _saved(run)["results"]
+    assert first == {
+        **row,
+        "implementations": {"ours triton": {"median_ms": 3.0}},
+        "absent": {"eager NCHW": "no memory"},
+        "wrong": [{"implementation": "ours cuda", "failure": "no"}],
+        "session": 1,
+    }
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv, of util-linux")
+def test_a_tool_ends_with_the_command(tmp_path):
+    """A killed command's tests would otherwise share the GPU with the next one's timings."""
+    mark = str(tmp_path / "mark")
+    program = "from pathlib import Path\nfrom benchmarks import gpu_run, gpu_tools\nimport sys\n"
+    tool = f"[sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}]"
+    program += f"run = gpu_run.Run(Path({mark!r}), 90)\ngpu_tools._command(run, {tool}, 60, Path({mark!r} + '.log'))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT)
+    try:
+        _wait(lambda: _runs(mark))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _wait(lambda: not _runs(mark))

@@ -47,7 +47,7 @@ from convmixer_kernels.testing import relative_error, within_twice_eager
 
 OPERATORS = ("depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d", "model")
 #: Products of a case's depthwise convolution, at most: the interpreters are thousands of times slower.
-WORK = {"cpu": 2e6, "reference": 2e6, "cuda": 6e4, "triton": 2e4}
+WORK = {"cpu": 2e6, "reference": 2e6, "cuda": 6e4, "triton": 2e3}
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 14, 15, 16, 17, 23, 24, 31, 32, 33, 37, 48, 56, 63, 64, 65, 97)
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 31, 32, 33, 40, 47, 48, 64, 65, 72, 100, 136)
 KERNELS = (*range(1, 12), 3, 5, 7, 9, 9, 9, 13, 15, 16, 17, 20, 23, 25, 31)
@@ -113,9 +113,9 @@ def draw(seed: int, number: int, backend: str) -> Call:
         # statistics of fewer values than these are all rounding
         if products <= WORK[backend] and (not training or op == "depthwise_conv2d" or n == 0 or n * h * w >= 4):
             break
-    # triton's interpreter computes bfloat16 wrongly
+    # triton's interpreter computes bfloat16 wrongly; of float64 there is no wider truth, test_operators.py has gradcheck
     dtypes = [torch.float32, torch.float32, torch.float16] + [torch.bfloat16] * (backend != "triton")
-    dtype = rng.choice(dtypes + [torch.float64] * (backend == "reference"))
+    dtype = rng.choice(dtypes)
     if op == "model":
         # torch's own convolutions run the reference's model and must return (testing.never_returns); two patches at least
         kernel = kernel if dtype in (torch.float32, torch.float64) else (min(kernel[0], 13), min(kernel[1], 13))

@@ -23,7 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 REPEATS, QUICK_REPEATS = 11, 5
 #: What `python -m benchmarks NAME` runs instead of the models.
-COMMANDS = {"ops": "benchmarks.suite", "compare": "benchmarks.compare", "report": "benchmarks.report"}
+COMMANDS = {
+    "ops": "benchmarks.suite",
+    "grid": "benchmarks.grid",
+    "compare": "benchmarks.compare",
+    "report": "benchmarks.report",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

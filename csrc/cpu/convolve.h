@@ -123,6 +123,8 @@ ConvolveTensor<T> convolve_tensor_for(int kw) {
       return convolve_tensor<5, T, P>;
     case 7:
       return convolve_tensor<smaller_int(7, kMaxTaps), T, P>;
+    case 9:
+      return convolve_tensor<smaller_int(9, kMaxTaps), T, P>;
     default:
       return convolve_tensor<3, T, P>;
   }

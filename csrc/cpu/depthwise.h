@@ -12,8 +12,8 @@ constexpr int64_t kPlaneBytes = 512 * 1024;
 // Blocks of V channels that a channels_last item takes together, with planes and without, at most.
 constexpr int64_t kMostTogether = 4, kMostBlocks = 16;
 // Without planes: most taps, and output rows of an item. On a Xeon with AVX-512, 1x128x56x56 took 0.17 ms instead of
-// 0.38 (k = 3) and 0.39 instead of 0.61 (k = 7). Of more than 100 taps the sums would need their strip.
-constexpr int kTensorTaps = 49;
+// 0.38 (k = 3) and 0.53 instead of 0.76 (k = 9). Of more than 100 taps the sums would need their strip.
+constexpr int kTensorTaps = 81;
 constexpr int64_t kTensorRows = 16;
 inline bool takes_planes(const Shape& s, int kh, int kw) {
   return !s.channels_last || kh * kw > kTensorTaps || s.w < kMaxTile;

@@ -106,7 +106,7 @@ class Run:
 def killed(document: dict[str, Any]) -> dict[str, str] | None:
     """Of a command that was killed: the job or step that it was at, as an entry of `broken`."""
     at = document.get("under_way")
-    return None if at is None else {"job": at, "error": "the command was killed during it, or right after"}
+    return None if at is None else {**at, "error": "the command was killed during it, or right after"}
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ def run_jobs(run: Run, name: str, jobs: Sequence[Job], seconds: float) -> None:
     done = set(run.document.get("done", ()))
     # later rows refer to the peaks of the machine that they ran on
     waiting = [job for job in jobs if job["kind"] == "peaks" or label(job) not in done]
-    while waiting and time.monotonic() < until and _do(run, waiting[0], until):
+    while waiting and time.monotonic() < until and _do(run, name, waiting[0], until):
         waiting.pop(0)
     if waiting or run.document.get(f"{name}_left_out"):
         run.note(f"{name}_left_out", [label(job) for job in waiting])
@@ -150,9 +150,10 @@ def _word(value: Any) -> str:
     return " ".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _do(run: Run, job: Job, until: float) -> bool:
+def _do(run: Run, step: str, job: Job, until: float) -> bool:
     """One job; False if time ran out before its end."""
-    run.note("under_way", label(job))
+    at = {"step": step, "job": label(job)}
+    run.note("under_way", at)
     limit, reason = _START_LIMIT, None
     try:
         settings = job.get("settings", {})
@@ -172,7 +173,7 @@ def _do(run: Run, job: Job, until: float) -> bool:
     run.reload()
     if reason is not None:
         run.end_worker()
-        run.append("broken", {"job": label(job), "error": reason})
+        run.append("broken", {**at, "error": reason})
         print(f"BROKEN {label(job)}: {reason}", flush=True)
     run.append("done", label(job))
     return True

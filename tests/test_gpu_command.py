@@ -217,9 +217,12 @@ def test_wgmma_is_measured_where_its_checks_passed(run):
         assert not gpu_steps._wgmma_is_right(run)
         run.row({**row, "case": f"case {number}"}, "checks")
     assert gpu_steps._wgmma_is_right(run)
-    run.append("broken", {"job": "measure depthwise_eval ours cuda", "error": "did not end"})
+    run.append("broken", {"step": "check", "job": "measure depthwise_eval ours cuda", "error": "no"})
     assert gpu_steps._wgmma_is_right(run)
-    run.append("broken", {"job": "measure pointwise_eval ours cuda wgmma", "error": "did not end"})
+    # a case that broke with all its choices says nothing of this one
+    run.append("broken", {"step": "operators", "job": "measure pointwise_eval ours cuda wgmma", "error": "no"})
+    assert gpu_steps._wgmma_is_right(run)
+    run.append("broken", {"step": "check", "job": "measure pointwise_eval ours cuda wgmma", "error": "no"})
     assert not gpu_steps._wgmma_is_right(run)
 
 
@@ -458,6 +461,14 @@ def test_with_less_time_all_shares_are_cut_alike(no_real_gpu, monkeypatch, tmp_p
     assert found["check"] == pytest.approx(37 - 33, abs=0.5)
     assert found["tests"] == pytest.approx(37 - 24, abs=0.5)
     assert found["confirm"] == pytest.approx(37, abs=0.5)
+
+
+def test_a_tool_without_time_is_named(no_real_gpu, monkeypatch, tmp_path):
+    _seconds_of_steps(monkeypatch, tmp_path, "--only", "tests", "--seconds", "4")
+    assert "OUT OF TIME tests: 1 left out" in (tmp_path / gpu_summary.FILE).read_text()
+    found = _seconds_of_steps(monkeypatch, tmp_path, "--only", "tests")
+    assert "tests" in found
+    assert "OUT OF TIME" not in (tmp_path / gpu_summary.FILE).read_text()
 
 
 def test_rows_of_two_commits_are_not_mixed(no_real_gpu, monkeypatch, tmp_path, capsys):

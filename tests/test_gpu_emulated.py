@@ -58,7 +58,9 @@ def runs(tmp_path_factory) -> SimpleNamespace:
     process = _start(folder, tools)
     deadline = time.monotonic() + 120
     try:
-        while f'"under_way", "value": "measure {_KILLED} ' not in (rows.read_text() if rows.exists() else ""):
+        while f'"under_way", "value": {{"step": "operators", "job": "measure {_KILLED} ' not in (
+            rows.read_text() if rows.exists() else ""
+        ):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)

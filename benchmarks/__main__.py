@@ -22,13 +22,8 @@ REPEATS, QUICK_REPEATS = 11, 5
 #: What `python -m benchmarks NAME` runs instead of the models.
 COMMANDS = {
     "ops": "benchmarks.suite",
-COMMANDS = {
-    "ops": "benchmarks.suite",
     "grid": "benchmarks.grid",
     "host": "benchmarks.host",
-    "compare": "benchmarks.compare",
-    "report": "benchmarks.report",
-}
     "compare": "benchmarks.compare",
     "report": "benchmarks.report",
 }

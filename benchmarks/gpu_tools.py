@@ -21,7 +21,7 @@ from benchmarks.cases import LAYOUTS, OPERATORS, OpCase
 from benchmarks.gpu_run import Run, end
 from benchmarks.machine import ROOT
 from benchmarks.ops import make_inputs
-from convmixer_kernels.backends import cuda_gemm
+from convmixer_kernels.backends import torch_gemm
 
 _DEVICE = torch.device("cuda")
 #: What pytest collects: everything, or for the emulated command a file whose GPU tests are skipped.
@@ -221,9 +221,9 @@ def _run_ours(case: OpCase, name: str) -> None:
 
 def sanitizer_workload() -> int:
     """Every kernel once at sizes with every kind of edge, without torch's products: the tools have complaints about those."""
-    cuda_gemm.convolution = lambda x, *rest: x.clone()
-    cuda_gemm.input_grad = lambda da, *rest: da.clone()
-    cuda_gemm.weight_grad = lambda da, x, *rest: da.new_zeros(da.shape[1], x.shape[1])
+    torch_gemm.convolution = lambda x, *rest: x.clone()
+    torch_gemm.input_grad = lambda da, *rest: da.clone()
+    torch_gemm.weight_grad = lambda da, x, *rest: da.new_zeros(da.shape[1], x.shape[1])
     for dtype in ("bfloat16", "float32"):
         for layout in LAYOUTS:
             for shape, kernel in (((2, 8, 17, 16), 9), ((3, 5, 7, 7), 4), ((1, 8, 33, 40), 15)):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import convmixer
 import convmixer_kernels as ck
-from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm
+from convmixer_kernels.backends import cuda, cuda_choice, torch_gemm
 
 _LAYERS = 8
 
@@ -52,8 +52,8 @@ def stubbed() -> Iterator[None]:
         for module, name, value in (
             (cuda, "_native", lambda: native),
             (cuda_choice, "forced_gemm", lambda: "fused"),
-            (cuda_gemm, "input_grad", input_grad),
-            (cuda_gemm, "weight_grad", weight_grad),
+            (torch_gemm, "input_grad", input_grad),
+            (torch_gemm, "weight_grad", weight_grad),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(ck.use_backend("cuda"))

@@ -16,7 +16,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import cases, check, console, host, machine, models, roofline, tables, timing
 from convmixer_kernels import prepared
-from convmixer_kernels.backends import cuda, cuda_gemm
+from convmixer_kernels.backends import cuda, torch_gemm
 
 for package in ("PIL", "rich", "sklearn", "matplotlib"):
     pytest.importorskip(package, reason=f"the benchmarks need {package}: pip install '.[bench]'")
@@ -347,7 +347,7 @@ def test_results_name_no_folder_of_the_machine():
 
 def test_the_host_benchmark_prepares_each_layer_once(capsys, monkeypatch):
     """Nothing of its stub is left behind, and what it times are calls that were prepared."""
-    before = cuda._native, cuda_gemm.input_grad, torch.get_num_threads()
+    before = cuda._native, torch_gemm.input_grad, torch.get_num_threads()
     kept, found, keep, find = [], [], prepared.keep, prepared.find
     monkeypatch.setattr(prepared, "keep", lambda *a: (kept.append(a), keep(*a)))
     monkeypatch.setattr(prepared, "find", lambda *a: (entry := find(*a), found.append(entry))[0])
@@ -359,5 +359,5 @@ def test_the_host_benchmark_prepares_each_layer_once(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line[:20].strip() for line in lines[1:]] == ["eval", "train forward", "train backward"]
     assert all(float(number) > 0 for line in lines[1:] for number in line[20:].split())
-    assert (cuda._native, cuda_gemm.input_grad) == before[:2]
+    assert (cuda._native, torch_gemm.input_grad) == before[:2]
     torch.set_num_threads(before[2])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convmixer_kernels as ck
-from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, reference
+from convmixer_kernels.backends import cuda, cuda_choice, reference, torch_gemm
 from convmixer_kernels.primitives import Norm, Update, update_running_statistics
 from convmixer_kernels.testing import relative_error
 
@@ -464,9 +464,9 @@ def test_product_and_bias_are_rounded_once(dtype, memory_format, training, monke
 def test_passes_of_a_bias():
     """Rows take it in the product's epilogue; contiguous images need it as the product's third operand."""
     x, bias = torch.empty(2, 4, 3, 3), torch.empty(4)
-    assert cuda_gemm.bias_passes(x, None) == 0
-    assert cuda_gemm.bias_passes(x, bias) == 2
-    assert cuda_gemm.bias_passes(x.contiguous(memory_format=torch.channels_last), bias) == 0
+    assert torch_gemm.bias_passes(x, None) == 0
+    assert torch_gemm.bias_passes(x, bias) == 2
+    assert torch_gemm.bias_passes(x.contiguous(memory_format=torch.channels_last), bias) == 0
 
 
 @pytest.mark.parametrize(
@@ -480,9 +480,9 @@ def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
     torch.backends.cudnn.conv.fp32_precision = setting
     try:
         x = _OnGpu((64, 64, 8, 8), torch.float32)
-        assert cuda_gemm.takes_tf32(x) is expected
-        assert not cuda_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
-        assert not cuda_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
+        assert torch_gemm.takes_tf32(x) is expected
+        assert not torch_gemm.takes_tf32(_OnGpu((64, 64, 8, 8)))
+        assert not torch_gemm.takes_tf32(torch.empty(1, 8, 8, 8))
         assert cuda_choice.choose_kernel(x, 2, lambda: False) == ("torch" if expected else "mma")
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
@@ -494,7 +494,7 @@ def test_tf32_is_as_torchs_convolutions_have_it(setting, expected, monkeypatch):
 def test_tf32_on_a_gpu_is_as_eagers(training, memory_format):
     """This is torch's default, which other tests switch off."""
     with torch.backends.cudnn.flags(allow_tf32=True):
-        assert cuda_gemm.takes_tf32(torch.empty(1, device="cuda"))
+        assert torch_gemm.takes_tf32(torch.empty(1, device="cuda"))
         check_case(_case((5, 264, 16, 16), 136, memory_format=memory_format, training=training), "cuda", device="cuda")
 
 
@@ -503,18 +503,18 @@ def test_tf32_products_are_torchs_convolutions(memory_format, monkeypatch):
     """Tests the three products on the CPU, without tf32, in x's memory format."""
     x, weight, *_ = _inputs((3, 20, 5, 7), 12, torch.float32, memory_format, "cpu")
     da = _formatted(torch.randn(3, 12, 5, 7), memory_format)
-    rows = cuda_gemm.is_rows(da, x)
+    rows = torch_gemm.is_rows(da, x)
     expected = [
-        cuda_gemm.convolution(x, weight, None),
-        cuda_gemm.input_grad(da, weight, rows),
-        cuda_gemm.weight_grad(da, x, rows),
+        torch_gemm.convolution(x, weight, None),
+        torch_gemm.input_grad(da, weight, rows),
+        torch_gemm.weight_grad(da, x, rows),
     ]
-    monkeypatch.setattr(cuda_gemm, "takes_tf32", lambda t: True)
-    assert cuda_gemm.bias_passes(x, da) == 0
+    monkeypatch.setattr(torch_gemm, "takes_tf32", lambda t: True)
+    assert torch_gemm.bias_passes(x, da) == 0
     found = [
-        cuda_gemm.convolution(x, weight, None),
-        cuda_gemm.input_grad(da, weight, rows),
-        cuda_gemm.weight_grad(da, x, rows),
+        torch_gemm.convolution(x, weight, None),
+        torch_gemm.input_grad(da, weight, rows),
+        torch_gemm.weight_grad(da, x, rows),
     ]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape

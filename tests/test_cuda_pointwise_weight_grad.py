@@ -8,7 +8,7 @@ import torch
 from helpers import Case, check_case, use_cuda
 from torch import Tensor
 
-from convmixer_kernels.backends import _native, cuda, cuda_choice, cuda_gemm
+from convmixer_kernels.backends import _native, cuda, cuda_choice, torch_gemm
 from convmixer_kernels.testing import relative_error
 
 
@@ -85,7 +85,7 @@ def test_many_pixels(channels, device):
     exact = sum(a.flatten(1).double() @ b.flatten(1).double().t() for a, b in zip(da, x, strict=True))
     ours = _weight_grad(da, x, torch.float32)
     error = relative_error(ours.flatten(1), exact)
-    theirs = relative_error(cuda_gemm.weight_grad(da, x, False), exact)
+    theirs = relative_error(torch_gemm.weight_grad(da, x, False), exact)
     # a sum of 4096 products of 16 values, which the tensor core may truncate each time; torch's begin anew with each image
     assert error <= 2 * theirs + 2**-11
     assert torch.equal(_weight_grad(da, x, torch.float32), ours)

@@ -29,7 +29,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.cases import OpCase
-from convmixer_kernels.backends import cuda, cuda_choice, cuda_gemm, triton
+from convmixer_kernels.backends import cuda, cuda_choice, torch_gemm, triton
 
 _MEMCHECK = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: {}\n"
 _RACECHECK = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {}\n"
@@ -139,7 +139,7 @@ def test_the_sanitizer_sees_every_operator_and_no_product_of_torch(emulated, mon
         monkeypatch.setattr(torch, name, product)
     for name in ("convolution", "input_grad", "weight_grad"):
         # the workload replaces them for good, in a process of its own
-        monkeypatch.setattr(cuda_gemm, name, getattr(cuda_gemm, name))
+        monkeypatch.setattr(torch_gemm, name, getattr(torch_gemm, name))
     assert gpu_tools.sanitizer_workload() == 0
     assert {op for op, _ in ran} == set(cases.OPERATORS)
     assert ("layer_eval", "ours cuda layer") in ran

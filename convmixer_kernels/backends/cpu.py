@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _load
 from ..primitives import MixerEval, Norm, Update
-from . import cuda_gemm
+from . import torch_gemm
 from ._native import ACTIVATION_CODES, CODES, address, norm_args, param_args, shape_args, sums_args, unsupported
 
 native, _reason = _load.native_module("_cpu")
@@ -134,7 +134,7 @@ def pointwise_eval(
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)), in one native call, or torch's product and one pass over it."""
     if takes_torch_product(x):
-        a = cuda_gemm.convolution(x, weight, bias)
+        a = torch_gemm.convolution(x, weight, bias)
         return a if activation == "identity" and norm is None else normalize(a, activation, norm, None)
     y = _pointwise_output(x, weight)
     native.pointwise_forward(
@@ -158,7 +158,7 @@ def pointwise_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
     if takes_torch_product(x):
-        a = cuda_gemm.convolution(x, weight, bias)
+        a = torch_gemm.convolution(x, weight, bias)
         return depthwise_train(a, _ones(a), None, activation)
     a = _pointwise_output(x, weight)
     mean, var = (torch.empty(a.shape[1], dtype=torch.float32, device="cpu") for _ in range(2))
@@ -351,9 +351,9 @@ def pointwise_backward(
     """dx = weight^T da, dw = da x^T, db = sum da; None if not needed."""
     if takes_torch_product(dy):
         da = depthwise_input_grad(dy, a, _ones(dy), activation, norm, sums, False)
-        dx = cuda_gemm.input_grad(da, weight, cuda_gemm.is_rows(da, x)) if needs[0] else None
+        dx = torch_gemm.input_grad(da, weight, torch_gemm.is_rows(da, x)) if needs[0] else None
         # in both formats one product over all positions, whose sum is rounded once
-        dw = cuda_gemm.rows_of(da).t() @ cuda_gemm.rows_of(x) if needs[1] else None
+        dw = torch_gemm.rows_of(da).t() @ torch_gemm.rows_of(x) if needs[1] else None
         db = da.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if needs[2] and bias is not None else None
         return dx, None if dw is None else dw.view(weight.shape).to(weight.dtype), db
     # float32 for 16-bit tensors too: rounding da would add to the error of both products

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _load
 from ..primitives import MixerEval, Norm, Update
-from . import cuda_choice, cuda_gemm
+from . import cuda_choice, torch_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, address, norm_args, param_args, shape_args, sums_args, unsupported
 
 name = "cuda"
@@ -391,11 +391,11 @@ def pointwise_eval(
     bare = activation == "identity" and norm is None
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        passes = cuda_gemm.bias_passes(x, bias) + (0 if bare else 2)
+        passes = torch_gemm.bias_passes(x, bias) + (0 if bare else 2)
         kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             return _pointwise_forward(x, narrow, bias, activation, norm, kernel, stream)
-    y = cuda_gemm.convolution(x, weight, bias)
+    y = torch_gemm.convolution(x, weight, bias)
     if not bare:
         with _device_stream(x) as stream:
             _normalize(y, activation, norm, None, y, (), stream)
@@ -463,7 +463,7 @@ def pointwise_train(
     native, count = _native().module, x.numel() // x.shape[1]
     narrow = weight.to(x.dtype)
     with _device_stream(x) as stream:
-        passes = cuda_gemm.bias_passes(x, bias) + 1
+        passes = torch_gemm.bias_passes(x, bias) + 1
         kernel = cuda_choice.choose_kernel(x, passes, lambda: _runs_wgmma(x, narrow))
         if kernel != "torch":
             # another kernel, with another number of parts, runs if the operands are not aligned
@@ -473,7 +473,7 @@ def pointwise_train(
             partials = x.new_empty((weight.shape[0], parts, 3), dtype=torch.float32)
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, stream)
-    a = cuda_gemm.convolution(x, weight, bias)
+    a = torch_gemm.convolution(x, weight, bias)
     with _device_stream(x) as stream:
         shape = shape_args(a)
         partials = _partials("pointwise_statistics_partials", a, *shape)
@@ -532,11 +532,11 @@ def pointwise_backward(
             stream,
         )
     # a tensor of one channel is contiguous in both formats: the others decide
-    rows = cuda_gemm.is_rows(da, x)
-    dx = cuda_gemm.input_grad(da, weight, rows) if needs[0] else None
+    rows = torch_gemm.is_rows(da, x)
+    dx = torch_gemm.input_grad(da, weight, rows) if needs[0] else None
     dw = None
     if needs[1]:
         dw = None if rows else _pointwise_weight_grad(da, x, weight)
         if dw is None:
-            dw = cuda_gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype)
+            dw = torch_gemm.weight_grad(da, x, rows).view(weight.shape).to(weight.dtype)
     return dx, dw, db

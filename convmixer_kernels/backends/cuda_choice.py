@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which kernels the `cuda` backend takes for a pointwise block and for a layer: ours, or torch's GEMM (cuda_gemm.py) and a pass.
+"""Which kernels the `cuda` backend takes for a pointwise block and for a layer: ours, or torch's GEMM (torch_gemm.py) and a pass.
 
 Forward: one kernel of ours (csrc/cuda/pointwise_gemm.cu: GEMM, bias, activation, norm or statistics), or torch's GEMM and a pass over
 its result. Backward: one pass writes da, and two products read it; a kernel that computed da as it loads its operands would compute it
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda_gemm import takes_tf32
+from .torch_gemm import takes_tf32
 
 
 class _Rates(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..primitives import Block, Grads, MixerEval, Statistics
-from . import cuda, cuda_choice, cuda_gemm
+from . import cuda, cuda_choice, torch_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, norm_args, param_args, shape_args
 
 #: x and the pointwise weight, which is rounded to x's dtype at each call -> y.
@@ -50,7 +50,7 @@ class _Layer:
         self.form = (x.shape[0], self.c_out, *x.shape[2:])
         self.options = {"dtype": x.dtype, "device": x.device, "memory_format": layout}
         narrow = upper.to(x.dtype)
-        passes += cuda_gemm.bias_passes(x, upper_bias)
+        passes += torch_gemm.bias_passes(x, upper_bias)
         with cuda._device_stream(x):
             self.choice = cuda_choice.choose_kernel(x, passes, lambda: cuda._runs_wgmma(x, narrow))
         # the choice holds for aligned tensors
@@ -193,11 +193,11 @@ def prepare_mixer_train(
             native.pointwise_grad_prologue(
                 *y_shape, dy_at, a2_at, code, *norm2, *sums2, da.data_ptr(), *param_args(db2), at, stream
             )
-        rows = cuda_gemm.is_rows(da, z)
-        dz = cuda_gemm.input_grad(da, upper, rows)
+        rows = torch_gemm.is_rows(da, z)
+        dz = torch_gemm.input_grad(da, upper, rows)
         dw2 = None if rows else cuda._pointwise_weight_grad(da, z, upper)
         if dw2 is None:
-            dw2 = cuda_gemm.weight_grad(da, z, rows).view(upper.shape).to(upper.dtype)
+            dw2 = torch_gemm.weight_grad(da, z, rows).view(upper.shape).to(upper.dtype)
         dx, dw1 = torch.empty_like(x) if x_needed else None, dy.new_empty(w1_shape, dtype=w1_dtype)
         db1, dz_at = None if b1_like is None else dy.new_empty(channels, **b1_like), dz.data_ptr()
         with cuda._device_stream(x) as stream:

@@ -239,8 +239,10 @@ def known_layer(
     backend: str | None = None,
 ) -> prepared.Entry | None:
     """The entry of a call of mixer_layer that was checked before, or None."""
-    if torch.compiler.is_compiling() or type(training) is not bool or type(momentum) is bool or type(eps) is bool:
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
+    if type(training) is not bool or type(momentum) is bool or type(eps) is bool:
+        return None  # equal to a number that was accepted
     settings = (training, momentum, eps, activation, _autocast_dtype(x))
     return prepared.find("mixer_layer", x, tensors, settings, backend)
 

@@ -10,6 +10,7 @@
 
 #include "../csrc/cpu/kernels.h"
 
+using namespace convmixer;
 using namespace convmixer::cpu;
 
 #ifdef __x86_64__

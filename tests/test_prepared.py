@@ -272,6 +272,18 @@ def test_a_wrong_setting_is_refused_again(name, value, hits):
     assert not hits
 
 
+@pytest.mark.parametrize("wrong", [None, object(), 3.0, "x"], ids=str)
+def test_what_is_no_tensor_is_refused_again(wrong, hits):
+    x, tensors = _layer(CASES[3], requires_grad=False)
+    ck.mixer_layer(x, *tensors)
+    with pytest.raises(TypeError, match=r"^mixer_layer: x must be a torch.Tensor"):
+        ck.mixer_layer(wrong, *tensors)
+    for i in range(12):
+        with pytest.raises((TypeError, ValueError), match=r"^mixer_layer: "):
+            ck.mixer_layer(x, *tensors[:i], wrong if i in (0, 6) or wrong is not None else 1, *tensors[i + 1 :])
+    assert not hits
+
+
 def test_surroundings(hits, monkeypatch):
     """A backend chosen for a block of code or by the environment, autocast, a dispatch mode, a transform, a profiler."""
     x, tensors = _layer(CASES[3], requires_grad=False)

@@ -272,7 +272,7 @@ def test_a_wrong_setting_is_refused_again(name, value, hits):
     assert not hits
 
 
-@pytest.mark.parametrize("wrong", [None, object(), 3.0, "x"], ids=str)
+@pytest.mark.parametrize("wrong", [None, object(), 3.0, "x"], ids=["None", "object", "number", "text"])
 def test_what_is_no_tensor_is_refused_again(wrong, hits):
     x, tensors = _layer(CASES[3], requires_grad=False)
     ck.mixer_layer(x, *tensors)

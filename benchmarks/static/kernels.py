@@ -358,9 +358,6 @@ def launch_of(op: str, dtype: str, layout: str, k: int) -> tuple[int, int]:
     return int(threads), int(shared)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
-
-
 def measured() -> tuple[dict[tuple[str, str, str], float], float]:
     """Cycles a plane by (primitive, layout, dtype) at (N, 1536, 32, 32), k = 9, and bytes a cycle of a copy, of a multiprocessor."""
     document = json.loads(MEASURED.read_text())

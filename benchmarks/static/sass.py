@@ -45,9 +45,6 @@ def _dump(module: Path, *options: str) -> Iterator[str]:
         raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
 
 
-# ---- registers and memory -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Resources:
     """One kernel on one architecture. `stack` holds spilled registers and indexed arrays: local memory."""
@@ -102,9 +99,6 @@ def blocks_per_multiprocessor(registers: int, threads: int, shared: int, archite
     by_registers = 65536 // a_warp // warps
     by_shared = (memory << 10) // (-(-shared // 128) * 128 + 1024)
     return min(by_registers, by_shared, most_threads // (32 * warps), 32)
-
-
-# ---- instructions ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

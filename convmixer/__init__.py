@@ -7,6 +7,17 @@ from convmixer_kernels import __version__
 
 from . import reference
 from .accelerate import Report, accelerate
+from .freeze import FrozenModel, freeze
 from .model import ConvMixer, MixerLayer, MixerSequential
 
-__all__ = ["ConvMixer", "MixerLayer", "MixerSequential", "Report", "__version__", "accelerate", "reference"]
+__all__ = [
+    "ConvMixer",
+    "FrozenModel",
+    "MixerLayer",
+    "MixerSequential",
+    "Report",
+    "__version__",
+    "accelerate",
+    "freeze",
+    "reference",
+]

@@ -4,7 +4,9 @@ products are torch's, and native code does the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +53,53 @@ def takes_torch_product(x: Tensor) -> bool:
     On a Xeon with AMX its product took 0.16 to 0.40 of our kernel's time for 256 to 1536 channels; its float16 one took longer than ours.
     """
     return x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and torch.cpu._is_amx_tile_supported()
+
+
+#: dtype code of a pointwise weight that pack_weight has packed (csrc/cpu/kernels.h)
+_PACKED = 3
+
+
+class PackedWeights:
+    """Pointwise weights as the panels that the kernels read, each made when an evaluation first meets the weight.
+
+    Without it every call makes them anew, which takes as long as a few positions' products. A weight is packed again if an in-place
+    operation of torch's has changed it; a change that torch does not count (through ``.data`` or NumPy) goes unnoticed.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        # the references keep the addresses from being used again
+        self.weights = {t.data_ptr(): t for t in weights}
+        self.panels: dict[tuple, tuple[int, Tensor]] = {}  # of a weight in a layout: its version then, and the panels
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Evaluations in the `with` block read these panels."""
+        token = _packed.set(self)
+        try:
+            yield
+        finally:
+            _packed.reset(token)
+
+    def args(self, weight: Tensor, channels_last: bool) -> tuple[int, int]:
+        """The arguments of a packed weight, or of another one as it is."""
+        key = weight.data_ptr(), weight.shape, weight.dtype, channels_last
+        if key[0] not in self.weights:
+            return param_args(weight)
+        version, panels = self.panels.get(key, (None, None))
+        if panels is None or version != weight._version:
+            c, c_in = weight.shape[:2]
+            panels = torch.empty(native.packed_floats(channels_last, c, c_in), dtype=torch.float32, device="cpu")
+            native.pack_weight(*param_args(weight), c, c_in, channels_last, panels.data_ptr(), torch.get_num_threads())
+            self.panels[key] = weight._version, panels
+        return panels.data_ptr(), _PACKED
+
+
+_packed: contextvars.ContextVar[PackedWeights | None] = contextvars.ContextVar("convmixer_packed", default=None)
+
+
+def _weight_args(weight: Tensor, channels_last: bool) -> tuple[int, int]:
+    packed = _packed.get()
+    return param_args(weight) if packed is None else packed.args(weight, channels_last)
 
 
 def _ones(t: Tensor) -> Tensor:
@@ -137,11 +186,12 @@ def pointwise_eval(
         a = torch_gemm.convolution(x, weight, bias)
         return a if activation == "identity" and norm is None else normalize(a, activation, norm, None)
     y = _pointwise_output(x, weight)
+    shape = _pointwise_shape(y, x)
     native.pointwise_forward(
         x.data_ptr(),
         y.data_ptr(),
-        *_pointwise_shape(y, x),
-        *param_args(weight),
+        *shape,
+        *_weight_args(weight, shape[5]),
         *param_args(bias),
         ACTIVATION_CODES[activation],
         *norm_args(norm),
@@ -207,8 +257,12 @@ def mixer_eval(
                 layer.pointwise[0].shape[0],
                 *layer.depthwise[0].shape[2:],
                 *(
-                    (*param_args(w), *param_args(bias), *norm_args(norm))
-                    for w, bias, norm in (layer.depthwise, layer.pointwise)
+                    (*weight, *param_args(bias), *norm_args(norm))
+                    for weight, (_, bias, norm) in (
+                        (param_args(layer.depthwise[0]), layer.depthwise),
+                        # between layers activations have channels in a vector's lanes, as channels_last has
+                        (_weight_args(layer.pointwise[0], True), layer.pointwise),
+                    )
                 ),
             )
             for layer in layers

@@ -48,7 +48,14 @@ template <int R, int NV>
 void multiply(const float* a, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
   Vec acc[R][NV];
   clear(acc);
-  for (int64_t k = 0; k < depth; k++, a += R, b += NV * V) multiply_step<R, NV, 1>(a, b, acc);
+  // Hardware fetches both panels from L2 too late.
+  constexpr int64_t kAhead = 8;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; k++, a += R, b += NV * V) {
+    for (int v = 0; v < NV; v++) prefetch(b, NV * V * kAhead + v * V);
+    prefetch(a, R * kAhead);
+    multiply_step<R, NV, 1>(a, b, acc);
+  }
   put(acc, c, ldc, V, add);
 }
 using Multiply = void (*)(const float*, const float*, int64_t, float*, int64_t, bool);

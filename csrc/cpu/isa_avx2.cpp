@@ -35,6 +35,8 @@ const Kernels kAvx2 = {"avx2",
                        update_running_statistics,
                        pointwise_backward,
                        pointwise_is_narrow,
+                       packed_floats,
+                       pack_weight,
                        mixer_forward,
                        mixer_fits,
                        activation_only};

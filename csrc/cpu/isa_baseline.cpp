@@ -28,8 +28,8 @@ namespace {
 
 const Kernels kBaseline = {"baseline",         depthwise_forward,   depthwise_input_grad, depthwise_weight_grad,
                            normalize,          norm_backward,       pointwise_forward,    update_running_statistics,
-                           pointwise_backward, pointwise_is_narrow, mixer_forward,        mixer_fits,
-                           activation_only};
+                           pointwise_backward, pointwise_is_narrow, packed_floats,        pack_weight,
+                           mixer_forward,      mixer_fits,          activation_only};
 
 }  // namespace cpu
 }  // namespace convmixer

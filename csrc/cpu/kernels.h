@@ -32,6 +32,9 @@ struct Norm {
   bool present;
 };
 
+// The dtype of a pointwise weight that pack_weight has packed, which takes part in forwards only.
+constexpr int kPacked = 3;
+
 // The shape of an activation tensor, which is contiguous or channels_last and never empty.
 struct Shape {
   int64_t n, c, h, w;
@@ -146,6 +149,16 @@ struct PointwiseBackward {
   int threads;
 };
 
+// A pointwise weight (c, c_in) as the forward's panels, which depend on the instruction set and on the layout. `packed`
+// holds packed_floats(channels_last, c, c_in) floats and is 64-byte aligned. Cannot fail.
+struct PackWeight {
+  Param weight;
+  int64_t c, c_in;
+  bool channels_last;
+  float* packed;
+  int threads;
+};
+
 // Both blocks of a mixer layer in evaluation. Their shapes differ in the channels only. The tensor between them,
 // depthwise.y and pointwise.x, is never stored.
 struct MixerForward {
@@ -165,6 +178,8 @@ struct Kernels {
   void (*update_running_statistics)(const UpdateRunningStatistics&);
   int (*pointwise_backward)(const PointwiseBackward&);
   bool (*pointwise_is_narrow)(int64_t c, int64_t c_in);
+  int64_t (*packed_floats)(bool channels_last, int64_t c, int64_t c_in);
+  void (*pack_weight)(const PackWeight&);
   int (*mixer_forward)(const MixerForward* layers, int64_t count);  // count >= 1 layers, one after the other
   bool (*mixer_fits)(const Shape& widest, int threads);             // whether that is faster than a call for each block
   void (*activation)(const float* x, float* y, int64_t count, int activation, bool gradient);

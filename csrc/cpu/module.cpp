@@ -130,6 +130,14 @@ void pointwise_forward(Address x, Address y, SHAPE, int64_t c_in, PARAM(weight),
 
 bool pointwise_is_narrow(int64_t c, int64_t c_in) { return kernels().pointwise_is_narrow(c, c_in); }
 
+int64_t packed_floats(bool channels_last, int64_t c, int64_t c_in) {
+  return kernels().packed_floats(channels_last, c, c_in);
+}
+
+void pack_weight(PARAM(weight), int64_t c, int64_t c_in, bool channels_last, Address packed, int threads) {
+  kernels().pack_weight({PARAM_VALUE(weight), c, c_in, channels_last, at<float>(packed), threads});
+}
+
 bool mixer_fits(SHAPE, int threads) { return kernels().mixer_fits(SHAPE_VALUE, threads); }
 
 // One block's weight, bias and norm.
@@ -222,6 +230,8 @@ PYBIND11_MODULE(_cpu, m) {
   define("pointwise_train", pointwise_train);
   define("pointwise_backward", pointwise_backward);
   define("pointwise_is_narrow", pointwise_is_narrow);
+  define("packed_floats", packed_floats);
+  define("pack_weight", pack_weight);
   define("mixer_fits", mixer_fits);
   m.def("mixer_forward", mixer_forward);
   define("activation", activation);

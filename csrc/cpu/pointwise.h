@@ -131,30 +131,42 @@ inline void pack_weight_panel(const Param& weight, int64_t ld, bool k_contiguous
 
 inline int pointwise_threads(const Shape& s, int64_t depth, int threads) { return useful_threads(s, depth, threads); }
 
-// The tables of a forward call: for each output channel the affine map and the bias, and the packed weights.
+// The tables of a forward call: for each output channel the affine map and the bias, and the packed weights, unless the
+// caller's are packed.
 struct PointwiseTables {
   int64_t stride, depth, panels;
-  float *table, *biases, *packed;
+  float *table, *biases, *filled;
+  const float* packed;
 
   static int64_t bytes(const PointwiseForward& p) {
     const int64_t stride = padded(p.shape.c) + V;
     return float_bytes(kRows * stride) + float_bytes(stride) +
-           float_bytes(packed_floats(p.shape.channels_last, p.shape.c, p.c_in));
+           (is_packed(p) ? 0 : float_bytes(packed_floats(p.shape.channels_last, p.shape.c, p.c_in)));
   }
+  static bool is_packed(const PointwiseForward& p) { return p.weight.dtype == kPacked; }
   PointwiseTables(const PointwiseForward& p, char*& memory) : stride(padded(p.shape.c) + V), depth(p.c_in) {
-    panels = weight_panels(p.shape.channels_last, p.shape.c);
+    panels = is_packed(p) ? 0 : weight_panels(p.shape.channels_last, p.shape.c);
     table = aligned_floats(memory, kRows * stride);
     biases = aligned_floats(memory, stride);
-    packed = aligned_floats(memory, packed_floats(p.shape.channels_last, p.shape.c, depth));
+    filled = is_packed(p) ? nullptr : aligned_floats(memory, packed_floats(p.shape.channels_last, p.shape.c, depth));
+    packed = is_packed(p) ? static_cast<const float*>(p.weight.data) : filled;
   }
   void fill_channel(const PointwiseForward& p, int64_t c) const {  // c < stride
     fill_affine(p.norm, kNoSums, 1, c, p.shape.c, table + c, stride);
     biases[c] = p.bias.data != nullptr && c < p.shape.c ? param_at(p.bias, c) : 0.f;
   }
   void fill_panel(const PointwiseForward& p, int64_t i) const {  // i < panels
-    pack_weight_panel(p.weight, depth, true, p.shape.channels_last, p.shape.c, depth, i, packed);
+    pack_weight_panel(p.weight, depth, true, p.shape.channels_last, p.shape.c, depth, i, filled);
   }
 };
+
+inline void pack_weight(const PackWeight& p) {
+  const int64_t panels = weight_panels(p.channels_last, p.c);
+#pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
+  for (int64_t i = 0; i < panels; i++) {
+    pack_weight_panel(p.weight, p.c_in, true, p.channels_last, p.c, p.c_in, i, p.packed);
+  }
+}
 
 // One item of the forward. In training, partials is [item][channel].
 template <typename T>

@@ -56,13 +56,6 @@ def test_only_a_clean_summary_is_clean(tool, status, output, clean):
     assert gpu_steps.is_clean(tool, status, output) is clean
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
-    yield run
-    run.end_worker()
-
-
 def _saved(run: gpu_run.Run) -> dict:
     return gpu_run.Run(run.path).document
 

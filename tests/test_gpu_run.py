@@ -17,13 +17,6 @@ import pytest
 from benchmarks import cases, gpu_run, gpu_steps, machine
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
-    yield run
-    run.end_worker()
-
-
 def _saved(run: gpu_run.Run) -> dict:
     return gpu_run.Run(run.path).document
 

@@ -40,10 +40,12 @@ def _cases(kind: type) -> list[Any]:
 
 def operator_jobs(backend: str, device: str) -> list[Job]:
     """Every case, with each choice of GEMM and with eager PyTorch."""
-    # the emulator imitates an H100
-    capability, jobs = torch.cuda.get_device_capability() if device == "cuda" else (9, 0), []
+    jobs = []
     for case in _cases(OpCase):
-        forced = peers.gemms_of(case, capability) if backend == "cuda" else ()
+        forced: tuple[str, ...] = ()
+        if backend == "cuda":
+            # the emulator imitates an H100
+            forced = peers.gemms_of(case, torch.cuda.get_device_capability() if device == "cuda" else (9, 0))
         # a forced choice that hangs or crashes costs none of the rows before it
         bounds = [each for each, op in _BOUNDS.items() if case.op == op]
         names = [f"ours {backend}", peers.EAGER[case.layout], *bounds, *(f"ours cuda {gemm}" for gemm in forced)]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -122,8 +123,7 @@ class OpCase:
 
     def tiny(self) -> OpCase:
         """The same operator, kernel, dtype and layout on a plane that takes no time."""
-        channels_out = None if self.channels_out is None else 48
-        return replace(self, shape=(2, 32, 6, 7), channels_out=channels_out)
+        return replace(self, shape=(2, 32, 6, 7), channels_out=None if self.channels_out is None else 48)
 
 
 @dataclass(frozen=True)
@@ -224,22 +224,16 @@ def _operators(device_type: str) -> Iterator[OpCase]:
             yield pointwise
             yield replace(pointwise, op="pointwise_step")
         if mixer:
-            layer = replace(block, op="layer_eval", quick=first, compiled=first)
-            for layout in LAYOUTS:
-                yield replace(layer, layout=layout, compiled=first and layout == "contiguous")
-                yield replace(layer, op="layer_step", layout=layout, compiled=first and layout == "contiguous")
+            for layout, op in itertools.product(LAYOUTS, LAYER):
+                yield replace(block, op=op, layout=layout, quick=first, compiled=first and layout == "contiguous")
     size = (base.batches[device_type], base.channels, base.side, base.side)
-    for dtype in DTYPES:
-        for layout in LAYOUTS:
-            for op in OPERATORS:
-                if not op.startswith("layer") or dtype != "float32":
-                    # the kernels that no other axis has, and every operator in bfloat16 as a user would train
-                    quick = (
-                        op in (*POINTWISE, *NORM, *PARTS, "depthwise_conv", "depthwise_train")
-                    ) and layout == "contiguous"
-                    sixteen = dtype == "bfloat16" and op in ("depthwise_eval", "layer_eval", "layer_step")
-                    quick = (quick and dtype == "float32") or (sixteen and layout == "contiguous")
-                    yield OpCase(op, base.family, size, base.kernel, dtype=dtype, layout=layout, quick=quick)
+    # the kernels that no other axis has, and what a user runs in bfloat16
+    quick = {"float32": (*POINTWISE, *NORM, *PARTS, "depthwise_conv", "depthwise_train")}
+    quick["bfloat16"] = ("depthwise_eval", *LAYER)
+    for dtype, layout, op in itertools.product(DTYPES, LAYOUTS, OPERATORS):
+        if not op.startswith("layer") or dtype != "float32":
+            chosen = layout == "contiguous" and op in quick.get(dtype, ())
+            yield OpCase(op, base.family, size, base.kernel, dtype=dtype, layout=layout, quick=chosen)
     for batch in _BATCHES[device_type]:
         for op in ("depthwise_eval", "depthwise_step", "layer_eval", "layer_step"):
             yield OpCase(op, base.family, (batch, *size[1:]), base.kernel, quick=batch == 1 and op == "layer_eval")
@@ -248,9 +242,7 @@ def _operators(device_type: str) -> Iterator[OpCase]:
 def _gpu_operators() -> Iterator[OpCase]:
     """What benchmarks.gpu measures, most important first: time runs out in this order."""
 
-    def case(
-        op: str, shape: tuple[int, int, int, int], kernel: int = 9, dtype: str = "bfloat16", **more: str
-    ) -> OpCase:
+    def case(op: str, shape: tuple[int, ...], kernel: int = 9, dtype: str = "bfloat16", **more: str) -> OpCase:
         family = next((each.family for each in _SHAPES if shape[1:3] == (each.channels, each.side)), "sweep")
         compiled = op in ("depthwise_eval", "pointwise_eval") and shape == big and dtype == "bfloat16"
         return OpCase(op, family, shape, kernel, dtype=dtype, quick=True, compiled=compiled, **more)
@@ -284,15 +276,13 @@ def _gpu_operators() -> Iterator[OpCase]:
 def _models(device_type: str) -> Iterator[ModelCase]:
     batches = _MODEL_BATCHES[device_type]
     if device_type == "cuda":
-        for layout in LAYOUTS:
-            for model in ("1536/20@224", "256/8@32", "768/32@224"):
-                compiled = model != "768/32@224" and layout == "contiguous"
-                for op in MODEL_MODES:
-                    yield ModelCase(op, model, batches[model], "bfloat16", layout, quick=True, compiled=compiled)
-    for model, batch in batches.items():
-        for op in MODEL_MODES:
-            first = model == "256/8@32"
-            yield ModelCase(op, model, batch, quick=first and device_type == "cpu", compiled=first)
+        headline = ("1536/20@224", "256/8@32", "768/32@224")
+        for layout, model, op in itertools.product(LAYOUTS, headline, MODEL_MODES):
+            compiled = model != "768/32@224" and layout == "contiguous"
+            yield ModelCase(op, model, batches[model], "bfloat16", layout, quick=True, compiled=compiled)
+    for (model, batch), op in itertools.product(batches.items(), MODEL_MODES):
+        first = model == "256/8@32"
+        yield ModelCase(op, model, batch, quick=first and device_type == "cpu", compiled=first)
 
 
 def cases(device_type: str = "cpu") -> list[Case]:
@@ -315,13 +305,10 @@ def select(all_cases: list[Case], quick: bool, patterns: list[str]) -> list[Case
         quick: only cases with that mark.
         patterns: a case stays if each of its words' patterns fits: "depthwise_eval k9", "*step float32", "RepLKNet*".
     """
-    return [
-        case
-        for case in all_cases
-        if (case.quick or not quick) and (not patterns or any(_fits(case, pattern) for pattern in patterns))
-    ]
 
+    def fits(case: Case, pattern: str) -> bool:
+        words = [*case.name.split(), case.family]
+        return all(fnmatch.filter(words, part) for part in pattern.split())
 
-def _fits(case: Case, pattern: str) -> bool:
-    words = [*case.name.split(), case.family]
-    return all(any(fnmatch.fnmatchcase(word, part) for word in words) for part in pattern.split())
+    chosen = [case for case in all_cases if case.quick or not quick]
+    return [case for case in chosen if not patterns or any(fits(case, pattern) for pattern in patterns)]

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -48,15 +48,13 @@ def stubbed() -> Iterator[None]:
     def weight_grad(da: Tensor, x: Tensor, rows: bool) -> Tensor:
         return da.new_empty((da.shape[1], x.shape[1]), dtype=torch.float32)
 
-    with contextlib.ExitStack() as stack:
-        for module, name, value in (
-            (cuda, "_native", lambda: native),
-            (cuda_choice, "forced_gemm", lambda: "fused"),
-            (torch_gemm, "input_grad", input_grad),
-            (torch_gemm, "weight_grad", weight_grad),
-        ):
-            stack.enter_context(mock.patch.object(module, name, value))
-        stack.enter_context(ck.use_backend("cuda"))
+    with (
+        mock.patch.object(cuda, "_native", lambda: native),  # noqa: PT008  a mock's own call takes microseconds
+        mock.patch.object(cuda_choice, "forced_gemm", lambda: "fused"),  # noqa: PT008
+        mock.patch.object(torch_gemm, "input_grad", input_grad),
+        mock.patch.object(torch_gemm, "weight_grad", weight_grad),
+        ck.use_backend("cuda"),
+    ):
         cuda._size.cache_clear()
         try:
             yield
@@ -64,43 +62,39 @@ def stubbed() -> Iterator[None]:
             cuda._size.cache_clear()
 
 
-def _layers(make: object, dtype: torch.dtype) -> nn.Sequential:
+def _layers(make: Callable[..., nn.Sequential], dtype: torch.dtype) -> nn.Sequential:
     return make(8, _LAYERS, 9, 2, 10).to(dtype)[3 : 3 + _LAYERS]
 
 
-def _one(layers: nn.Sequential, x: Tensor, training: bool) -> tuple[float, ...]:
-    """Seconds of a forward, and of a backward in training."""
+def _one(layers: nn.Sequential, x: Tensor, training: bool) -> dict[str, float]:
+    """Seconds of a forward in inference, or of a forward and a backward in training."""
     begin = time.perf_counter()
     if not training:
         with torch.no_grad():
             layers(x)
-        return (time.perf_counter() - begin,)
+        return {"eval": time.perf_counter() - begin}
     y = layers(x)
     middle = time.perf_counter()
     y.backward(y.detach())
     end = time.perf_counter()
     for parameter in layers.parameters():
         parameter.grad = None
-    return middle - begin, end - middle
+    return {"train forward": middle - begin, "train backward": end - middle}
 
 
 def measure(repeats: int) -> dict[str, dict[str, float]]:
     """Medians in microseconds a layer: "eval", "train forward" and "train backward", each of "ours" and of "eager"."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     x = torch.randn(2, 8, 2, 2)
     for training in (False, True):
         ours = _layers(convmixer.ConvMixer, torch.bfloat16).train(training)
         eager = _layers(convmixer.reference.ConvMixer, torch.float32).train(training)
-        times: dict[str, list[tuple[float, ...]]] = {"ours": [], "eager": []}
         for _ in range(repeats + 3):
             for name, layers in (("ours", ours), ("eager", eager)):
                 source = x.to(next(layers.parameters()).dtype).requires_grad_(training)
-                times[name].append(_one(layers, source, training))
-        for name, seconds in times.items():
-            kinds = ("train forward", "train backward") if training else ("eval",)
-            for kind, values in zip(kinds, zip(*seconds[3:], strict=True), strict=True):
-                found.setdefault(kind, {})[name] = 1e6 * statistics.median(values) / _LAYERS
-    return found
+                for kind, seconds in _one(layers, source, training).items():
+                    found.setdefault(kind, {}).setdefault(name, []).append(1e6 * seconds / _LAYERS)
+    return {kind: {name: statistics.median(each[3:]) for name, each in times.items()} for kind, times in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The machine: its description, its peaks as measured in the same run, and what a call allocates."""
+"""The machine: its description, and its peaks as measured in the same run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ import datetime
 import os
 import platform
 import re
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.autograd.profiler import profile
 
 import convmixer_kernels
 from benchmarks import timing
 
+#: Packages whose versions a file records, beside torch's.
+_PEERS = ("numpy", "onnxruntime", "openvino", "triton")
 ROOT = Path(__file__).resolve().parent.parent
-# else the profiler tells stderr of every start and stop
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # Enough chains of dependent multiply-adds to hide their latency (4 cycles, 2 a cycle), and few enough to stay in registers.
 _FMA_SOURCE = """
@@ -91,8 +89,8 @@ def measure_peaks(device: torch.device, dtypes: Iterable[str], small: bool = Fal
             taken = min(taken, _best(lambda x=image, w=weight: torch.nn.functional.conv2d(x, w), device))
         gemm[name] = 2 * size**3 / taken
     # torch.mm takes no tf32 unless asked: a GPU's float32 product runs on the multiply-add units
-    fma, found_by = (None, "float32 matrix product") if not on_cpu else _native_fma(1000 if small else 4_000_000)
-    return Peaks(copy, max(fma or 0.0, gemm["float32"]), gemm, found_by)
+    fma, found_by = (0.0, "float32 matrix product") if not on_cpu else _native_fma(1000 if small else 4_000_000)
+    return Peaks(copy, max(fma, gemm["float32"]), gemm, found_by)
 
 
 def _best(call, device: torch.device, seconds: float = 0.3) -> float:
@@ -101,17 +99,15 @@ def _best(call, device: torch.device, seconds: float = 0.3) -> float:
     return min(timing.elapsed(call, device) for _ in range(tries))
 
 
-def _native_fma(rounds: int) -> tuple[float | None, str]:
-    """By a loop that the machine's C compiler makes for this CPU."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        return None, "float32 matrix product: there is no C compiler for a loop of multiply-adds"
+def _native_fma(rounds: int) -> tuple[float, str]:
+    """By a loop that the machine's C compiler makes for this CPU; 0 without one."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "fma.so"
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-x", "c", "-", "-o", str(library)]
-        made = subprocess.run(command, input=_FMA_SOURCE, text=True, capture_output=True)
-        if made.returncode:
-            return None, f"float32 matrix product: the loop did not compile: {made.stderr.strip().splitlines()[-1]}"
+        command = ["cc", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-x", "c", "-", "-o", str(library)]
+        try:
+            subprocess.run(command, input=_FMA_SOURCE, text=True, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            return 0.0, f"float32 matrix product: no loop of multiply-adds was compiled: {error}"
         function = ctypes.CDLL(str(library)).fma_flops
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long, ctypes.c_void_p]
         threads = torch.get_num_threads()
@@ -123,62 +119,35 @@ def last_level_cache(device: torch.device) -> int:
     """Bytes of the cache that buffers must exceed; 32 MiB if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
-        if unit is not None:
-            sizes.append(int(text[:-1]) * unit)
-    return max(sizes, default=32 << 20)
+    sizes = (path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return max((int(text[:-1]) << 10 for text in sizes if text.endswith("K")), default=32 << 20)
 
 
-def confine(threads: int) -> list[int] | None:
-    """Keep this process on as many cores as it has threads. Returns them; None if the system cannot.
+def confine(threads: int) -> None:
+    """Keep this process on as many cores as it has threads.
 
     Single threads are not bound: a pool that another library starts from a bound thread would inherit its one core.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    os.sched_setaffinity(0, cores)
-    return cores
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that torch's allocator held at most during `call`, beyond what it held before: outputs, saved tensors, scratch.
-
-    Memory that native code and other libraries take from malloc is not counted.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(profile_memory=True) as recorded:
-        result = call()
-    held = peak = 0
-    changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def describe(device: torch.device, backend: str | None) -> dict[str, object]:
     """The machine, the versions and the settings, ready for JSON."""
     info = convmixer_kernels.build_info()
     automatic = info["operators"].get(device.type, {}).get("mixer_layer", {}).get("backend")
+    gpu = {}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        gpu = {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}
+        gpu |= {"memory_bytes": found.total_memory, "allow_tf32": torch.backends.cudnn.allow_tf32}
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if gpu else cpu_name(),
         "device_type": device.type,
+        **gpu,
         "cpu": cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "allow_tf32": torch.backends.cudnn.allow_tf32 if device.type == "cuda" else False,
+        "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -198,18 +167,11 @@ def session(device: torch.device, peaks: Peaks) -> dict[str, object]:
     """What may differ between the runs that fill one file: a row's "session" is the index of its own."""
     return {
         "date": now(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": os.getloadavg()[0],
         "peaks": peaks._asdict(),
         "cache_bytes": last_level_cache(device),
-        "versions": {name: _version(name) for name in ("numpy", "onnxruntime", "openvino", "triton")},
+        "versions": {each.name: each.version for each in metadata.distributions() if each.name in _PEERS},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _without_paths(backend: dict[str, object]) -> dict[str, object]:
@@ -219,20 +181,15 @@ def _without_paths(backend: dict[str, object]) -> dict[str, object]:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
     """The commit of this source tree, with "-dirty" if tracked files differ from it; None outside a git checkout."""
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None

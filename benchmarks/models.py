@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ import convmixer.reference
 import convmixer_kernels
 from benchmarks import timing
 from benchmarks.cases import Preset
-from benchmarks.console import require
 
 #: Of ImageNet, per channel (R, G, B), as every ConvMixer checkpoint expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -26,18 +24,15 @@ STD = (0.229, 0.224, 0.225)
 _SMALLEST_CROP = 0.5
 
 
-class CheckpointError(ValueError):
-    """A file is not a checkpoint, or not of this model."""
-
-
-def random_reference(preset: Preset, images: Tensor, seed: int = 0) -> nn.Sequential:
+def random_reference(
+    preset: Preset,
+    images: Tensor,  # (N, 3, H, W), float32
+    seed: int = 0,
+) -> nn.Sequential:
     """The reference model with random weights and running statistics of `images`, float32, on the CPU.
 
     nn.BatchNorm2d starts as the identity, which would hide an error in its parameters and let activations die out with
     depth: so its weight and bias are random too, and the running statistics are those of one pass over the images.
-
-    Args:
-        images: (N, 3, H, W), float32
     """
     torch.manual_seed(seed)
     model = preset.build(convmixer.reference.ConvMixer)
@@ -52,44 +47,6 @@ def random_reference(preset: Preset, images: Tensor, seed: int = 0) -> nn.Sequen
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model
-
-
-def checkpoint_reference(preset: Preset, path: Path) -> nn.Sequential:
-    """The reference model with the weights of a file.
-
-    Args:
-        path: a state_dict, saved by torch.save, with the reference's keys (which are also this package's) or timm's.
-
-    Raises:
-        OSError: there is no such file.
-        CheckpointError: it is not a state_dict, or not this model's.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        # Training scripts put the weights beside the optimizer's state.
-        for key in ("state_dict", "model"):
-            state = state.get(key, state)
-        model = preset.build(convmixer.reference.ConvMixer)
-        model.load_state_dict({reference_key(key, preset.depth): tensor for key, tensor in state.items()}, strict=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a state_dict of {preset.label}: {error}") from error
-    return model
-
-
-def reference_key(key: str, depth: int) -> str:
-    """timm's name of a tensor (`stem.0.weight`, `blocks.4.1.bias`, `head.weight`) in the reference's words.
-
-    Any other name is left as it is, without the "module." that nn.DataParallel puts before it.
-    """
-    key = key.removeprefix("module.")
-    part, _, rest = key.partition(".")
-    if part == "stem":
-        return rest
-    if part == "blocks":
-        index, _, rest = rest.partition(".")
-        return f"{3 + int(index)}.{rest}"
-    # pooling and flattening come before the classifier
-    return f"{3 + depth + 2}.{rest}" if part == "head" else key
 
 
 def ours_like(preset: Preset, reference: nn.Sequential) -> nn.Sequential:
@@ -107,15 +64,18 @@ def load_photo(path: Path | None = None) -> Tensor:
         path: an image file that Pillow reads; None: the sample photo `china.jpg` that scikit-learn ships.
 
     Raises:
-        MissingPackage: Pillow or scikit-learn is not installed.
+        ModuleNotFoundError: Pillow or scikit-learn is not installed.
         OSError: the file cannot be read as an image.
     """
-    numpy = require("numpy")
+    import numpy
+    import PIL.Image
+
     if path is None:
-        require("PIL")
-        pixels = require("sklearn.datasets").load_sample_image("china.jpg")
+        import sklearn.datasets
+
+        pixels = sklearn.datasets.load_sample_image("china.jpg")
     else:
-        with require("PIL.Image").open(path) as image:
+        with PIL.Image.open(path) as image:
             pixels = numpy.asarray(image.convert("RGB"))
     return torch.from_numpy(numpy.array(pixels)).permute(2, 0, 1).contiguous()
 
@@ -130,23 +90,18 @@ def image_batch(photo: Tensor, batch: int, size: int, seed: int = 0) -> Tensor:
         photo: (3, H, W), uint8
     """
     height, width = photo.shape[1:]
-    short = min(height, width)
-    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(batch, 4, generator=torch.Generator().manual_seed(seed))
+    # share of the shorter side, place of the crop, mirrored
+    draws[:, 0] = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * draws[:, 0]
+    draws[0] = torch.tensor([1.0, 0.5, 0.5, 0.0])
     images = torch.empty(batch, 3, size, size)
-    for index in range(batch):
-        # The central square for image 0: the whole short side, in the middle of the room that is left, not mirrored.
-        scale, vertical, horizontal, mirrored = (1.0, 0.5, 0.5, 0.0) if index == 0 else _draw(generator)
-        side = max(1, round(short * scale))
+    for index, (share, vertical, horizontal, mirrored) in enumerate(draws.tolist()):
+        side = max(1, round(min(height, width) * share))
         top, left = int((height - side) * vertical), int((width - side) * horizontal)
         crop = photo[:, top : top + side, left : left + side].float()[None] / 255
         image = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
         images[index] = image.flip(2) if mirrored > 0.5 else image
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def _draw(generator: torch.Generator) -> tuple[float, float, float, float]:
-    scale, vertical, horizontal, mirrored = torch.rand(4, generator=generator).tolist()
-    return _SMALLEST_CROP + (1 - _SMALLEST_CROP) * scale, vertical, horizontal, mirrored
 
 
 def call(
@@ -182,19 +137,12 @@ def time_in_new_process(
     models: Mapping[str, nn.Module],
     images: Tensor,
     cotangent: Tensor,
-    *,
     training: bool,
-    backend: str | None,
+    backend: str | None,  # of this package; None: its own choice
     repeats: int,
     warmup: int,
 ) -> dict[str, timing.Timing]:
-    """Times of `models`, interleaved, in a process that does nothing else: as a program that serves, or that trains.
-
-    Args:
-        images, cotangent, training: as in `call`.
-        backend: of this package, or None: its own choice.
-        repeats, warmup: as in `timing.interleaved`.
-    """
+    """Times of `models`, interleaved, in a process that does nothing else: as a program that serves, or that trains."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "computation.pt")
         torch.save((models, images, cotangent), path)
@@ -202,15 +150,10 @@ def time_in_new_process(
 
 
 def _time(
-    path: Path, training: bool, backend_name: str | None, repeats: int, warmup: int, threads: int
+    path: Path, training: bool, backend: str | None, repeats: int, warmup: int, threads: int
 ) -> dict[str, timing.Timing]:
     torch.set_num_threads(threads)
     models, images, cotangent = torch.load(path, weights_only=False)  # this program's own file, modules included
     calls = {name: call(model, images, cotangent, training) for name, model in models.items()}
-    with backend(backend_name):
+    with contextlib.nullcontext() if backend is None else convmixer_kernels.use_backend(backend):
         return timing.interleaved(calls, repeats=repeats, warmup=warmup, device=images.device)
-
-
-def backend(name: str | None) -> contextlib.AbstractContextManager[None]:
-    """A context in which this package computes on the backend `name`, or on its own choice."""
-    return contextlib.nullcontext() if name is None else convmixer_kernels.use_backend(name)

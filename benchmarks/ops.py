@@ -7,11 +7,9 @@ docs/performance.md is generated from it.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 import convmixer_kernels as ck
 from benchmarks.cases import DTYPES, LAYOUTS, OpCase
+from convmixer_kernels import dispatch
 from convmixer_kernels.primitives import Norm
 from convmixer_kernels.testing import eager_convolution, never_returns
 
@@ -78,18 +77,19 @@ class Inputs:
         return self.map(lambda t: t[kept] if t.dim() == 1 or t.shape[1] == 1 else t[:, kept])
 
     def in_layout(self, layout: str) -> Inputs:
-        return self.map(lambda t: t.contiguous(memory_format=LAYOUTS[layout]) if t.dim() == 4 and _planes(t) else t)
+        """Weights keep theirs: our kernels read one, and eager takes any and converts if oneDNN needs another."""
 
+        def convert(t: Tensor) -> Tensor:
+            activation = t.dim() == 4 and t.shape[1] > 1 and t.shape[2:].numel() > 1
+            return t.contiguous(memory_format=LAYOUTS[layout]) if activation else t
 
-def _planes(t: Tensor) -> bool:
-    # our kernels read convolution weights in one layout; eager takes any and converts if oneDNN needs another
-    return t.shape[1] > 1 and (t.shape[2] > 1 or t.shape[3] > 1)
+        return self.map(convert)
 
 
 def make_inputs(case: OpCase, device: torch.device, count: int) -> list[Inputs]:
     """`count` sets of random activations in the case's dtype and layout, and one set of parameters that they share."""
     generator = torch.Generator(device).manual_seed(0)
-    dtype, (_, c, _, _) = DTYPES[case.dtype], case.shape
+    dtype, (n, c, h, w) = DTYPES[case.dtype], case.shape
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -99,26 +99,20 @@ def make_inputs(case: OpCase, device: torch.device, count: int) -> list[Inputs]:
         vectors = (normal(out), normal(out), normal(out), normal(out), normal(out).abs() + 0.5)
         return Parameters(*(t.to(dtype) for t in (weight, *vectors)))
 
+    def one(blocks: Sequence[Parameters]) -> Inputs:
+        x, a, dy = (normal(n, channels, h, w).to(dtype) for channels in (c, case.out, case.out))
+        var, mean = torch.var_mean(F.gelu(a.double()), (0, 2, 3), correction=0)
+        inputs = Inputs(x, a, dy, a, mean.float(), var.float(), tuple(blocks))
+        if case.op.endswith("weight_grad"):
+            inputs.da = _da(inputs).to(dtype)
+        return inputs.in_layout(case.layout)
+
     blocks = []
     if case.has_depthwise or not case.has_pointwise:
         blocks.append(block(normal(c, 1, case.kernel, case.kernel) / case.kernel))
     if case.has_pointwise:
         blocks.append(block(normal(case.out, c, 1, 1) / c**0.5))
-    return [_one_input(case, tuple(blocks), generator) for _ in range(count)]
-
-
-def _one_input(case: OpCase, blocks: tuple[Parameters, ...], generator: torch.Generator) -> Inputs:
-    dtype, (n, c, h, w) = DTYPES[case.dtype], case.shape
-
-    def normal(channels: int) -> Tensor:
-        return torch.randn(n, channels, h, w, generator=generator, device=generator.device).to(dtype)
-
-    x, a, dy = normal(c), normal(case.out), normal(case.out)
-    var, mean = torch.var_mean(F.gelu(a.double()), (0, 2, 3), correction=0)
-    inputs = Inputs(x, a, dy, a, mean.float(), var.float(), blocks)
-    if case.op.endswith("weight_grad"):
-        inputs.da = _da(inputs).to(dtype)
-    return inputs.in_layout(case.layout)
+    return [one(blocks) for _ in range(count)]
 
 
 def _da(inputs: Inputs) -> Tensor:
@@ -135,29 +129,30 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return eager_convolution(x, weight, bias, groups=x.shape[1] // weight.shape[1], padding=weight.shape[2] // 2)
 
 
-def _block(x: Tensor, *block: Tensor, training: bool = False) -> Tensor:
-    weight, bias, norm_weight, norm_bias, mean, var = block
-    h = F.gelu(_convolution(x, weight, bias))
-    y = F.batch_norm(h, mean, var, norm_weight, norm_bias, training, MOMENTUM, EPS)
-    return y + x if weight.shape[1] == 1 else y
+def _blocks(x: Tensor, *tensors: Tensor, training: bool = False) -> Tensor:
+    """One block or two, of six tensors each."""
+    for start in range(0, len(tensors), 6):
+        weight, bias, norm_weight, norm_bias, mean, var = tensors[start : start + 6]
+        h = F.gelu(_convolution(x, weight, bias))
+        y = F.batch_norm(h, mean, var, norm_weight, norm_bias, training, MOMENTUM, EPS)
+        x = y + x if weight.shape[1] == 1 else y
+    return x
 
 
-def _layer(x: Tensor, *blocks: Tensor, training: bool = False) -> Tensor:
-    return _block(_block(x, *blocks[:6], training=training), *blocks[6:], training=training)
+def _train(x: Tensor, *tensors: Tensor) -> Tensor:
+    return _blocks(x, *tensors, training=True)
 
 
-def _train(x: Tensor, *block: Tensor) -> Tensor:
-    return _block(x, *block, training=True)
-
-
-def _train_layer(x: Tensor, *blocks: Tensor) -> Tensor:
-    return _layer(x, *blocks, training=True)
-
-
-def _activation_chain(dy: Tensor, a: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor) -> Results:
-    dh, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        dy, F.gelu(a), norm_weight, None, None, mean, rstd, True, EPS, [True, True, True]
+def _batch_norm_backward(
+    dy: Tensor, a: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor, mask: list[bool]
+) -> Results:
+    return torch.ops.aten.native_batch_norm_backward(
+        dy, F.gelu(a), norm_weight, None, None, mean, rstd, True, EPS, mask
     )
+
+
+def _activation_chain(dy: Tensor, a: Tensor, *norm: Tensor) -> Results:
+    dh, dgamma, dbeta = _batch_norm_backward(dy, a, *norm, [True, True, True])
     return torch.ops.aten.gelu_backward(dh, a), dgamma, dbeta
 
 
@@ -172,23 +167,15 @@ def _convolution_backward(da: Tensor, x: Tensor, weight: Tensor, mask: list[bool
     )
 
 
-def _input_grad(
-    dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor
-) -> Results:
-    da, dgamma, dbeta = _activation_chain(dy, a, norm_weight, mean, rstd)
+def _backward(dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, *norm: Tensor) -> Results:
+    da, dgamma, dbeta = _activation_chain(dy, a, *norm)
+    return *_convolution_backward(da, x, weight, [True, True, True]), dgamma, dbeta
+
+
+def _input_grad(dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, *norm: Tensor) -> Results:
+    da, dgamma, dbeta = _activation_chain(dy, a, *norm)
     dx = _convolution_backward(da, x, weight, [True, False, False])[0]
     return dx + dy if weight.shape[1] == 1 else dx, dgamma, dbeta
-
-
-def _dx(*arguments: Tensor) -> Tensor:
-    return _input_grad(*arguments)[0]
-
-
-def _backward(
-    dy: Tensor, a: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor
-) -> Results:
-    da, dgamma, dbeta = _activation_chain(dy, a, norm_weight, mean, rstd)
-    return *_convolution_backward(da, x, weight, [True, True, True]), dgamma, dbeta
 
 
 def _weight_grad(da: Tensor, x: Tensor, weight: Tensor) -> Results:
@@ -206,15 +193,8 @@ def _normalize(a: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, mea
 
 
 def _norm_backward(dy: Tensor, a: Tensor, norm_weight: Tensor, mean: Tensor, rstd: Tensor) -> Results:
-    masks = [False, True, True]
-    _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        dy, F.gelu(a), norm_weight, None, None, mean, rstd, True, EPS, masks
-    )
+    _, dgamma, dbeta = _batch_norm_backward(dy, a, norm_weight, mean, rstd, [False, True, True])
     return dbeta, dgamma
-
-
-def backend_module(name: str) -> ModuleType:
-    return importlib.import_module(f"convmixer_kernels.backends.{name}")
 
 
 def _our_block(inputs: Inputs, training: bool, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -231,7 +211,7 @@ def _our_gradients(
     i: Inputs,
     sums: Results | None,  # of the reduction, if it is not
 ) -> Results:
-    module, p = backend_module(backend), i.parameters
+    module, p = dispatch.load(backend), i.parameters
     if whole:
         sums = module.norm_backward(i.dy, i.a, "gelu", i.norm)
     if p.weight.shape[1] != 1:
@@ -246,21 +226,13 @@ def _our_gradients(
 
 
 def _our_statistics(backend: str, i: Inputs, sums: None) -> Results:
-    p, module = i.parameters, backend_module(backend)
+    p, module = i.parameters, dispatch.load(backend)
     primitive = module.depthwise_train if p.weight.shape[1] == 1 else module.pointwise_train
     return primitive(i.x, p.weight, p.bias, "gelu")
 
 
-def _our_normalize(backend: str, i: Inputs, sums: None) -> Tensor:
-    return backend_module(backend).normalize(i.a, "gelu", i.norm, i.x)
-
-
 def _our_norm_backward(backend: str, i: Inputs, sums: None) -> Results:
-    return backend_module(backend).norm_backward(i.dy, i.a, "gelu", i.norm)
-
-
-def _our_convolution(backend: str, i: Inputs, sums: None) -> Tensor:
-    return ck.depthwise_conv2d(i.x, *i.parameters[:2], backend=backend)
+    return dispatch.load(backend).norm_backward(i.dy, i.a, "gelu", i.norm)
 
 
 @dataclass(frozen=True)
@@ -286,10 +258,8 @@ class Operator:
         """What is timed, for eager PyTorch or what torch.compile made of `function`."""
         function = self.function if function is None else function
         arguments = self.arguments(inputs)
-        if self.step:
-            return _step(function, inputs, arguments)
         if self.training:
-            return _recorded(function, arguments)
+            return _recorded(function, arguments, inputs.dy if self.step else None)
         return lambda: _tuple(function(*arguments))
 
     def ours(self, inputs: Inputs, backend: str) -> Callable[[], Results]:
@@ -308,35 +278,23 @@ def _tuple(results: Tensor | Results) -> Results:
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
-def _leaves(arguments: Results) -> tuple[Results, Results]:
-    """The arguments of a block in training, and those of them that get gradients (all but the running statistics).
+def _recorded(function: Callable[..., Tensor], arguments: Results, dy: Tensor | None) -> Callable[[], Results]:
+    """The forward of a training step, which autograd records, and with dy its backward.
 
-    Each call gets running statistics of its own, since a forward changes them.
+    Each caller gets running statistics of its own, since a forward changes them; without dy they are results too.
     """
-    fixed = {i for i in range(len(arguments)) if i and i % 6 in (5, 0)}
-    made = tuple(t.clone() if i in fixed else t.detach().requires_grad_() for i, t in enumerate(arguments))
-    return made, tuple(t for i, t in enumerate(made) if i not in fixed)
-
-
-def _recorded(function: Callable[..., Tensor], arguments: Results) -> Callable[[], Results]:
-    """The forward of a training step: autograd records it. Running statistics are results too."""
-    made, _ = _leaves(arguments)
-    statistics = [t for i, t in enumerate(made) if i and i % 6 in (5, 0)]
+    statistics = {i for i in range(1, len(arguments)) if i % 6 in (5, 0)}
+    made = [t.clone() if i in statistics else t.detach().requires_grad_() for i, t in enumerate(arguments)]
+    leaves = [t for i, t in enumerate(made) if i not in statistics]
 
     def forward() -> Results:
-        return function(*made), *statistics
-
-    return forward
-
-
-def _step(function: Callable[..., Tensor], inputs: Inputs, arguments: Results) -> Callable[[], Results]:
-    made, leaves = _leaves(arguments)
+        return function(*made), *(made[i] for i in sorted(statistics))
 
     def step() -> Results:
         y = function(*made)
-        return y, *torch.autograd.grad(y, leaves, inputs.dy)
+        return y, *torch.autograd.grad(y, leaves, dy)
 
-    return step
+    return forward if dy is None else step
 
 
 def _all(inputs: Inputs) -> Results:
@@ -360,33 +318,60 @@ def _backward_arguments(inputs: Inputs) -> Results:
     return dy, a, inputs.x, inputs.parameters.weight, *rest
 
 
-def _weight_grad_arguments(inputs: Inputs) -> Results:
-    return inputs.da, inputs.x, inputs.parameters.weight
-
-
-def _normalize_arguments(inputs: Inputs) -> Results:
-    p, dtype = inputs.parameters, inputs.a.dtype
-    return inputs.a, inputs.x, p.norm_weight, p.norm_bias, inputs.mean.to(dtype), inputs.var.to(dtype)
-
-
 _FORWARD = ("y", "running_mean", "running_var")
 _GRADS = ("dx", "dw", "db", "dgamma", "dbeta")
 _LAYER_GRADS = ("dx", *(f"{block} {name}" for block in ("depthwise", "pointwise") for name in _GRADS[1:]))
-_INPUT_GRAD = ("dx", "dgamma", "dbeta")
+_SUMS = ("dgamma", "dbeta")
 _X, _WEIGHT, _ALL = (True, False, False), (False, True, True), (True, True, True)
-_TRAIN = (
-    "Training forward of the {} block: convolution + bias, GELU, batch norm by the batch's statistics{}; running statistics move "
-    "and autograd records."
-)
-_INPUT = (
-    "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the convolution's "
-    "input gradient{}. The forward and the weight gradient are not in it."
-)
-_WEIGHT_GRAD = (
-    "dw and db of the convolution. Ours starts at dy, a and the result of the reduction, because it never stores da; eager PyTorch "
-    "starts at da, which it has stored: that is in eager's favour."
-)
-_STEP = "{0}_train and its whole backward: the gradients of x, weight, bias, batch norm's weight and bias."
+
+
+def _of_both_blocks(kind: str, convolution: str, residual: str, second_x: int) -> dict[str, Operator]:
+    """The operators that the depthwise and the pointwise block have.
+
+    Args:
+        convolution: in words.
+        residual: what the text says of it.
+        second_x: passes over x or dx that are the residual's.
+    """
+    return {
+        f"{kind}_eval": Operator(
+            f"{kind.capitalize()} block in inference: {convolution} + bias, GELU, batch norm by running statistics{residual}.",
+            _blocks, _all, ("y",), (1, 1), 1, 1,
+        ),
+        f"{kind}_train": Operator(
+            f"Training forward of the {kind} block: convolution + bias, GELU, batch norm by the batch's statistics{residual}; running "
+            "statistics move and autograd records.",
+            _train, _all, _FORWARD, (1 + second_x, 3), 1, 2, training=True,
+        ),
+        f"{kind}_input_grad": Operator(
+            "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the "
+            f"convolution's input gradient{residual.replace('x', 'dy')}. The forward and the weight gradient are not in it.",
+            _input_grad, _backward_arguments, ("dx", *_SUMS), (1, 4), 1, 2, partial(_our_gradients, _X, True),
+        ),
+        f"{kind}_weight_grad": Operator(
+            "dw and db of the convolution. Ours starts at dy, a and the result of the reduction, because it never stores da; eager "
+            "PyTorch starts at da, which it has stored: that is in eager's favour.",
+            _weight_grad, lambda i: (i.da, i.x, i.parameters.weight), ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
+            reduced=True,
+        ),
+        f"{kind}_backward": Operator(
+            "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the "
+            "convolution's gradients dx, dw and db.",
+            _backward, _backward_arguments, _GRADS, (2, 6), 2, 3, partial(_our_gradients, _ALL, True),
+        ),
+        f"{kind}_step": Operator(
+            f"{kind}_train and its whole backward: the gradients of x, weight, bias, batch norm's weight and bias.",
+            _train, _all, ("y", *_GRADS), (3 + second_x, 9), 3, 5, training=True, step=True,
+        ),
+    }  # fmt: skip
+
+
+def _first_kernel(kind: str) -> Operator:
+    return Operator(
+        f"Ours only, the first kernel of {kind}_train: from x to a and the mean and variance of GELU(a).",
+        _statistics, _convolution_arguments, ("a", "mean", "var"), (1, 1), 1, 1, _our_statistics, part=True,
+    )  # fmt: skip
+
 
 #: What each row contains, its bytes (`passes`) and its FLOPs (`convolutions`): the one place that says so.
 #: The passes are those that remain if each kernel reads and writes each tensor once. eval: x, y. train: x, a; a, x, y (the pointwise
@@ -395,76 +380,37 @@ _STEP = "{0}_train and its whole backward: the gradients of x, weight, bias, bat
 OPERATORS = {
     "depthwise_conv": Operator(
         "The depthwise convolution + bias alone.",
-        _convolution, _convolution_arguments, ("y",), (1, 1), 1, 0, _our_convolution,
+        _convolution, _convolution_arguments, ("y",), (1, 1), 1, 0,
+        lambda backend, i, _: ck.depthwise_conv2d(i.x, *i.parameters[:2], backend=backend),
     ),
-    "depthwise_eval": Operator(
-        "Depthwise block in inference: convolution + bias, GELU, batch norm by running statistics, + x.",
-        _block, _all, ("y",), (1, 1), 1, 1,
-    ),
-    "depthwise_train": Operator(
-        _TRAIN.format("depthwise", ", + x"), _train, _all, _FORWARD, (2, 3), 1, 2, training=True,
-    ),
-    "depthwise_input_grad": Operator(
-        _INPUT.format(", + dy"), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
-    ),
-    "depthwise_weight_grad": Operator(
-        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
-        reduced=True,
-    ),
-    "depthwise_step": Operator(
-        _STEP.format("depthwise"), _train, _all, ("y", *_GRADS), (4, 9), 3, 5, training=True, step=True,
-    ),
-    "pointwise_eval": Operator(
-        "Pointwise block in inference: 1x1 convolution + bias, GELU, batch norm by running statistics.",
-        _block, _all, ("y",), (1, 1), 1, 1,
-    ),
-    "pointwise_train": Operator(
-        _TRAIN.format("pointwise", ""), _train, _all, _FORWARD, (1, 3), 1, 2, training=True,
-    ),
-    "pointwise_input_grad": Operator(
-        _INPUT.format(""), _input_grad, _backward_arguments, _INPUT_GRAD, (1, 4), 1, 2, partial(_our_gradients, _X, True),
-    ),
-    "pointwise_weight_grad": Operator(
-        _WEIGHT_GRAD, _weight_grad, _weight_grad_arguments, ("dw", "db"), (1, 2), 1, 1, partial(_our_gradients, _WEIGHT, False),
-        reduced=True,
-    ),
-    "pointwise_backward": Operator(
-        "From dy: the reduction of batch norm's backward (dgamma, dbeta), the derivatives of batch norm and GELU, the convolution's "
-        "gradients dx, dw and db.",
-        _backward, _backward_arguments, _GRADS, (2, 6), 2, 3, partial(_our_gradients, _ALL, True),
-    ),
-    "pointwise_step": Operator(
-        _STEP.format("pointwise"), _train, _all, ("y", *_GRADS), (3, 9), 3, 5, training=True, step=True,
-    ),
+    **_of_both_blocks("depthwise", "convolution", ", + x", 1),
+    **_of_both_blocks("pointwise", "1x1 convolution", "", 0),
     "normalize": Operator(
         "From a: GELU, batch norm by given statistics, + x.",
-        _normalize, _normalize_arguments, ("y",), (1, 2), 0, 1, _our_normalize,
+        _normalize, lambda i: (i.a, i.x, *i.parameters[2:4], i.mean.to(i.a.dtype), i.var.to(i.a.dtype)), ("y",), (1, 2), 0, 1,
+        lambda backend, i, _: dispatch.load(backend).normalize(i.a, "gelu", i.norm, i.x),
     ),
     "norm_backward": Operator(
         "The reduction of batch norm's backward alone: from dy and a to dgamma and dbeta.",
-        _norm_backward, _chain_arguments, ("dbeta", "dgamma"), (0, 2), 0, 1, _our_norm_backward,
+        _norm_backward, _chain_arguments, _SUMS[::-1], (0, 2), 0, 1, _our_norm_backward,
     ),
     "layer_eval": Operator(
-        "Depthwise and pointwise block in inference.", _layer, _all, ("y",), (1, 1), 1, 1,
+        "Depthwise and pointwise block in inference.", _blocks, _all, ("y",), (1, 1), 1, 1,
     ),
     "layer_step": Operator(
         "Training step of the depthwise and the pointwise block: forward and the gradients of x and of all parameters.",
-        _train_layer, _all, ("y", *_LAYER_GRADS), (17, 9), 3, 5, training=True, step=True,
+        _train, _all, ("y", *_LAYER_GRADS), (17, 9), 3, 5, training=True, step=True,
     ),
-    "depthwise_train_kernel": Operator(
-        "Ours only, the first kernel of depthwise_train: from x to a and the mean and variance of GELU(a).",
-        _statistics, _convolution_arguments, ("a", "mean", "var"), (1, 1), 1, 1, _our_statistics, part=True,
-    ),
+    "depthwise_train_kernel": _first_kernel("depthwise"),
     "depthwise_input_grad_kernel": Operator(
         "Ours only, depthwise_input_grad without the reduction: from dy, a and the result of norm_backward to dx.",
-        _dx, _backward_arguments, ("dx",), (1, 2), 1, 1, partial(_our_gradients, _X, False),
+        lambda *arguments: _input_grad(*arguments)[0], _backward_arguments, ("dx",), (1, 2), 1, 1, partial(_our_gradients, _X, False),
         reduced=True, part=True,
     ),
-    "pointwise_train_kernel": Operator(
-        "Ours only, the first kernel of pointwise_train: from x to a and the mean and variance of GELU(a).",
-        _statistics, _convolution_arguments, ("a", "mean", "var"), (1, 1), 1, 1, _our_statistics, part=True,
-    ),
+    "pointwise_train_kernel": _first_kernel("pointwise"),
 }  # fmt: skip
+# a whole backward of the depthwise block is its input and its weight gradient: it has no call of its own
+del OPERATORS["depthwise_backward"]
 
 MODELS = {
     "model_eval": "A whole ConvMixer in inference, without gradients.",

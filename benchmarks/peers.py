@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import convmixer_kernels
-from benchmarks import models, onnx_graph
+from benchmarks import models
 from benchmarks.cases import LAYOUTS, Case, ModelCase
-from benchmarks.console import MissingPackage, first_line, require
-from benchmarks.ops import OPERATORS, Inputs, backend_module
+from benchmarks.ops import OPERATORS, Inputs, Results
 from convmixer_kernels import dispatch
 from convmixer_kernels.backends import cuda, cuda_choice
 
-Results = tuple[Tensor, ...]
 Calls = list[Callable[[], Results]]
 
 EAGER = {"contiguous": "eager NCHW", "channels_last": "eager channels_last"}
@@ -29,7 +31,6 @@ COMPILE = {
     "compile max-autotune": {"mode": "max-autotune"},
     "compile layout opt. off": {"options": {"layout_optimization": False}},
 }
-CUDNN = {f"cudnn {mode}": mode for mode in ("auto", "cudnn", "native")}
 CLONE = "clone"
 #: The matrix product of a pointwise block's forward and nothing else.
 MATMUL = "matmul"
@@ -42,7 +43,7 @@ GEMMS = ("fused", "torch", "wgmma", "layer")
 def names(device_type: str) -> list[str]:
     """The implementations of a device type in the order of the tables, ours by backend first; some may not run here."""
     ours = [f"ours {name}" for name in dispatch.automatic_order(device_type) if name != "reference"]
-    others = ["onnxruntime", "openvino", CLONE] if device_type == "cpu" else [*CUDNN, CLONE, MATMUL]
+    others = ["onnxruntime", "openvino", CLONE] if device_type == "cpu" else [CLONE, MATMUL]
     return [*ours, *EAGER.values(), *COMPILE, *others]
 
 
@@ -55,18 +56,23 @@ class Absent(RuntimeError):
     """An implementation does not run a case here; the message says why."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @dataclass
 class Prepared:
     """An implementation, ready to be called on each set of inputs in turn."""
 
     calls: Calls
-    torch_memory: bool = True  # whether torch's allocator sees what it allocates
+    own_threads: bool = False  # not those of torch and of our kernels
     #: wraps the whole of a timing or check, for settings that are global
     setting: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     model: nn.Module | None = None  # of a model case, if every tensor of it can be checked
 
 
-@dataclass
+@dataclass(eq=False)
 class Workload:
     """A case with the tensors that every implementation of it starts from."""
 
@@ -92,11 +98,7 @@ def prepare(name: str, workload: Workload, compile_all: bool) -> Prepared:
             raise Absent("a copy of the images is no bound of a model")
         return Prepared([lambda i=i: (i.x.clone(),) for i in workload.inputs])
     if name == MATMUL:
-        if isinstance(case, ModelCase) or case.op not in (
-            "pointwise_eval",
-            "pointwise_train",
-            "pointwise_train_kernel",
-        ):
+        if case.op not in ("pointwise_eval", "pointwise_train", "pointwise_train_kernel"):
             raise Absent("its work is not one product")
         return Prepared([_product(case.layout, inputs) for inputs in workload.inputs])
     if not isinstance(case, ModelCase) and OPERATORS[case.op].part:
@@ -107,15 +109,16 @@ def prepare(name: str, workload: Workload, compile_all: bool) -> Prepared:
         if not case.compiled and not compile_all:
             raise Absent("compiled only for a few cases: a compiler needs 10 to 60 s for each (--compile-all)")
         return _compiled(workload, COMPILE[name])
-    if name in CUDNN:
-        return _cudnn(CUDNN[name], workload)
-    engine = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name]
-    return Prepared(engine(workload), torch_memory=False)
+    try:
+        calls = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name](workload)
+    except ModuleNotFoundError as error:
+        raise Absent(f"{error.name} is not installed: pip install '.[bench]'") from error
+    return Prepared(calls, own_threads=True)
 
 
 def _ours(choice: str, workload: Workload) -> Prepared:
     backend, _, gemm = choice.partition(" ")
-    module = backend_module(backend)
+    module = dispatch.load(backend)
     case = workload.case
     if isinstance(case, ModelCase):
         preset, images = case.preset, workload.images
@@ -135,14 +138,12 @@ def _ours(choice: str, workload: Workload) -> Prepared:
 @contextlib.contextmanager
 def forced_gemm(gemm: str) -> Iterator[None]:
     """Calls of the cuda backend inside `with` run as with CONVMIXER_CUDA_GEMM=gemm."""
-    before = cuda_choice.forced_gemm
-    cuda_choice.forced_gemm = lambda: gemm
-    # sizes of workspaces depend on it
-    cuda._size.cache_clear()
     try:
-        yield
+        with mock.patch.object(cuda_choice, "forced_gemm", lambda: gemm):  # noqa: PT008  a mock's own call takes microseconds
+            # sizes of workspaces depend on it
+            cuda._size.cache_clear()
+            yield
     finally:
-        cuda_choice.forced_gemm = before
         cuda._size.cache_clear()
 
 
@@ -214,72 +215,73 @@ def _compiled(workload: Workload, options: dict[str, object]) -> Prepared:
     return Prepared(calls)
 
 
-def _cudnn(mode: str, workload: Workload) -> Prepared:
-    if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
-        raise Absent(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
+@functools.lru_cache(maxsize=1)
+def _onnx_graph(workload: Workload) -> bytes:
+    """The eager implementation as an ONNX graph of opset 20, the first with Gelu; weights are its constants."""
+    # it says of each model that there is no torchvision
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    case = workload.case
+    if isinstance(case, ModelCase):
+        module, x = copy.deepcopy(workload.reference).eval(), workload.images
+    else:
+        x, *parameters = OPERATORS[case.op].arguments(workload.inputs[0])
+        module = _Function(OPERATORS[case.op].function, parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module, (x,), dynamo=True, opset_version=20, input_names=["x"], verbose=False, optimize=True
+        )
+    return program.model_proto.SerializeToString()
 
-    @contextlib.contextmanager
-    def setting() -> Iterator[None]:
-        before = torch.backends.cudnn.depthwise_kernel
-        torch.backends.cudnn.depthwise_kernel = mode
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.depthwise_kernel = before
 
-    prepared = eager(workload, workload.case.layout)
-    prepared.setting = setting
-    return prepared
+class _Function(nn.Module):
+    """A function of x with constant parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], parameters: list[Tensor]) -> None:
+        super().__init__()
+        self._function, self._constants = function, parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x, *self._constants)
 
 
-def _graph(workload: Workload) -> tuple[bytes, list[dict[str, object]]]:
-    """The graph of a case, and its inputs as numpy arrays, for each set."""
+def _arrays(workload: Workload) -> list[dict[str, object]]:
+    """What an engine takes, for each set of inputs: x contiguous, as a numpy array."""
     case = workload.case
     if case.dtype != "float32":
         raise Absent(f"its graph is made for float32 only, not {case.dtype}")
-    try:
-        if isinstance(case, ModelCase):
-            if case.op != "model_eval":
-                raise Absent("it has no training step")
-            graph = onnx_graph.model(copy.deepcopy(workload.reference).eval(), workload.images)
-            return graph, [onnx_graph.numpy_input(workload.images)]
-        if case.op not in onnx_graph.OPERATORS:
-            raise Absent("it runs inference only")
-        arrays = [onnx_graph.numpy_input(inputs.x) for inputs in workload.inputs]
-        return onnx_graph.operator(case, workload.inputs[0]), arrays
-    except MissingPackage as error:
-        raise Absent(str(error)) from error
+    if not case.op.endswith("_eval") and case.op != "depthwise_conv":
+        raise Absent("it runs inference only")
+    tensors = [workload.images] if isinstance(case, ModelCase) else [inputs.x for inputs in workload.inputs]
+    return [{"x": x.detach().contiguous(memory_format=torch.contiguous_format).numpy()} for x in tensors]
 
 
 def _onnxruntime(workload: Workload) -> Calls:
-    graph, arrays = _graph(workload)
-    try:
-        runtime, state = require("onnxruntime"), require("onnxruntime.capi.onnxruntime_pybind11_state")
-    except MissingPackage as error:
-        raise Absent(str(error)) from error
-    options = runtime.SessionOptions()
+    arrays = _arrays(workload)
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     # its pool would otherwise go on spinning on the cores that the next implementation is timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Fail, NotImplemented, InvalidGraph, ...: its refusals have no base class of their own
     refusals = tuple(c for c in vars(state).values() if isinstance(c, type) and issubclass(c, Exception))
     try:
-        session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(_onnx_graph(workload), options, providers=["CPUExecutionProvider"])
     except refusals as error:
         raise Absent(f"failed: {first_line(error)}") from error
     return [lambda a=a: (torch.from_numpy(session.run(None, a)[0]),) for a in arrays]
 
 
 def _openvino(workload: Workload) -> Calls:
-    graph, arrays = _graph(workload)
-    try:
-        openvino = require("openvino")
-    except MissingPackage as error:
-        raise Absent(str(error)) from error
+    arrays = _arrays(workload)
+    import openvino
+
     # bfloat16 is its own choice on CPUs that have it
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     core = openvino.Core()
-    request = core.compile_model(core.read_model(graph), "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(_onnx_graph(workload)), "CPU", settings).create_infer_request()
 
     def call(array: dict[str, object]) -> Results:
         return (torch.from_numpy(request.infer(array, share_inputs=True, share_outputs=True)[0]),)

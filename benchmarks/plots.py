@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.console import require
 from benchmarks.tables import Row
 
 _INK, _QUIET, _OURS, _LOSS = "#1f2933", "#616e7c", "#0b7a75", "#b44d12"
+_NOTE = {"textcoords": "offset points", "fontsize": 8}
 _PEERS = {
     "eager NCHW": ("#8a949e", "o"),
     "eager channels_last": ("#c28f2c", "s"),
@@ -28,21 +28,15 @@ _SWEEP = {
 @contextlib.contextmanager
 def _figure(path: Path, columns: int, size: tuple[float, float], **more: object) -> Iterator[tuple[object, Sequence]]:
     """A figure with its panels, written to `path` at the end."""
-    matplotlib = require("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot")
-    settings = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": _INK,
-        "axes.labelcolor": _QUIET,
-        "axes.edgecolor": "#c9ced6",
-        "xtick.color": _QUIET,
-        "ytick.color": _QUIET,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(settings):
+    from matplotlib import pyplot
+
+    quiet = dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), _QUIET)
+    spines = {"axes.edgecolor": "#c9ced6", "axes.spines.top": False, "axes.spines.right": False}
+    font = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK}
+    with matplotlib.rc_context({**quiet, **spines, **font}):
         figure, panels = pyplot.subplots(1, columns, figsize=size, squeeze=False, **more)
         yield figure, panels[0]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +53,8 @@ def _head(figure, title: str, second: str) -> None:
 
 def _plain_logarithm(axis, base: float = 10) -> None:
     """Numbers instead of powers of ten on a logarithmic axis."""
-    ticker = require("matplotlib.ticker")
+    from matplotlib import ticker
+
     axis.set_major_locator(ticker.LogLocator(base, subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
@@ -78,25 +73,11 @@ def roofline(document: Mapping[str, object], path: Path, machine: str) -> None:
         for label, peak in (("multiply-add peak", peaks["fma"]), ("matrix product peak", peaks["gemm"]["float32"])):
             knee = peak / peaks["copy"]
             panel.plot([knee, high], [peak / 1e9] * 2, color=_INK, linewidth=1.2)
-            panel.annotate(
-                f"{label} {peak / 1e9:.0f} GFLOP/s",
-                (knee, peak / 1e9),
-                (26, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=_QUIET,
-            )
+            panel.annotate(f"{label} {peak / 1e9:.0f} GFLOP/s", (knee, peak / 1e9), (26, 4), color=_QUIET, **_NOTE)
         knee = peaks["fma"] / peaks["copy"]
         panel.plot([low, knee], [low * peaks["copy"] / 1e9, peaks["fma"] / 1e9], color=_INK, linewidth=1.2)
-        panel.annotate(
-            f"copy {peaks['copy'] / 1e9:.1f} GB/s",
-            (knee / 5, peaks["fma"] / 5e9),
-            (-6, 4),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color=_QUIET,
-        )
+        copy, middle = f"copy {peaks['copy'] / 1e9:.1f} GB/s", (knee / 5, peaks["fma"] / 5e9)
+        panel.annotate(copy, middle, (-6, 4), ha="right", color=_QUIET, **_NOTE)
         for row in rows:
             found, x = row["implementations"], row["flops"] / row["bytes"]
             mine, peer = tables.ours(row), tables.best_peer(row)
@@ -141,21 +122,13 @@ def speedups(document: Mapping[str, object], path: Path, machine: str) -> None:
     with _figure(path, 1, (9.6, height)) as (figure, (panel,)):
         for index, row in enumerate(rows):
             ratio = tables.speedup(row, tables.best_peer(row))
-            panel.barh(index, ratio - 1, 0.62, left=1, color=_OURS if ratio >= 1 else _LOSS)
+            color = _OURS if ratio >= 1 else _LOSS
+            panel.barh(index, ratio - 1, 0.62, left=1, color=color)
+            right = {"ha": "right", "va": "center", "fontweight": "bold"}
+            panel.annotate(f"{ratio:.2f}x", (min(1, ratio), index), (-6, 0), color=color, **right, **_NOTE)
             for name, (color, marker) in _PEERS.items():
                 if (other := tables.speedup(row, name)) is not None:
                     panel.scatter(other, index, s=17, color=color, marker=marker, zorder=3, linewidth=0)
-            panel.annotate(
-                f"{ratio:.2f}x",
-                (min(1, ratio), index),
-                (-6, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=8,
-                color=_OURS if ratio >= 1 else _LOSS,
-                fontweight="bold",
-            )
         ratios = [tables.speedup(row, tables.best_peer(row)) for row in rows]
         panel.set_xlim(left=min(0.65, 0.65 * min(ratios)))
         panel.axvline(1, color=_INK, linewidth=1)
@@ -170,14 +143,8 @@ def speedups(document: Mapping[str, object], path: Path, machine: str) -> None:
         for name, (color, marker) in _PEERS.items():
             if any(name in row["implementations"] for row in rows):
                 panel.scatter([], [], s=17, color=color, marker=marker, linewidth=0, label=f"than {name}")
-        figure.legend(
-            frameon=False,
-            fontsize=8,
-            ncols=4,
-            loc="upper left",
-            bbox_to_anchor=(0.01, 1 - 0.62 / height),
-            handletextpad=0.2,
-        )
+        place = {"loc": "upper left", "bbox_to_anchor": (0.01, 1 - 0.62 / height)}
+        figure.legend(frameon=False, fontsize=8, ncols=4, handletextpad=0.2, **place)
         _head(figure, "Speed-up, case by case", machine)
         figure.subplots_adjust(left=0.355, right=0.98, top=1 - 0.98 / height, bottom=0.5 / height)
 
@@ -222,13 +189,11 @@ def _line(panel, rows: Sequence[Row], choose, color: str, marker: str, label: st
     points = [(row["kernel"], row["implementations"][name]) for row in rows if (name := choose(row)) is not None]
     if not points:
         return
-    style = {"linewidth": 1.5, "zorder": 3, **more}
     kernels = [kernel for kernel, _ in points]
-    medians = [each["median_ms"] for _, each in points]
-    panel.plot(kernels, medians, color=color, marker=marker, markersize=4.5, label=label, **style)
-    panel.fill_between(
-        kernels, [each["q20_ms"] for _, each in points], [each["q80_ms"] for _, each in points], color=color, alpha=0.15
-    )
+    median, low, high = ([each[key] for _, each in points] for key in ("median_ms", "q20_ms", "q80_ms"))
+    style = {"linewidth": 1.5, "zorder": 3, "markersize": 4.5, **more}
+    panel.plot(kernels, median, color=color, marker=marker, label=label, **style)
+    panel.fill_between(kernels, low, high, color=color, alpha=0.15)
 
 
 #: The files in docs/ that are drawn from a document, by its kind.

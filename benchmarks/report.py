@@ -9,8 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import page, plots, tables
-from benchmarks.console import MissingPackage
+from benchmarks import plots, tables
 
 RESULTS = Path("benchmarks/results")
 KINDS = ("models", "operators", "gpu")
@@ -61,33 +60,20 @@ def _short(documents: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 if a file could not be read, drawn or written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.partition(": ")[2])
-    parser.add_argument(
-        "results",
-        type=Path,
-        nargs="*",
-        help="JSON files, each instead of the newest of its kind in benchmarks/results",
-    )
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(README.md)")
-    parser.add_argument(
-        "--docs", type=Path, default=Path("docs"), help="folder of performance.md and the pictures (docs)"
-    )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="also write one HTML page with everything")
+    instead = "JSON files, each instead of the newest of its kind in benchmarks/results"
+    parser.add_argument("results", type=Path, nargs="*", help=instead)
     options = parser.parse_args(arguments)
     try:
         documents = load(options.results)
         short = _short(documents)
         blocks = {kind: tables.markdown(document) for kind, document in documents.items()}
         blocks["rows"] = "\n".join(tables.markdown_lines(tables.contents(), 3))
-        pictures: dict[str, list[Path]] = {kind: [] for kind in documents}
         for kind, document in documents.items():
             for name, draw in plots.PICTURES[kind].items():
-                pictures[kind].append(options.docs / name)
-                draw(document, pictures[kind][-1], tables.machine(document))
-        fill(options.docs / "performance.md", blocks)
-        fill(options.readme, short)
-        if options.page is not None:
-            page.write(options.page, list(documents.values()), dict(enumerate(pictures.values())))
-    except (MissingPackage, OSError, ValueError) as error:
+                draw(document, Path("docs", name), tables.machine(document))
+        fill(Path("docs/performance.md"), blocks)
+        fill(Path("README.md"), short)
+    except (OSError, ValueError) as error:
         print(f"benchmarks report: {error}", file=sys.stderr)
         return 2
     except (KeyError, TypeError, AttributeError, IndexError) as error:

@@ -10,8 +10,6 @@ to rebuild what the second block read. ops.py lists the passes of an operator.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from benchmarks.cases import DTYPES, Case, ModelCase, OpCase, Preset
 from benchmarks.machine import Peaks
 from benchmarks.ops import OPERATORS
@@ -21,21 +19,8 @@ _GELU_MULTIPLY_ADDS = 18
 MODEL_PASSES = (4, 26)
 
 
-class Floor(NamedTuple):
-    """What a case cannot avoid, and the time of that."""
-
-    bytes: int
-    flops: int
-    seconds: float
-    bound: str  # "bytes" or "arithmetic", whichever takes longer
-
-    def fields(self) -> dict[str, object]:
-        """As they stand in a row of JSON."""
-        return {"bytes": self.bytes, "flops": self.flops, "floor_ms": 1e3 * self.seconds, "bound": self.bound}
-
-
-def floor(case: Case, device_type: str, peaks: Peaks) -> Floor:
-    """The bytes at the copy's pace or the arithmetic at its peak, whichever takes longer.
+def floor(case: Case, device_type: str, peaks: Peaks) -> dict[str, object]:
+    """A row's bytes, flops, floor_ms and bound: the bytes at the copy's pace or the arithmetic at its peak, whichever takes longer.
 
     On a CPU depthwise convolutions and erfs run at the multiply-add peak, and so do matrix products, or at the measured product's
     pace if a 16-bit one is faster. On a GPU erfs run beside the rest, and 16-bit depthwise convolutions on tensor cores: neither counts.
@@ -47,8 +32,8 @@ def floor(case: Case, device_type: str, peaks: Peaks) -> Floor:
     else:
         size, flops = operator_bytes(case), sum(operator_flops(case))
         arithmetic = _operator_arithmetic(case, device_type, peaks)
-    bound = "bytes" if size / peaks.copy >= arithmetic else "arithmetic"
-    return Floor(size, flops, max(size / peaks.copy, arithmetic), bound)
+    seconds, bound = max((size / peaks.copy, "bytes"), (arithmetic, "arithmetic"))
+    return {"bytes": size, "flops": flops, "floor_ms": 1e3 * seconds, "bound": bound}
 
 
 def _matrix_peak(dtype: str, device_type: str, peaks: Peaks) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables from the JSON files, for the terminal, README.md, docs/performance.md and the HTML page."""
+"""Tables from the JSON files, for the terminal, README.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -111,17 +111,6 @@ def _floor(row: Row) -> str:
     return ABSENT if percent is None else f"{percent:.0f} %"
 
 
-def _memory(row: Row) -> str:
-    """Peak of torch's allocator in MiB, ours and eager PyTorch's in the same layout."""
-    sizes = [row["implementations"].get(name, {}).get("peak_bytes") for name in (ours(row), peers.EAGER[row["layout"]])]
-    return " / ".join(ABSENT if size is None else _mebibytes(size) for size in sizes)
-
-
-def _mebibytes(size: int) -> str:
-    value = size / 2**20
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
-
-
 def _other_products(row: Row) -> str:
     """Ours with each choice of CONVMIXER_CUDA_GEMM."""
     found = {**row["implementations"], **{each["implementation"]: {} for each in row["wrong"]}}
@@ -131,32 +120,27 @@ def _other_products(row: Row) -> str:
 
 def _called(row: Row) -> str:
     """A model that is called from Python, not as a CUDA graph: ours, and how many times faster than eager PyTorch."""
-    pair = [row["implementations"].get(name, {}).get("called_ms") for name in (ours(row), peers.EAGER[row["layout"]])]
+    pair = [row["implementations"].get(name, {}).get("called_ms") for name in (ours(row), _same_layout(row))]
     return f"{milliseconds(pair[0])}, {_times(pair[1] / pair[0])}" if "model" in row and all(pair) else ABSENT
 
 
-def _implementations(rows: Sequence[Row]) -> list[str]:
-    """Every implementation that a row has or misses, ours first."""
-    found = {name: None for row in rows for name in (*row["implementations"], *row["absent"])}
-    found |= {each["implementation"]: None for row in rows for each in row["wrong"]}
-    order = ("ours", "eager", "compile", "cudnn", "onnxruntime", "openvino", *peers.BOUNDS)
-    return sorted(found, key=lambda name: next((i for i, start in enumerate(order) if name.startswith(start)), 99))
+def _same_layout(row: Row) -> str:
+    return peers.EAGER[row["layout"]]
 
 
 _START: list[Column] = [
     ("milliseconds", title),
     ("dtype", lambda row: row["dtype"]),
     ("layout", lambda row: row["layout"]),
+    ("ours", _ours_cell),
 ]
 _END: list[Column] = [
-    ("MiB ours / eager", _memory),
     ("of the floor", _floor),
     ("best peer / ours", lambda row: _times(speedup(row, best_peer(row)))),
 ]
-#: Of docs/performance.md, by device type; those of GPUs have eager PyTorch in the layout of the case only.
-_SHORT: dict[str, list[Column]] = {
+#: By device type. GPUs have eager PyTorch in the layout of the case only.
+_PEERS: dict[str, list[Column]] = {
     "cpu": [
-        ("ours", _ours_cell),
         ("eager NCHW", lambda row: _cell(row, "eager NCHW")),
         ("eager channels_last", lambda row: _cell(row, "eager channels_last")),
         ("torch.compile", lambda row: _cell(row, best_peer(row, "compile"))),
@@ -164,9 +148,8 @@ _SHORT: dict[str, list[Column]] = {
         ("OpenVINO", lambda row: _cell(row, "openvino")),
     ],
     "cuda": [
-        ("ours", _ours_cell),
         ("Triton", lambda row: ABSENT if ours(row) == "ours triton" else _cell(row, "ours triton")),
-        ("eager, same layout", lambda row: _cell(row, peers.EAGER[row["layout"]])),
+        ("eager, same layout", lambda row: _cell(row, _same_layout(row))),
         ("torch.compile", lambda row: _cell(row, best_peer(row, "compile"))),
         ("other products", _other_products),
         ("product alone", lambda row: _cell(row, peers.MATMUL)),
@@ -179,17 +162,10 @@ def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     return [heading for heading, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
 
 
-def operators(rows: Sequence[Row], device_type: str | None = None) -> Table:
-    """A row for each case and a column for each implementation.
-
-    Args:
-        device_type: instead, the columns of docs/performance.md for this device, less those without any figure.
-    """
-    if device_type is None:
-        every = [(name, lambda row, name=name: _cell(row, name)) for name in _implementations(rows)]
-        return _table(rows, [*_START, *every, *_END])
-    shown = [column for column in _SHORT[device_type] if any(column[1](row) != ABSENT for row in rows)]
-    return _table(rows, [*_START, *shown, *_END[1:]])
+def operators(rows: Sequence[Row], device_type: str) -> Table:
+    """A row for each case, less the columns without any figure."""
+    shown = [column for column in _PEERS[device_type] if any(column[1](row) != ABSENT for row in rows)]
+    return _table(rows, [*_START, *shown, *_END])
 
 
 def operator_notes(document: Document, reasons: bool = True) -> list[str]:
@@ -208,10 +184,6 @@ def operator_notes(document: Document, reasons: bool = True) -> list[str]:
             f"Peaks: copy {peaks['copy'] / 1e9:.1f} GB/s, multiply-add {peaks['fma'] / unit:.0f} {name}FLOP/s, "
             f"matrix product {gemm} {name}FLOP/s."
         )
-    if reasons:
-        lines.append(
-            "MiB: the most that torch's allocator held beyond the inputs; memory that native code takes itself is not counted."
-        )
     lines += _sums(rows)
     if any(each.get("passed") is False for row in rows for each in row["implementations"].values()):
         lines.append(f"{INEXACT}: an error of more than twice that of eager PyTorch in the same layout.")
@@ -227,29 +199,37 @@ def operator_notes(document: Document, reasons: bool = True) -> list[str]:
     return lines
 
 
-MODEL_HEADINGS = ["model", "mode", "dtype", "error ours", "error eager", "eager ms", "ours ms", "speed-up"]
+def _error(kind: str) -> Callable[[Row], str]:
+    """Of the tensor of ours that is nearest to its limit, or wrong."""
+
+    def cell(row: Row) -> str:
+        found = (*row["wrong"], *(row["implementations"][each] for each in _OURS if each in row["implementations"]))
+        return f"{found[0][kind]:.1e}" if found and kind in found[0] else ABSENT
+
+    return cell
+
+
+_MODEL_COLUMNS: list[Column] = [
+    ("model", lambda row: f"{row['label']}, batch {row['batch']}"),
+    ("mode", lambda row: {"model_eval": "eval", "model_step": "train"}[row["op"]]),
+    ("dtype", lambda row: row["dtype"]),
+    ("error ours", _error("error")),
+    ("error eager", _error("eager_error")),
+    ("eager ms", lambda row: _cell(row, _same_layout(row))),
+    ("ours ms", _ours_cell),
+    ("speed-up", lambda row: WRONG if row["wrong"] else _times(speedup(row, _same_layout(row)))),
+]
 
 
 def models(document: Document) -> Table:
     """Of python -m benchmarks: a training step that was left out is a row of dashes."""
-    cells = []
+    rows = []
     trained = {(row["model"], row["dtype"]) for row in document["results"] if row["op"] == "model_step"}
     for row in document["results"]:
-        mode = {"model_eval": "eval", "model_step": "train"}[row["op"]]
-        name = f"{row['label']}, batch {row['batch']}"
-        checked = (*row["wrong"], *(row["implementations"][each] for each in _OURS if each in row["implementations"]))
-        errors = [f"{checked[0][key]:.1e}" for key in ("error", "eager_error")]
-        times = [ABSENT, ABSENT, WRONG]
-        if not row["wrong"]:
-            times = [
-                _cell(row, peers.EAGER[row["layout"]]),
-                _ours_cell(row),
-                _times(speedup(row, peers.EAGER[row["layout"]])),
-            ]
-        cells.append([name, mode, row["dtype"], *errors, *times])
+        rows.append(row)
         if (row["model"], row["dtype"]) not in trained:
-            cells.append([name, "train", row["dtype"], *[ABSENT] * 5])
-    return MODEL_HEADINGS, cells
+            rows.append({**row, "op": "model_step", "implementations": {}, "wrong": []})
+    return _table(rows, _MODEL_COLUMNS)
 
 
 def model_notes(document: Document) -> list[str]:
@@ -273,38 +253,29 @@ def model_notes(document: Document) -> list[str]:
     return lines
 
 
-#: The rows of README.md's tables: the first eight of these that were timed.
+#: The rows of README.md's tables, in words: the first eight of these that were timed.
 _SMALL = {
-    "cpu": (
-        "model_eval 256/8@32 batch 32 float32 contiguous",
-        "model_step 256/8@32 batch 32 float32 contiguous",
-        "model_step 1536/20@224 batch 2 float32 contiguous",
-        "depthwise_eval k9 1x768x32x32 float32 contiguous",
-        "depthwise_train k9 32x256x16x16 float32 contiguous",
-        "depthwise_input_grad k9 1x768x32x32 float32 contiguous",
-        "depthwise_weight_grad k9 1x768x32x32 float32 contiguous",
-        "pointwise_eval 32x256x16x16 float32 contiguous",
-    ),
-    "cuda": (
-        "model_eval 1536/20@224 batch 32 bfloat16 contiguous",
-        "model_step 1536/20@224 batch 32 bfloat16 contiguous",
-        "model_step 256/8@32 batch 256 bfloat16 contiguous",
-        "depthwise_eval k9 64x1536x32x32 bfloat16 contiguous",
-        "depthwise_train k9 64x1536x32x32 bfloat16 contiguous",
-        "depthwise_input_grad k9 64x1536x32x32 bfloat16 contiguous",
-        "depthwise_weight_grad k9 64x1536x32x32 bfloat16 contiguous",
-        "pointwise_eval 64x1536x32x32 bfloat16 contiguous",
-        "model_step 768/32@224 batch 32 bfloat16 contiguous",
-    ),
-}
-_WORDS = {
-    "model_eval": "inference",
-    "model_step": "training step",
-    "depthwise_eval": "Depthwise block, inference",
-    "depthwise_train": "Depthwise block, training forward",
-    "depthwise_input_grad": "Depthwise block, input gradient",
-    "depthwise_weight_grad": "Depthwise block, weight gradient",
-    "pointwise_eval": "Pointwise block, inference",
+    "cpu": {
+        "model_eval 256/8@32 batch 32 float32 contiguous": "ConvMixer-256/8, 32x32, batch 32, inference",
+        "model_step 256/8@32 batch 32 float32 contiguous": "ConvMixer-256/8, 32x32, batch 32, training step",
+        "model_step 1536/20@224 batch 2 float32 contiguous": "ConvMixer-1536/20, 224x224, batch 2, training step",
+        "depthwise_eval k9 1x768x32x32 float32 contiguous": "Depthwise block, inference",
+        "depthwise_train k9 32x256x16x16 float32 contiguous": "Depthwise block, training forward",
+        "depthwise_input_grad k9 1x768x32x32 float32 contiguous": "Depthwise block, input gradient",
+        "depthwise_weight_grad k9 1x768x32x32 float32 contiguous": "Depthwise block, weight gradient",
+        "pointwise_eval 32x256x16x16 float32 contiguous": "Pointwise block, inference",
+    },
+    "cuda": {
+        "model_eval 1536/20@224 batch 32 bfloat16 contiguous": "ConvMixer-1536/20, 224x224, batch 32, inference",
+        "model_step 1536/20@224 batch 32 bfloat16 contiguous": "ConvMixer-1536/20, 224x224, batch 32, training step",
+        "model_step 256/8@32 batch 256 bfloat16 contiguous": "ConvMixer-256/8, 32x32, batch 256, training step",
+        "depthwise_eval k9 64x1536x32x32 bfloat16 contiguous": "Depthwise block, inference",
+        "depthwise_train k9 64x1536x32x32 bfloat16 contiguous": "Depthwise block, training forward",
+        "depthwise_input_grad k9 64x1536x32x32 bfloat16 contiguous": "Depthwise block, input gradient",
+        "depthwise_weight_grad k9 64x1536x32x32 bfloat16 contiguous": "Depthwise block, weight gradient",
+        "pointwise_eval 64x1536x32x32 bfloat16 contiguous": "Pointwise block, inference",
+        "model_step 768/32@224 batch 32 bfloat16 contiguous": "ConvMixer-768/32, 224x224, batch 32, training step",
+    },
 }
 
 
@@ -317,10 +288,9 @@ def small(documents: Sequence[Document], device_type: str) -> str:
         raise ValueError(f"none of the rows of the {device_type} table was timed")
 
     def name(row: Row) -> str:
-        if "model" in row:
-            return f"{row['label']}, batch {row['batch']}, {_WORDS[row['op']]}"
         kernel = f", k = {row['kernel']}" if row["op"].startswith("depthwise") else ""
-        return f"{_WORDS[row['op']]}{kernel}, {'x'.join(map(str, row['shape']))}"
+        size = f", {'x'.join(map(str, row['shape']))}" if "shape" in row else ""
+        return _SMALL[device_type][row["case"]] + kernel + size
 
     columns: list[Column] = [
         (f"{chosen[0]['dtype']}, milliseconds", name),
@@ -346,6 +316,19 @@ def contents() -> Table:
     for (name, sentence), passes, times in zip(ops.MODELS.items(), roofline.MODEL_PASSES, (1, 3), strict=True):
         rows.append([f"`{name}`", sentence, f"{passes} C a layer", f"{times} x"])
     return ["row", "what it contains", "bytes: values read or written for each n, h, w", "FLOPs: convolutions"], rows
+
+
+def text(document: Document, table: Table, notes: Sequence[str]) -> str:
+    """For a terminal or a file: the first three columns stand left, the others right."""
+    headings, rows = table
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:{'<' if i < 3 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        for cells in (headings, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join([f"{machine(document)}:", "", *lines, "", *notes])
 
 
 def markdown_lines(table: Table, words: int) -> list[str]:

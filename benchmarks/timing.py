@@ -110,13 +110,7 @@ def graphed(call: Callable[[], object], *, seconds: float, repeats: int | None =
         seconds: of measuring, about.
         repeats: replays; None: as many as fit, 5 to 200.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    # a backward can be captured only after a warm-up on a side stream
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    warm_up(call)
     device = torch.device("cuda")
     estimate = min(elapsed(call, device) for _ in range(2))
     called = summarise([elapsed(call, device) for _ in range(_fit(seconds / 2, estimate, 5, 20))])
@@ -136,6 +130,16 @@ def graphed(call: Callable[[], object], *, seconds: float, repeats: int | None =
     count = _fit(seconds, estimate, 5, 200) if repeats is None else repeats
     found = summarise([elapsed(replay, device) / inner for _ in range(count)])
     return found._replace(more={**more, "graph_calls": inner})
+
+
+def warm_up(call: Callable[[], object]) -> None:
+    """Three calls on a side stream: a backward can be captured only after them, and libraries make their workspaces."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _fit(seconds: float, each: float, least: int, most: int) -> int:
@@ -167,16 +171,13 @@ def _graph_of(call: Callable[[], object], times: int) -> tuple[Callable[[], obje
 
 
 def in_new_process(work: Callable[..., Result], *arguments: object) -> Result:
-    """`work(*arguments)`, computed in a new process that has done nothing before but import torch.
+    """`work(*arguments)`, all picklable, computed in a new process that has done nothing before but import torch.
 
     What an earlier computation leaves behind changes the times of a later one: glibc keeps the memory that a training step
     has freed, and hands it to an evaluation that would take page faults for every tensor in a process of its own.
 
-    Args:
-        work: a function of a module's top level; it and `arguments` and its result must be picklable.
-
     Raises:
-        RuntimeError: the one that `work` raised (NotImplementedError is one), or the process ended without a result.
+        RuntimeError: the process ended without a result; it has printed why.
     """
     # Forked from a process that has imported torch and never computed, so without its threads.
     context = multiprocessing.get_context("forkserver")
@@ -186,24 +187,16 @@ def in_new_process(work: Callable[..., Result], *arguments: object) -> Result:
     process.start()
     sender.close()
     try:
-        result, error = receiver.recv()
+        return receiver.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"a process that was timing ended with exit status {process.exitcode}") from None
     finally:
         process.terminate()
         process.join()
-        receiver.close()
-    if error is not None:
-        raise error
-    return result
 
 
 def _send(sender: multiprocessing.connection.Connection, work: Callable[..., object], arguments: tuple) -> None:
     # Control-C reaches this process too; the process that waits for the result ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        message = work(*arguments), None
-    except RuntimeError as error:  # torch's and the backends'; any other ends this process with its traceback
-        message = None, error
-    sender.send(message)
+    sender.send(work(*arguments))

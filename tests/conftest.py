@@ -101,3 +101,13 @@ def cuda_module() -> Path:
     if not built.exists() or _build.source_digest() not in built.read_text():
         pytest.skip("the installed CUDA module was built from other sources")
     return found
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The results of a run of python -m benchmarks.gpu --device cpu."""
+    from benchmarks import gpu_run
+
+    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
+    yield run
+    run.end_worker()

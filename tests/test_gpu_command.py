@@ -20,8 +20,6 @@ from benchmarks import (
     gpu,
     gpu_run,
     gpu_steps,
-    gpu_summary,
-    gpu_tools,
     machine,
     models,
     peers,
@@ -55,14 +53,7 @@ _RACECHECK = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {}\n"
     ],
 )
 def test_only_a_clean_summary_is_clean(tool, status, output, clean):
-    assert gpu_tools.is_clean(tool, status, output) is clean
-
-
-@pytest.fixture
-def run(tmp_path):
-    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
-    yield run
-    run.end_worker()
+    assert gpu_steps.is_clean(tool, status, output) is clean
 
 
 def _saved(run: gpu_run.Run) -> dict:
@@ -106,50 +97,50 @@ def test_only_backends_that_run_here_are_measured(monkeypatch):
     assert gpu_steps.measured_backends("cpu") == (["triton"], {"cuda": "the native module is not built"})
 
 
-def test_a_sanitizer_without_cuda_kernels_says_so(run):
-    gpu_tools.sanitizer(run, 10, "the native module is not built")
-    assert _saved(run)["sanitizer"] == {
-        "ok": True,
-        "skipped": "it checks the CUDA kernels: the native module is not built",
-    }
+@pytest.mark.parametrize("program", [gpu_steps.sanitizer, gpu_steps.profile])
+def test_a_program_without_cuda_kernels_says_so(run, program):
+    found = program(run, 10, "the native module is not built")
+    assert found == {"ok": True, "summary": "skipped: the native module is not built"}
 
 
-def _jobs() -> list[gpu_run.Job]:
-    jobs = gpu_steps.check_jobs(["cuda"]) + gpu_steps.operator_jobs("cuda", True) + gpu_steps.triton_jobs()
-    jobs += gpu_steps.model_jobs(["cuda"]) + gpu_steps.compile_jobs() + gpu_steps.autotune_jobs()
-    return [*jobs, gpu_steps.names_job(), *gpu_steps.confirm_jobs()]
+def _jobs(run: gpu_run.Run) -> list[gpu_run.Job]:
+    jobs = (
+        gpu_steps.operator_jobs("cuda", "cpu")
+        + gpu_steps.triton_jobs()
+        + gpu_steps.model_jobs("cuda")
+        + gpu_steps.compile_jobs()
+    )
+    return [*jobs, *gpu_steps.confirm_jobs(run)]
 
 
 def test_the_sanitizer_sees_every_operator_and_no_product_of_torch(emulated, monkeypatch):
     """One of its sizes, emulated; the others differ in tensors only."""
-    honest, ran = gpu_tools._run_ours, []
+    honest, ran = gpu_run._prepared, []
 
-    def run_ours(case, name):
+    def prepared(case, name, device):
         ran.append((case.op, name))
         if (case.shape, case.dtype, case.layout) == ((3, 5, 7, 7), "float32", "contiguous"):
-            honest(case, name)
+            return honest(case, name, device)
+        return lambda: None
 
     def product(*arguments, **options):
         raise AssertionError("a product of torch")
 
-    monkeypatch.setattr(gpu_tools, "_run_ours", run_ours)
-    monkeypatch.setattr(gpu_tools, "_DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_run, "_prepared", prepared)
     for name in ("mm", "addmm", "bmm", "baddbmm", "matmul"):
         monkeypatch.setattr(torch, name, product)
     for name in ("convolution", "input_grad", "weight_grad"):
         # the workload replaces them for good, in a process of its own
         monkeypatch.setattr(torch_gemm, name, getattr(torch_gemm, name))
-    assert gpu_tools.sanitizer_workload() == 0
+    gpu_run.sanitizer_workload(torch.device("cpu"))
     assert {op for op, _ in ran} == set(cases.OPERATORS)
     assert ("layer_eval", "ours cuda layer") in ran
 
 
-def test_the_first_backend_is_measured_everywhere(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_the_first_backend_is_measured_everywhere():
     expected = [case.name for case in cases.cases("cuda") if case.quick and isinstance(case, OpCase)]
     for backend in ("cuda", "triton"):
-        jobs = gpu_steps.operator_jobs(backend, wgmma=True)
+        jobs = gpu_steps.operator_jobs(backend, "cpu")
         measured = [cases.from_json(job["case"]) for job in jobs]
         assert [case.name for case in measured] == expected
         for case, job in zip(measured, jobs, strict=True):
@@ -161,8 +152,6 @@ def test_the_first_backend_is_measured_everywhere(monkeypatch):
         ("ours triton", "eager NCHW", "clone"),
         ("ours triton", "eager NCHW", "matmul"),
     }
-    # a kernel that failed its checks does not take other rows with it
-    assert not any("ours cuda wgmma" in job["names"] for job in gpu_steps.operator_jobs("cuda", wgmma=False))
     # a layer in one kernel is cuda's alone
     ops = {cases.from_json(job["case"]).op for job in gpu_steps.triton_jobs()}
     assert ops == {op for op in cases.OPERATORS if not op.startswith("layer")}
@@ -170,68 +159,39 @@ def test_the_first_backend_is_measured_everywhere(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)])
-def test_a_kernel_of_hopper_is_checked_on_hopper(capability, monkeypatch):
+def test_a_kernel_of_hopper_is_measured_on_hopper(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    for jobs in (gpu_steps.check_jobs(["cuda"]), gpu_steps.operator_jobs("cuda", wgmma=True)):
-        assert any("ours cuda wgmma" in job["names"] for job in jobs) is (capability == (9, 0))
-        assert any("ours cuda fused" in job["names"] for job in jobs)
-    assert gpu_steps.check_jobs(["triton"]) == []
+    jobs = gpu_steps.operator_jobs("cuda", "cuda")
+    assert any("ours cuda wgmma" in job["names"] for job in jobs) is (capability == (9, 0))
+    assert any("ours cuda fused" in job["names"] for job in jobs)
 
 
-def test_every_job_survives_json(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for job in _jobs():
-        assert job["kind"] in gpu_steps._KINDS
+def test_every_job_survives_json(run, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    for job in _jobs(run):
+        assert job["kind"] in ("measure", "confirm")
         assert job["limit"] > 0
-        # as a worker gets it
-        again = json.loads(json.dumps(job))
-        for case in again.get("cases", [again["case"]] if "case" in again else []):
-            assert (
-                cases.to_json(cases.from_json(case)) == {**case, "shape": tuple(case["shape"])}
-                if "shape" in case
-                else case
-            )
+        if "case" in job:
+            # as a worker gets it
+            again = json.loads(json.dumps(job))
+            assert cases.from_json(again["case"]) == cases.from_json(job["case"])
     for case in cases.cases("cuda"):
         assert cases.from_json(json.loads(json.dumps(cases.to_json(case)))) == case
 
 
-def test_compiled_peers_are_few(monkeypatch):
-    longest = gpu_steps.autotune_jobs()
-    assert {tuple(job["names"]) for job in longest} == {("compile max-autotune",)}
+def test_compiled_peers_are_few():
+    found = [(job["names"], cases.from_json(job["case"]).op) for job in gpu_steps.compile_jobs()]
+    longest = [op for names, op in found if names == ["compile max-autotune"]]
     # the blocks and, last, one model
-    assert [cases.from_json(job["case"]).op for job in longest] == ["depthwise_eval", "pointwise_eval", "model_step"]
-    jobs = gpu_steps.compile_jobs()
-    assert {tuple(job["names"]) for job in jobs} == {("compile",)}
-    assert {cases.from_json(job["case"]).op for job in jobs} == {
+    assert longest == ["depthwise_eval", "pointwise_eval", "model_step"]
+    assert [op for _, op in found[-3:]] == longest
+    assert {op for names, op in found if names == ["compile"]} == {
         "depthwise_eval",
         "pointwise_eval",
         "model_eval",
         "model_step",
     }
-    assert len(jobs) <= 8
-
-
-def test_wgmma_is_measured_where_its_checks_passed(run):
-    row = {"op": "pointwise_eval", "implementations": {"ours cuda wgmma": {"passed": True}}, "absent": {}, "wrong": []}
-    for number in range(3):
-        assert not gpu_steps._wgmma_is_right(run)
-        run.row({**row, "case": f"case {number}"}, "checks")
-    assert gpu_steps._wgmma_is_right(run)
-    run.append("broken", {"step": "check", "job": "measure depthwise_eval ours cuda", "error": "no"})
-    assert gpu_steps._wgmma_is_right(run)
-    # a case that broke with all its choices says nothing of this one
-    run.append("broken", {"step": "operators", "job": "measure pointwise_eval ours cuda wgmma", "error": "no"})
-    assert gpu_steps._wgmma_is_right(run)
-    run.append("broken", {"step": "check", "job": "measure pointwise_eval ours cuda wgmma", "error": "no"})
-    assert not gpu_steps._wgmma_is_right(run)
-
-
-def test_a_wrong_wgmma_is_not_measured(run):
-    row = {"op": "pointwise_eval", "implementations": {"ours cuda wgmma": {"passed": True}}, "absent": {}, "wrong": []}
-    for number in range(4):
-        run.row({**row, "case": f"case {number}"}, "checks")
-    run.row({**row, "wrong": [{"implementation": "ours cuda wgmma", "failure": "no"}], "case": "last"}, "checks")
-    assert not gpu_steps._wgmma_is_right(run)
+    assert len(found) <= 8 + 3
 
 
 _PEAKS = machine.Peaks(1e12, 1e14, dict.fromkeys(cases.DTYPES, 1e14), "invented")
@@ -250,10 +210,7 @@ def on_the_cpu(monkeypatch, run):
 
         return clock
 
-    monkeypatch.setattr(gpu_steps, "_DEVICE", torch.device("cpu"))
     monkeypatch.setattr(engine, "clock_of", clock_of)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # not the pooled hundreds of channels, which an interpreter and an emulation take minutes for
     monkeypatch.setattr(check, "POOL", 1)
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 1)
@@ -271,7 +228,7 @@ def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys
     case = OpCase(op, "sweep", (2, 16, 5, 6), 3, dtype="float16", layout=layout)
     eager = peers.EAGER[layout]
     names = ["ours triton", eager, *([peers.CLONE] if op == "depthwise_eval" else [])]
-    gpu_steps.do(run, gpu_steps._job(case, names, 10))
+    gpu_run.do(run, gpu_steps._job(case, names, 10))
     (row,) = _saved(run)["results"]
     assert not row["wrong"], row["wrong"]
     absent = {eager} if op in cases.PARTS else set()
@@ -280,7 +237,7 @@ def test_every_operator_runs_on_triton_alone(op, layout, run, on_the_cpu, capsys
     assert row["implementations"]["ours triton"]["percent_of_floor"] > 0
     assert row["implementations"]["ours triton"]["host_ms"] == 2e-3
     run.note("absent", {"cuda": "not built"})
-    text = gpu_summary.summary(run.document)
+    text = gpu_run.summary(run.document)
     assert "- cuda: not built" in text
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {tables.title(row)} ")]
     if not absent:
@@ -296,11 +253,11 @@ def test_a_wrong_result_has_no_time(run, on_the_cpu, monkeypatch, capsys):
 
     monkeypatch.setattr(check, "judge", judge)
     case = OpCase("normalize", "", (2, 4, 5, 6))
-    gpu_steps.do(run, gpu_steps._job(case, ["ours reference", "eager NCHW"], 10))
+    gpu_run.do(run, gpu_steps._job(case, ["ours reference", "eager NCHW"], 10))
     (row,) = _saved(run)["results"]
     assert set(row["implementations"]) == {"eager NCHW"}
     assert [each["implementation"] for each in row["wrong"]] == ["ours reference"]
-    (line,) = [line for line in gpu_summary.summary(run.document).splitlines() if line.startswith("- WRONG")]
+    (line,) = [line for line in gpu_run.summary(run.document).splitlines() if line.startswith("- WRONG")]
     assert line.startswith(f"- WRONG {case.name}: ours reference: y: relative error")
 
 
@@ -314,7 +271,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(run, on_the_cpu, monkey
 
     monkeypatch.setattr(peers, "prepare", prepare)
     names = ["ours cpu", "clone", "ours reference"]
-    gpu_steps.do(run, gpu_steps._job(OpCase("normalize", "", (2, 4, 5, 6)), names, 10))
+    gpu_run.do(run, gpu_steps._job(OpCase("normalize", "", (2, 4, 5, 6)), names, 10))
     (row,) = _saved(run)["results"]
     assert row["wrong"] == [{"implementation": "ours cpu", "failure": "ours cpu: an illegal instruction"}]
     assert row["absent"] == {"clone": "failed: clone: an illegal instruction"}
@@ -326,9 +283,9 @@ def test_every_operator_of_the_emulated_kernels(op, run, on_the_cpu, emulated, m
     """A worker's way: the case by its JSON, every choice of GEMM, right or wrong only."""
     case = OpCase(op, "sweep", (2, 16, 5, 8), 3, dtype="bfloat16")
     names = ["ours cuda", *(f"ours cuda {gemm}" for gemm in peers.gemms_of(case, (8, 0)))]
-    job = gpu_steps._job(case, names, 10, timed=False)
-    gpu_steps.do(run, json.loads(json.dumps(job)))
-    (row,) = _saved(run)["checks"]
+    job = gpu_steps._job(case, names, 10)
+    gpu_run.do(run, json.loads(json.dumps(job)))
+    (row,) = _saved(run)["results"]
     assert not row["wrong"], row["wrong"]
     assert not row["absent"]
     assert list(row["implementations"]) == names
@@ -337,12 +294,12 @@ def test_every_operator_of_the_emulated_kernels(op, run, on_the_cpu, emulated, m
 
 def test_models_are_measured_with_the_backend_that_there_is(run, on_the_cpu, monkeypatch, capsys):
     """A tiny model in both modes and layouts, by a backend that is here and one that is not, and by eager PyTorch."""
-    jobs = gpu_steps.model_jobs(["reference", "cuda"])
+    jobs = [{**job, "names": ["ours cuda", *job["names"]]} for job in gpu_steps.model_jobs("reference")]
     assert len(jobs) == 3 * 2 * 2
     monkeypatch.setattr(cuda, "can_run", lambda *a: "the native module is not built")
     for job in jobs:
         tiny = dataclasses.replace(cases.from_json(job["case"]).tiny(), dtype="float32")
-        gpu_steps.do(run, {**job, "case": cases.to_json(tiny)})
+        gpu_run.do(run, {**job, "case": cases.to_json(tiny)})
     rows = _saved(run)["results"]
     assert {(row["op"], row["layout"]) for row in rows} == {(op, f) for op in cases.MODEL_MODES for f in cases.LAYOUTS}
     for row in rows:
@@ -409,7 +366,7 @@ def no_real_gpu(monkeypatch):
     """The command sees a GPU, and its steps do nothing but say that they ran."""
     ran: list[tuple] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_steps, "describe", lambda run, backend: ran.append(("describe", backend)))
+    monkeypatch.setattr(machine, "describe", lambda device, backend: ran.append(("describe", backend)) or {})
     monkeypatch.setattr(gpu_steps, "run_jobs", lambda run, name, jobs, seconds: ran.append((name, len(jobs) > 0)))
     return ran
 
@@ -418,20 +375,19 @@ def test_the_command_measures_what_there_is(no_real_gpu, monkeypatch, tmp_path, 
     monkeypatch.setattr(
         gpu_steps, "measured_backends", lambda device: (["triton"], {"cuda": "the native module is not built"})
     )
-    assert gpu.main(["--only", "check,operators,sanitizer,models,triton", "--output", str(tmp_path)]) == 0
+    assert gpu.main(["--only", "operators,sanitizer,models,triton", "--output", str(tmp_path)]) == 0
     assert no_real_gpu == [
         ("describe", "triton"),
         ("peaks", True),
-        ("check", False),
         ("operators", True),
         ("models", True),
         ("triton", False),
     ]
     document = gpu_run.Run(tmp_path / "rows.jsonl").document
     assert document["absent"] == {"cuda": "the native module is not built"}
-    assert [each["step"] for each in document["steps"]] == ["check", "operators", "models", "sanitizer", "triton"]
+    assert [each["step"] for each in document["steps"]] == ["operators", "models", "sanitizer", "triton"]
     assert "cuda: - (the native module is not built)" in capsys.readouterr().out
-    assert "cuda: the native module is not built" in (tmp_path / gpu_summary.FILE).read_text()
+    assert "cuda: the native module is not built" in (tmp_path / gpu_steps.SUMMARY).read_text()
 
 
 def _seconds_of_steps(monkeypatch, tmp_path, *arguments: str) -> dict[str, float]:
@@ -439,16 +395,18 @@ def _seconds_of_steps(monkeypatch, tmp_path, *arguments: str) -> dict[str, float
     found = {}
     monkeypatch.setattr(gpu_steps, "measured_backends", lambda device: (["triton"], {"cuda": "not built"}))
     monkeypatch.setattr(gpu_steps, "run_jobs", lambda run, name, jobs, seconds: found.update({name: seconds}))
-    monkeypatch.setattr(gpu_tools, "tests", lambda run, seconds: found.update(tests=seconds))
+    ended = {"ok": True, "summary": ""}
+    tests = {"tests": lambda run, seconds, no_cuda: found.update(tests=seconds) or ended}
+    monkeypatch.setattr(gpu_steps, "_PROGRAMS", gpu_steps._PROGRAMS | tests)
     assert gpu.main(["--output", str(tmp_path), *arguments]) == 0
     return found
 
 
 def test_a_step_leaves_the_later_ones_their_shares(no_real_gpu, monkeypatch, tmp_path):
-    assert sum(gpu.STEPS[step] for step in gpu._DEFAULT_STEPS) <= gpu.SECONDS - 15
+    assert sum(gpu.STEPS[step] for step in gpu.DEFAULT_STEPS) <= gpu.SECONDS - 15
     found = _seconds_of_steps(monkeypatch, tmp_path)
-    assert list(found) == ["peaks", *(s for s in gpu._DEFAULT_STEPS if s not in ("profile", "sanitizer"))]
-    names = list(gpu._DEFAULT_STEPS)
+    assert list(found) == ["peaks", *(s for s in gpu.DEFAULT_STEPS if s not in ("profile", "sanitizer"))]
+    names = list(gpu.DEFAULT_STEPS)
     for step in found.keys() - {"peaks"}:
         later = sum(gpu.STEPS[each] for each in names[names.index(step) + 1 :])
         assert found[step] == pytest.approx(gpu.SECONDS - later, abs=5)
@@ -456,19 +414,19 @@ def test_a_step_leaves_the_later_ones_their_shares(no_real_gpu, monkeypatch, tmp
 
 
 def test_with_less_time_all_shares_are_cut_alike(no_real_gpu, monkeypatch, tmp_path):
-    found = _seconds_of_steps(monkeypatch, tmp_path, "--only", "check,tests,confirm", "--seconds", "37")
-    # a tenth of 40 + 90 + 240
-    assert found["check"] == pytest.approx(37 - 33, abs=0.5)
-    assert found["tests"] == pytest.approx(37 - 24, abs=0.5)
-    assert found["confirm"] == pytest.approx(37, abs=0.5)
+    found = _seconds_of_steps(monkeypatch, tmp_path, "--only", "models,tests,confirm", "--seconds", "41")
+    # a tenth of 80 + 90 + 240
+    assert found["models"] == pytest.approx(41 - 33, abs=0.5)
+    assert found["tests"] == pytest.approx(41 - 24, abs=0.5)
+    assert found["confirm"] == pytest.approx(41, abs=0.5)
 
 
 def test_a_tool_without_time_is_named(no_real_gpu, monkeypatch, tmp_path):
     _seconds_of_steps(monkeypatch, tmp_path, "--only", "tests", "--seconds", "4")
-    assert "OUT OF TIME tests: 1 left out" in (tmp_path / gpu_summary.FILE).read_text()
+    assert "OUT OF TIME tests: 1 left out" in (tmp_path / gpu_steps.SUMMARY).read_text()
     found = _seconds_of_steps(monkeypatch, tmp_path, "--only", "tests")
     assert "tests" in found
-    assert "OUT OF TIME" not in (tmp_path / gpu_summary.FILE).read_text()
+    assert "OUT OF TIME" not in (tmp_path / gpu_steps.SUMMARY).read_text()
 
 
 def test_rows_of_two_commits_are_not_mixed(no_real_gpu, monkeypatch, tmp_path, capsys):

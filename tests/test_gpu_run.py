@@ -14,68 +14,76 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_run, gpu_summary, machine
-
-
-@pytest.fixture
-def run(tmp_path):
-    run = gpu_run.Run(tmp_path / "rows.jsonl", 100, "cpu")
-    yield run
-    run.end_worker()
+from benchmarks import cases, gpu_run, gpu_steps, machine
 
 
 def _saved(run: gpu_run.Run) -> dict:
     return gpu_run.Run(run.path).document
 
 
-def _faults(*how: str, hang: float = 2) -> list[gpu_run.Job]:
-    planted = {"hang": {"plant": "hang", "limit": hang}, "crash": {"plant": "crash"}}
-    return [{"kind": "fault", "how": each, "limit": 20, **planted.get(each, {})} for each in how]
+def _jobs(*how: str, hang: float = 2) -> list[gpu_run.Job]:
+    """A tiny case for each, distinct by its height, with that fault; "right" has none, "raise" is no job that there is."""
+    found = []
+    for height, each in enumerate(how, 4):
+        case = cases.to_json(cases.OpCase("normalize", each, (1, 4, height, 5)))
+        job = {"kind": "measure", "case": case, "names": ["ours reference"], "limit": 40}
+        more = {"hang": {"limit": hang}, "raise": {"kind": "raise"}}.get(each, {})
+        found.append(job | more | ({"plant": each} if each in ("hang", "crash", "wrong") else {}))
+    return found
+
+
+def _families(document: dict) -> list[str]:
+    return [row["family"] for row in document["results"]]
 
 
 def test_a_job_that_hangs_or_crashes_costs_its_row(run, capfd):
-    gpu_run.run_jobs(run, "check", _faults("first", "hang", "second", "crash", "raise", "wrong", "last"), 90)
+    jobs = _jobs("first", "hang", "second", "crash", "raise", "wrong", "last")
+    gpu_run.run_jobs(run, "operators", jobs, 90)
     document = _saved(run)
-    assert [row["case"] for row in document["results"]] == ["first", "second", "wrong", "last"]
+    assert _families(document) == ["first", "second", "wrong", "last"]
     broken = {each["job"]: each["error"] for each in document["broken"]}
-    assert broken["fault hang"] == "did not end within 2 s"
-    assert "status -6" in broken["fault crash"]
-    assert "status 1: RuntimeError: CUDA error" in broken["fault raise"]
-    text = gpu_summary.summary(document)
-    for word in ("fault hang", "fault crash", "fault raise", "WRONG wrong: ours"):
-        assert word in text
-    assert "check_left_out" not in document
+    assert list(broken) == [gpu_run.label(jobs[i]) for i in (1, 3, 4)]
+    hung, crashed, raised = broken.values()
+    assert hung == "did not end within 2 s"
+    assert "status -6" in crashed
+    assert raised == "KeyError: 'raise'"
+    text = gpu_run.summary(document)
+    assert text.count("- BROKEN") == 3
+    assert text.count("- WRONG normalize 1x4x9x5 float32 contiguous: ours reference: y: relative error") == 1
+    assert "operators_left_out" not in document
 
 
 def test_jobs_that_time_does_not_suffice_for_are_named(run, capfd):
-    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last", hang=60), 15)
+    first, hang, last = _jobs("first", "hang", "last", hang=60)
+    gpu_run.run_jobs(run, "operators", [first, hang, last], 15)
     document = _saved(run)
-    assert [row["case"] for row in document["results"]] == ["first"]
-    assert document["check_left_out"] == ["fault hang", "fault last"]
-    assert "OUT OF TIME check: 2 left out, from fault hang on" in gpu_summary.summary(document)
+    assert _families(document) == ["first"]
+    assert document["operators_left_out"] == [gpu_run.label(hang), gpu_run.label(last)]
+    assert f"OUT OF TIME operators: 2 left out, from {gpu_run.label(hang)} on" in gpu_run.summary(document)
     assert run.worker is None
     # with more time the same folder goes on behind what is done, and a broken job is not done again
-    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last"), 90)
+    hang["limit"] = 2
+    gpu_run.run_jobs(run, "operators", [first, hang, last], 90)
     document = _saved(run)
-    assert [row["case"] for row in document["results"]] == ["first", "last"]
-    assert document["check_left_out"] == []
-    gpu_run.run_jobs(run, "check", _faults("first", "hang", "last"), 90)
+    assert _families(document) == ["first", "last"]
+    assert document["operators_left_out"] == []
+    gpu_run.run_jobs(run, "operators", [first, hang, last], 90)
     assert _saved(run) == document
 
 
-def test_a_job_with_settings_gets_a_worker_of_its_own(run, capfd):
-    def environment() -> bytes:
-        return Path(f"/proc/{run.worker._process.pid}/environ").read_bytes()
-
-    first, second = _faults("first", "second")
-    gpu_run.run_jobs(run, "check", [{**first, "settings": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}], 60)
-    assert b"CUBLAS_WORKSPACE_CONFIG=:4096:8" in environment()
-    gpu_run.run_jobs(run, "check", [second], 60)
-    assert b"CUBLAS_WORKSPACE_CONFIG" not in environment()
+def test_a_worker_serves_many_steps(run, capfd, monkeypatch):
+    first, second, third = _jobs("first", "second", "third")
+    gpu_run.run_jobs(run, "operators", [first], 60)
     kept = run.worker
-    gpu_run.run_jobs(run, "models", _faults("third"), 60)
+    gpu_run.run_jobs(run, "models", [second], 60)
     assert run.worker is kept
-    assert [row["case"] for row in _saved(run)["results"]] == ["first", "second", "third"]
+    assert b"CUBLAS_WORKSPACE_CONFIG" not in Path(f"/proc/{run.worker.process.pid}/environ").read_bytes()
+    # the confirmations get one of their own, with torch's setting for determinism
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    gpu_steps.confirm_jobs(run)
+    gpu_run.run_jobs(run, "confirm", [third], 60)
+    assert b"CUBLAS_WORKSPACE_CONFIG=:4096:8" in Path(f"/proc/{run.worker.process.pid}/environ").read_bytes()
+    assert _families(_saved(run)) == ["first", "second", "third"]
 
 
 def _runs(argument: str) -> bool:
@@ -97,11 +105,11 @@ def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_kill_9_loses_at_most_one_row(tmp_path):
     path = tmp_path / "rows.jsonl"
-    jobs = _faults("first", "second", "hang", "last", hang=60)
+    jobs = _jobs("first", "second", "hang", "last", hang=60)
     program = "from pathlib import Path\nfrom benchmarks import gpu_run\n"
-    program += f"gpu_run.run_jobs(gpu_run.Run(Path({str(path)!r}), 90, 'cpu'), 'check', {jobs!r}, 80)"
+    program += f"gpu_run.run_jobs(gpu_run.Run(Path({str(path)!r}), 90, 'cpu'), 'operators', {jobs!r}, 80)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT, stdout=subprocess.DEVNULL)
-    _wait(lambda: path.exists() and path.read_text().count('"results"') == 2)
+    _wait(lambda: path.exists() and path.read_text().count('"append": "results"') == 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     # its worker, which hangs, ends with it
@@ -109,11 +117,11 @@ def test_kill_9_loses_at_most_one_row(tmp_path):
     # as if the kill had come while a row was written
     with open(path, "a") as file:
         file.write('{"append": "results", "val')
-    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second"]
+    assert _families(gpu_run.Run(path).document) == ["first", "second"]
     # and the next run goes on behind it
     again = gpu_run.Run(path)
-    again.row({"case": "third", "implementations": {}, "absent": {}, "wrong": []})
-    assert [row["case"] for row in gpu_run.Run(path).document["results"]] == ["first", "second", "third"]
+    again.row({"case": "third", "family": "third", "implementations": {}, "absent": {}, "wrong": []})
+    assert _families(gpu_run.Run(path).document) == ["first", "second", "third"]
 
 
 def test_parts_of_a_row_become_one(run):
@@ -148,9 +156,9 @@ def test_parts_of_a_row_become_one(run):
 def test_a_tool_ends_with_the_command(tmp_path):
     """A killed command's tests would otherwise share the GPU with the next one's timings."""
     mark = str(tmp_path / "mark")
-    program = "from pathlib import Path\nfrom benchmarks import gpu_run, gpu_tools\nimport sys\n"
+    program = "from pathlib import Path\nfrom benchmarks import gpu_run, gpu_steps\nimport sys\n"
     tool = f"[sys.executable, '-c', 'import time; time.sleep(60)', {mark!r}]"
-    program += f"run = gpu_run.Run(Path({mark!r}), 90)\ngpu_tools._command(run, {tool}, 60, Path({mark!r} + '.log'))"
+    program += f"run = gpu_run.Run(Path({mark!r}), 90)\ngpu_steps._command(run, {tool}, 60, Path({mark!r} + '.log'))"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=machine.ROOT)
     try:
         _wait(lambda: _runs(mark))

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from convmixer_kernels import functional, gates
+from convmixer_kernels.patches import torch_is_itself
 from convmixer_kernels.primitives import MixerEval
+from convmixer_kernels.recognize import changed_for_all, is_altered
+from convmixer_kernels.run import operator_accepts_input
 
 from . import reference
-from ._patches import torch_is_itself
-from .recognize import changed_for_all, is_altered
-from .run import fusible_layer, operator_accepts_input, run_layer
+from .run import fusible_layer, run_layer
 
 
 class MixerLayer(nn.Sequential):

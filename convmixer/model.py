@@ -16,7 +16,7 @@ from convmixer_kernels import functional, gates
 from convmixer_kernels.patches import torch_is_itself
 from convmixer_kernels.primitives import MixerEval
 from convmixer_kernels.recognize import changed_for_all, is_altered
-from convmixer_kernels.run import operator_accepts_input
+from convmixer_kernels.run import operator_accepts_input, run_norm
 
 from . import reference
 from .run import fusible_layer, run_layer
@@ -124,7 +124,7 @@ def ConvMixer(
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     if gates.recording():
         for module in children:
-            x = module(x)
+            x = _call(module, x)
         return x
     fuses = not torch.is_grad_enabled()
     # whether a call of a MixerLayer is its operator's call and no more: between two such calls nobody can change that
@@ -147,10 +147,16 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
             if y is None and direct and not is_altered(module):
                 y = run_layer(module, x)
         if y is None:
-            y, direct = module(x), False
+            y, direct = _call(module, x), False
         x = y
         at += taken
     return x
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x). The stem's norm, if it is an nn.SyncBatchNorm, also trains on a CPU, which torch's own refuses."""
+    y = run_norm(module, x) if type(module) is nn.SyncBatchNorm and changed_for_all() is None else None
+    return module(x) if y is None else y
 
 
 def _calls_its_operator() -> bool:

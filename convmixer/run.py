@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from convmixer_kernels import checks, functional, prepared
+from convmixer_kernels.distributed import group_of
 from convmixer_kernels.primitives import MixerEval, Norm
 from convmixer_kernels.recognize import BlockModules
 from convmixer_kernels.run import (
@@ -26,9 +27,12 @@ from .recognize import recognize_layer
 def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C_out, H, W)
     """The layer's output by its operator, or None if its modules must run. The caller has asked changed_for_all."""
     blocks = recognize_layer(layer)
-    if isinstance(blocks, str) or not operator_accepts_input(x):
+    if isinstance(blocks, str):
         return None
-    entry, tensors = _known(x, blocks)
+    shared = group_of(blocks[0].norm) is not None or group_of(blocks[1].norm) is not None
+    if not operator_accepts_input(x, empty=shared):
+        return None
+    entry, tensors = (None, ()) if shared else _known(x, blocks)
     if entry is None and not operator_accepts_blocks(x, blocks):
         return None
     norms = begin_norm(blocks[0].norm), begin_norm(blocks[1].norm)
@@ -94,11 +98,14 @@ def fusible_layer(layer: nn.Sequential, x: Tensor) -> MixerEval | None:
 
 def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tuple[NormCall, NormCall]) -> Tensor:
     depthwise, pointwise = blocks
-    if norms[0].settings != norms[1].settings or depthwise.activation != pointwise.activation:
+    alike = norms[0].settings == norms[1].settings and norms[0].group is norms[1].group
+    if not alike or depthwise.activation != pointwise.activation:
         # two calls: what the second would refuse must be refused before the first has moved its statistics
         op, weight, bias = "pointwise_block", *weight_and_bias(pointwise)
         checks.check_pointwise_convolution(op, "", x, weight, bias)
-        checks.check_norm(op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0])
+        checks.check_norm(
+            op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0], norms[1].group is not None
+        )
         checks.check_options(op, pointwise.activation, *norms[1].settings)
         z = run_block(functional.depthwise_block, x, depthwise, norms[0])
         return run_block(functional.pointwise_block, z, pointwise, norms[1])
@@ -113,4 +120,5 @@ def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tup
         momentum=momentum,
         eps=eps,
         activation=depthwise.activation,
+        process_group=norms[0].group,
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, composite, dispatch, gates, prepared
+from . import checks, composite, dispatch, distributed, gates, prepared
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
@@ -41,6 +41,7 @@ def depthwise_block(
     eps: float = 1e-5,
     activation: str = "gelu",
     residual: bool = True,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """ConvMixer's depthwise block: depthwise convolution, activation, batch norm, residual, fused.
@@ -71,6 +72,10 @@ def depthwise_block(
         eps: added to the variance.
         activation: "gelu" (exact, by erf), "gelu_tanh", "relu" or "identity".
         residual: add x.
+        process_group: a torch.distributed.ProcessGroup: in training the statistics are those of the batches of all its ranks, as
+            nn.SyncBatchNorm's. Each rank gets the gradients of its own batch's parameters; some ranks may have N = 0. Forward and
+            backward send one message each, and all ranks must call both in the same order. Differentiable once. None, the default:
+            this process's batch.
         backend: a name of available_backends(), or None for the fastest one that can run this.
 
     Returns:
@@ -79,24 +84,29 @@ def depthwise_block(
     Raises:
         TypeError: a dtype or an argument's type is wrong.
         ValueError: a shape, device, activation or backend name is wrong, or training with one value per channel.
-        NotImplementedError: the backend asked for by name cannot run this. RuntimeError: it is not available here.
+        NotImplementedError: the backend asked for by name cannot run this, or process_group together with a second derivative, a
+            transform, a dispatch mode or tensors that are not plain. RuntimeError: it is not available here.
     """
     op = "depthwise_block"
+    if process_group is not None and torch.compiler.is_compiling():
+        tensors = (x, weight, bias, norm_weight, norm_bias, running_mean, running_var)
+        return _uncompiled(
+            op, tensors, training, momentum, eps, activation, process_group, backend, {"residual": residual}
+        )
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x_given, (x, block) = x, _autocast(x, block)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     checks.check_bool(op, "residual", residual)
+    group = distributed.group_in_use(op, process_group, training)
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
-    checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training)
+    checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training, group is not None)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
+    options = Options(training, momentum, eps, activation, residual, False, group=group)
     if x.dtype != x_given.dtype and residual:
         # autocast: eager adds its 16-bit norm's result to the wide x
-        options = Options(training, momentum, eps, activation, False, False)
-        return _run_block("depthwise", x, block, running, options, chosen) + x_given
-    return _run_block(
-        "depthwise", x, block, running, Options(training, momentum, eps, activation, residual, False), chosen
-    )
+        return _run_block("depthwise", x, block, running, options._replace(residual=False), chosen) + x_given
+    return _run_block("depthwise", x, block, running, options, chosen)
 
 
 def pointwise_block(
@@ -112,6 +122,7 @@ def pointwise_block(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "gelu",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C_out, H, W)
     """ConvMixer's pointwise block: 1x1 convolution, activation, batch norm, fused.
@@ -128,16 +139,19 @@ def pointwise_block(
         y, (N, C_out, H, W), of x's dtype (under autocast: of autocast's) and memory format.
     """
     op = "pointwise_block"
+    if process_group is not None and torch.compiler.is_compiling():
+        tensors = (x, weight, bias, norm_weight, norm_bias, running_mean, running_var)
+        return _uncompiled(op, tensors, training, momentum, eps, activation, process_group, backend)
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x, block = _autocast(x, block)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
+    group = distributed.group_in_use(op, process_group, training)
     checks.check_pointwise_convolution(op, "", x, block.weight, block.bias)
-    checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training)
+    checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training, group is not None)
     chosen = _choose(op, backend, "pointwise", x, (weight,))
-    return _run_block(
-        "pointwise", x, block, running, Options(training, momentum, eps, activation, False, False), chosen
-    )
+    options = Options(training, momentum, eps, activation, False, False, group=group)
+    return _run_block("pointwise", x, block, running, options, chosen)
 
 
 def mixer_layer(
@@ -159,6 +173,7 @@ def mixer_layer(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "gelu",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C_out, H, W)
     """A whole ConvMixer layer: depthwise_block, then pointwise_block, in one autograd Function.
@@ -171,7 +186,7 @@ def mixer_layer(
     and saves three activation-sized tensors for the backward instead of the four of the two calls (eager saves six with
     GELU): z is rebuilt in the backward.
 
-    Args, Returns, Raises: as the two blocks'; training, momentum, eps and activation hold for both.
+    Args, Returns, Raises: as the two blocks'; training, momentum, eps, activation and process_group hold for both.
     """
     op = "mixer_layer"
     given = (
@@ -183,17 +198,22 @@ def mixer_layer(
         Statistics(pointwise_running_mean, pointwise_running_var),
     )
     given_tensors = (*given[0], *given[1], *running[0], *running[1])
-    entry = known_layer(x, given_tensors, training, momentum, eps, activation, backend)
+    if process_group is not None and torch.compiler.is_compiling():
+        tensors = (x, *given[0], *running[0], *given[1], *running[1])
+        return _uncompiled(op, tensors, training, momentum, eps, activation, process_group, backend)
+    group = distributed.group_in_use(op, process_group, training)
+    entry = None if group is not None else known_layer(x, given_tensors, training, momentum, eps, activation, backend)
     if entry is not None:
         return run_known_layer(entry, x, given_tensors)
     checks.check_input(op, x)
     x_given, (x, *blocks) = x, _autocast(x, *given)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
-    checks.check_layer(op, x, blocks, running, training)
+    checks.check_layer(op, x, blocks, running, training, group is not None)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
         # a model's x is narrow under autocast; for a wide one the blocks handle the residual as eager does
         shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, "backend": backend}
+        shared |= {"process_group": process_group}
         # the first block's statistics move when the second has succeeded
         moving = tuple(t.clone() if training and t is not None else t for t in running[0])
         z = depthwise_block(x_given, *given[0], *moving, **shared)
@@ -203,22 +223,23 @@ def mixer_layer(
                 if moved is not t:
                     t.copy_(moved)
         return y
-    if x.numel() == 0 or composite.transformed():
-        options = Options(training, momentum, eps, activation, True, False)
+    options = Options(training, momentum, eps, activation, True, False, group=group)
+    if (x.numel() == 0 and group is None) or composite.transformed():
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
         return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
     x, *blocks = _dense(x, *blocks)
     running = running if training else tuple(Statistics(*map(_contiguous, r)) for r in running)
     tensors = (x, *blocks[0], *blocks[1])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    options = Options(training, momentum, eps, activation, True, save)
+    options = options._replace(save=save)
     if _direct(*tensors, *running[0], *running[1]):
         used = (*tensors[1:], *running[0], *running[1])
-        if x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
+        if group is None and x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
             _keep_layer(x, given_tensors, (training, momentum, eps, activation), backend, chosen)
         if save:
             return MixerFunction.apply(*tensors, running, options, chosen)
         return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
+    _check_unsynchronized(op, options)
     for prefix, pair in zip(("depthwise_", "pointwise_"), running, strict=True):
         _check_updated(op, prefix, pair, training)
     used = (None,) * 4 if training else (*running[0], *running[1])
@@ -376,7 +397,7 @@ def depthwise_conv2d(
 def _run_block(
     kind: str, x: Tensor, block: Block, running: Statistics, options: Options, backend: ModuleType | str
 ) -> Tensor:
-    if x.numel() == 0:
+    if x.numel() == 0 and options.group is None:
         return _empty_block(kind, x, block, running, options)
     if composite.transformed():
         return composite.block_forward(kind, x, block, running, options)
@@ -390,6 +411,7 @@ def _run_block(
         if save:
             return BlockFunction.apply(x, *block, running, kind, options, backend)
         return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
+    _check_unsynchronized(op, options)
     _check_updated(op, "", running, options.batch_statistics)
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
@@ -397,6 +419,32 @@ def _run_block(
     if options.batch_statistics:
         _update(running, mean, var, y, options.momentum)
     return y
+
+
+def _check_unsynchronized(op: str, options: Options) -> None:
+    """A registered operator knows no process group."""
+    if options.group is not None:
+        raise NotImplementedError(
+            f"{op}: process_group needs plain tensors in memory, contiguous running statistics and no dispatch mode"
+        )
+
+
+def _uncompiled(
+    op: str,
+    tensors: tuple[Tensor | None, ...],
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    process_group: Any,
+    backend: str | None,
+    more: dict[str, bool] | None = None,
+) -> Tensor:
+    """A call that talks to other processes runs outside of torch.compile's graph: the compiler breaks it here."""
+    operator = {"depthwise_block": depthwise_block, "pointwise_block": pointwise_block, "mixer_layer": mixer_layer}[op]
+    call = torch._disable_dynamo(operator)
+    shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, **(more or {})}
+    return call(*tensors, process_group=process_group, backend=backend, **shared)
 
 
 def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:

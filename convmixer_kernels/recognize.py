@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from .distributed import is_group
 from .patches import replaced_in_torch, torch_is_itself
 
 
@@ -20,7 +21,7 @@ class BlockModules(NamedTuple):
 
     conv: nn.Conv2d
     activation: str
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 def changed_for_all() -> str | None:
@@ -57,15 +58,23 @@ def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.
     name = _activation_name(activation)
     if name is None:
         return f"its {kind} activation is {activation!r}, not GELU, ReLU or Identity"
-    if type(norm) is not nn.BatchNorm2d:
-        return f"its {kind} norm is {class_name(norm)}, not nn.BatchNorm2d"
     if is_altered(activation):
         return f"its {kind} activation has a hook or its own forward"
+    reason = why_not_norm(kind, norm)
+    return BlockModules(conv, name, norm) if reason is None else reason
+
+
+def why_not_norm(kind: str, norm: nn.Module) -> str | None:
+    """The reason why this module is not a batch norm that an operator computes, or None."""
+    if type(norm) is not nn.BatchNorm2d and type(norm) is not nn.SyncBatchNorm:
+        return f"its {kind} norm is {class_name(norm)}, not nn.BatchNorm2d or nn.SyncBatchNorm"
     if is_altered(norm):
         return f"its {kind} norm has a hook or its own forward"
     if _hides_tensors_of_norm(norm):
         return f"a parameter, buffer or method of its {kind} norm was replaced"
-    return BlockModules(conv, name, norm)
+    if type(norm) is nn.SyncBatchNorm and norm.process_group and not is_group(norm.process_group):
+        return f"the process_group of its {kind} norm is {norm.process_group!r}, not a ProcessGroup"
+    return None
 
 
 def why_not_convolution(kind: str, conv: nn.Module) -> str | None:
@@ -107,13 +116,14 @@ _WANTED = {
 }
 
 
-def _hides_tensors_of_norm(norm: nn.BatchNorm2d) -> bool:
+def _hides_tensors_of_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
     """Whether one of its tensors (None included) is no parameter or buffer, or an attribute hides one or a method of the class."""
     parameters, buffers, own = norm._parameters, norm._buffers, norm.__dict__
     return (
         not ("weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers)
         or not ("running_mean" in buffers and "running_var" in buffers)
         or "_check_input_dim" in own
+        or "_check_non_zero_input_channels" in own
         or "weight" in own
         or "bias" in own
         or "running_mean" in own

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, gates
+from . import dispatch, functional, gates
+from .distributed import group_of
 from .gates import PLAIN_TENSORS
-from .recognize import BlockModules
+from .recognize import BlockModules, why_not_norm
 
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
-def operator_accepts_input(x: object) -> bool:
-    """Whether operators may run on this input now."""
+def operator_accepts_input(x: object, empty: bool = False) -> bool:
+    """Whether operators may run on this input now. `empty`: also without images, as one rank of those that share statistics."""
     if type(x) not in PLAIN_TENSORS or x.dtype not in _DTYPES or x.dim() != 4 or x.layout is not torch.strided:
         return False
-    if x.is_meta or x.is_nested or x.numel() == 0 or gates.watched() or gates.transformed():
+    if x.is_meta or x.is_nested or gates.watched() or gates.transformed():
+        return False
+    if x.numel() == 0 and (not empty or 0 in x.shape[1:]):
         return False
     return not gates.exporting()
 
@@ -75,10 +78,11 @@ class NormCall(NamedTuple):
     tensors: tuple[Tensor | None, ...]  # weight, bias, running_mean, running_var, each (C,)
     settings: tuple[bool, float, float]  # whether to use the batch's statistics, momentum, eps
     counter: Tensor | None  # num_batches_tracked, stepped already
+    group: Any = None  # of an nn.SyncBatchNorm that has other ranks to talk to
 
 
-def begin_norm(norm: nn.BatchNorm2d) -> NormCall:
-    """The first half of nn.BatchNorm2d.forward: it steps the counter, and the momentum may depend on it."""
+def begin_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> NormCall:
+    """The first half of the norm's forward: it steps the counter, and the momentum may depend on it."""
     parameters, buffers = norm._parameters, norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     training, counter = bool(norm.training), None
@@ -93,13 +97,31 @@ def begin_norm(norm: nn.BatchNorm2d) -> NormCall:
         else:
             mean = var = None
     tensors = parameters["weight"], parameters["bias"], mean, var
-    return NormCall(tensors, (training or mean is None, momentum, norm.eps), counter)
+    return NormCall(tensors, (training or mean is None, momentum, norm.eps), counter, group_of(norm))
 
 
 def run_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, norm: NormCall) -> Tensor:
     training, momentum, eps = norm.settings
     tensors = (*weight_and_bias(block), *norm.tensors)
-    return operator(x, *tensors, training=training, momentum=momentum, eps=eps, activation=block.activation)
+    shared = {"training": training, "momentum": momentum, "eps": eps, "process_group": norm.group}
+    return operator(x, *tensors, activation=block.activation, **shared)
+
+
+def run_norm(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C, H, W)
+    """An nn.SyncBatchNorm by itself where torch's has no kernel: in training on a CPU. None if its module must run."""
+    if not norm.training or type(x) not in PLAIN_TENSORS or x.device.type != "cpu" or x.dim() != 4:
+        return None
+    if gates.exporting() or gates.jit_tracing() or why_not_norm("synchronised", norm) is not None:
+        return None
+    if group_of(norm) is None:
+        return nn.modules.batchnorm._BatchNorm.forward(norm, x)
+    call = begin_norm(norm)
+    training, momentum, eps = call.settings
+    shared = {"training": training, "momentum": momentum, "eps": eps, "process_group": call.group}
+    # a convolution by 1, whose value is x
+    ones = x.new_ones(x.shape[1], 1, 1, 1)
+    with torch.autocast("cpu", enabled=False):
+        return functional.depthwise_block(x, ones, None, *call.tensors, activation="identity", residual=False, **shared)
 
 
 def weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:

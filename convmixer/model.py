@@ -124,7 +124,8 @@ def ConvMixer(
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     if gates.recording():
         for module in children:
-            x = _call(module, x)
+            y = run_norm(module, x) if type(module) is nn.SyncBatchNorm else None
+            x = module(x) if y is None else y
         return x
     fuses = not torch.is_grad_enabled()
     # whether a call of a MixerLayer is its operator's call and no more: between two such calls nobody can change that
@@ -146,17 +147,13 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
                         taken = len(layers)
             if y is None and direct and not is_altered(module):
                 y = run_layer(module, x)
+        elif type(module) is nn.SyncBatchNorm:
+            y = run_norm(module, x)
         if y is None:
-            y, direct = _call(module, x), False
+            y, direct = module(x), False
         x = y
         at += taken
     return x
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x). The stem's norm, if it is an nn.SyncBatchNorm, also trains on a CPU, which torch's own refuses."""
-    y = run_norm(module, x) if type(module) is nn.SyncBatchNorm and changed_for_all() is None else None
-    return module(x) if y is None else y
 
 
 def _calls_its_operator() -> bool:

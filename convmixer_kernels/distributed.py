@@ -31,8 +31,10 @@ def is_group(group: object) -> bool:
     )
 
 
-def group_in_use(op: str, group: Any, training: bool) -> Any:
-    """The group whose ranks a call reduces its statistics over; None if it reduces nothing: evaluation, or no other rank.
+def group_in_use(op: str, group: Any, training: bool) -> str | None:
+    """The name of the group whose ranks a call reduces its statistics over; None if it reduces nothing: evaluation, or no other rank.
+
+    A name, because a graph that outlives destroy_process_group would keep the group alive, and gloo then aborts the process at its end.
 
     Raises:
         TypeError: `group` is neither None nor a process group.
@@ -45,11 +47,11 @@ def group_in_use(op: str, group: Any, training: bool) -> Any:
     if not training or dist.get_world_size(group) < 2:
         return None
     if gates.transformed():
-        check_differentiated_once(group)
-    return group
+        check_differentiated_once(group.group_name)
+    return group.group_name
 
 
-def check_differentiated_once(group: Any) -> None:
+def check_differentiated_once(group: str | None) -> None:
     """Raises NotImplementedError if statistics of this group would be differentiated otherwise than by one plain backward."""
     if group is not None:
         raise NotImplementedError(
@@ -66,16 +68,16 @@ def group_of(norm: nn.Module) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _sums_over_ranks(group: Any, first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sums_over_ranks(group: str, first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The sums over all ranks of two (C,) tensors and of count, in float64."""
     message = torch.cat((first, second, first.new_full((1,), count, dtype=torch.float64)))
-    dist.all_reduce(message, group=group)
+    dist.all_reduce(message, group=dist.distributed_c10d._resolve_process_group(group))
     channels = first.shape[0]
     return message[:channels], message[channels:-1], message[-1]
 
 
 def merge_statistics(
-    group: Any,
+    group: str,
     batch: Statistics,  # of this rank's batch; any finite numbers if it is empty
     running: Statistics,
     count: int,  # values of a channel in this rank's batch
@@ -95,7 +97,7 @@ def merge_statistics(
     if count < 2 and (together := int(values)) < 2:
         if together == 1:
             raise ValueError(
-                "training needs more than one value per channel (N * H * W > 1) on all ranks together, got 1"
+                "convmixer_kernels: training needs more than one value per channel (N * H * W > 1) on all ranks together, got 1"
             )
         return merged, ()
     if running.mean is None and running.var is None:
@@ -105,7 +107,7 @@ def merge_statistics(
     return merged, (Update(*running, merged.mean, unbiased, 1, momentum),)
 
 
-def merge_sums(group: Any, sums: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+def merge_sums(group: str, sums: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """The sums of norm_backward over all ranks, such that the primitives, which divide by this rank's count, divide by all ranks'."""
     first, second, values = _sums_over_ranks(group, sums[0].double(), sums[1].double(), count)
     share = count / values

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -88,11 +89,6 @@ def depthwise_block(
             transform, a dispatch mode or tensors that are not plain. RuntimeError: it is not available here.
     """
     op = "depthwise_block"
-    if process_group is not None and torch.compiler.is_compiling():
-        tensors = (x, weight, bias, norm_weight, norm_bias, running_mean, running_var)
-        return _uncompiled(
-            op, tensors, training, momentum, eps, activation, process_group, backend, {"residual": residual}
-        )
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x_given, (x, block) = x, _autocast(x, block)
@@ -139,9 +135,6 @@ def pointwise_block(
         y, (N, C_out, H, W), of x's dtype (under autocast: of autocast's) and memory format.
     """
     op = "pointwise_block"
-    if process_group is not None and torch.compiler.is_compiling():
-        tensors = (x, weight, bias, norm_weight, norm_bias, running_mean, running_var)
-        return _uncompiled(op, tensors, training, momentum, eps, activation, process_group, backend)
     checks.check_input(op, x)
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x, block = _autocast(x, block)
@@ -198,9 +191,6 @@ def mixer_layer(
         Statistics(pointwise_running_mean, pointwise_running_var),
     )
     given_tensors = (*given[0], *given[1], *running[0], *running[1])
-    if process_group is not None and torch.compiler.is_compiling():
-        tensors = (x, *given[0], *running[0], *given[1], *running[1])
-        return _uncompiled(op, tensors, training, momentum, eps, activation, process_group, backend)
     group = distributed.group_in_use(op, process_group, training)
     entry = None if group is not None else known_layer(x, given_tensors, training, momentum, eps, activation, backend)
     if entry is not None:
@@ -224,22 +214,19 @@ def mixer_layer(
                     t.copy_(moved)
         return y
     options = Options(training, momentum, eps, activation, True, False, group=group)
-    if (x.numel() == 0 and group is None) or composite.transformed():
+    if group is not None:
+        return _call_synchronized(op, x, blocks, running, options, chosen)
+    if x.numel() == 0 or composite.transformed():
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
         return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
     x, *blocks = _dense(x, *blocks)
     running = running if training else tuple(Statistics(*map(_contiguous, r)) for r in running)
-    tensors = (x, *blocks[0], *blocks[1])
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    options = options._replace(save=save)
+    options, tensors = _saving(options, x, *blocks), (x, *blocks[0], *blocks[1])
     if _direct(*tensors, *running[0], *running[1]):
         used = (*tensors[1:], *running[0], *running[1])
-        if group is None and x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
+        if x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
             _keep_layer(x, given_tensors, (training, momentum, eps, activation), backend, chosen)
-        if save:
-            return MixerFunction.apply(*tensors, running, options, chosen)
-        return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
-    _check_unsynchronized(op, options)
+        return _call(op, x, tuple(blocks), running, options, chosen)
     for prefix, pair in zip(("depthwise_", "pointwise_"), running, strict=True):
         _check_updated(op, prefix, pair, training)
     used = (None,) * 4 if training else (*running[0], *running[1])
@@ -397,21 +384,19 @@ def depthwise_conv2d(
 def _run_block(
     kind: str, x: Tensor, block: Block, running: Statistics, options: Options, backend: ModuleType | str
 ) -> Tensor:
-    if x.numel() == 0 and options.group is None:
+    op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+    if options.group is not None:
+        return _call_synchronized(op, x, (block,), (running,), options, backend)
+    if x.numel() == 0:
         return _empty_block(kind, x, block, running, options)
     if composite.transformed():
         return composite.block_forward(kind, x, block, running, options)
     x, block = _dense(x, block)
     if not options.batch_statistics:
         running = Statistics(*map(_contiguous, running))
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block))
-    options = options._replace(save=save)
-    op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+    options = _saving(options, x, block)
     if _direct(x, *block, *running):
-        if save:
-            return BlockFunction.apply(x, *block, running, kind, options, backend)
-        return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
-    _check_unsynchronized(op, options)
+        return _call(op, x, (block,), (running,), options, backend)
     _check_updated(op, "", running, options.batch_statistics)
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
@@ -421,30 +406,51 @@ def _run_block(
     return y
 
 
-def _check_unsynchronized(op: str, options: Options) -> None:
-    """A registered operator knows no process group."""
-    if options.group is not None:
+def _call(
+    op: str,
+    x: Tensor,
+    blocks: tuple[Block, ...],
+    running: tuple[Statistics, ...],
+    options: Options,
+    backend: ModuleType,
+) -> Tensor:
+    """The operator's autograd Function, or its forward alone if no backward may follow."""
+    if op == "mixer_layer":
+        if options.save:
+            return MixerFunction.apply(x, *blocks[0], *blocks[1], running, options, backend)
+        return _recorded(op, mixer_forward, backend, x, blocks, running, options)[0]
+    kind = op.partition("_")[0]
+    if options.save:
+        return BlockFunction.apply(x, *blocks[0], running[0], kind, options, backend)
+    return _recorded(op, block_forward, backend, x, kind, blocks[0], running[0], options)[0]
+
+
+@torch._disable_dynamo
+def _call_synchronized(
+    op: str,
+    x: Tensor,
+    blocks: Sequence[Block],
+    running: Sequence[Statistics],
+    options: Options,
+    backend: ModuleType | str,
+) -> Tensor:
+    """The operator with statistics of several processes: no registered operator sends messages, so torch.compile breaks its graph."""
+    x, *blocks = _dense(x, *blocks)
+    if not _direct(x, *itertools.chain(*blocks, *running)):
         raise NotImplementedError(
             f"{op}: process_group needs plain tensors in memory, contiguous running statistics and no dispatch mode"
         )
+    if isinstance(backend, str):
+        kind, weights = op.partition("_")[0], tuple(block.weight for block in blocks)
+        backend = dispatch.resolve(op, backend, kind, x, weights)
+    return _call(op, x, tuple(blocks), tuple(running), _saving(options, x, *blocks), backend)
 
 
-def _uncompiled(
-    op: str,
-    tensors: tuple[Tensor | None, ...],
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    process_group: Any,
-    backend: str | None,
-    more: dict[str, bool] | None = None,
-) -> Tensor:
-    """A call that talks to other processes runs outside of torch.compile's graph: the compiler breaks it here."""
-    operator = {"depthwise_block": depthwise_block, "pointwise_block": pointwise_block, "mixer_layer": mixer_layer}[op]
-    call = torch._disable_dynamo(operator)
-    shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, **(more or {})}
-    return call(*tensors, process_group=process_group, backend=backend, **shared)
+def _saving(options: Options, x: Tensor, *blocks: Block) -> Options:
+    """The options, with whether a backward may follow."""
+    tensors = itertools.chain((x,), *blocks)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return options._replace(save=save)
 
 
 def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:

@@ -73,7 +73,9 @@ class Options(NamedTuple):
     residual: bool  # of a depthwise block
     save: bool  # whether a backward may follow
     entry: Any = None  # of prepared.py, if this call was checked before
-    group: Any = None  # the process group whose ranks' batches the statistics are of, None for this rank's batch
+    group: str | None = (
+        None  # name of the process group whose ranks' batches the statistics are of; None: this rank's batch
+    )
 
 
 class Norm(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import dispatch, functional, gates
 from .distributed import group_of
 from .gates import PLAIN_TENSORS
-from .recognize import BlockModules, why_not_norm
+from .recognize import BlockModules, changed_for_all, why_not_norm
 
 _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -108,10 +108,10 @@ def run_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, n
 
 
 def run_norm(norm: nn.SyncBatchNorm, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C, H, W)
-    """An nn.SyncBatchNorm by itself where torch's has no kernel: in training on a CPU. None if its module must run."""
+    """An nn.SyncBatchNorm by itself, in training on a CPU, which torch's own refuses. None if its module must run."""
     if not norm.training or type(x) not in PLAIN_TENSORS or x.device.type != "cpu" or x.dim() != 4:
         return None
-    if gates.exporting() or gates.jit_tracing() or why_not_norm("synchronised", norm) is not None:
+    if gates.exporting() or gates.jit_tracing() or changed_for_all() is not None or why_not_norm("", norm) is not None:
         return None
     if group_of(norm) is None:
         return nn.modules.batchnorm._BatchNorm.forward(norm, x)

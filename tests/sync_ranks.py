@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from helpers import Case, make_inputs, run
+from helpers import BLOCK_TENSORS, Case, make_inputs, run
 from model_helpers import DIM, cumulative_average, image, make_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -151,6 +151,17 @@ def _operator(name: str) -> list[dict[str, Tensor]]:
         channels = [64, *channels] if case.op == "mixer_layer" else channels
         assert sizes == [2 * c + 1 for c in (*channels, *reversed(channels))], sizes
     return results
+
+
+def _first_layer() -> dict[str, Tensor]:
+    """The parameters' gradients of a layer whose input needs none: the messages are the same."""
+    x, tensors, dy = make_inputs(CASES["layer"])
+    leaves = [t.requires_grad_(i % 6 < 4) for i, t in enumerate(tensors)]
+    with _Messages() as sizes:
+        ck.mixer_layer(x[_rows()], *leaves, training=True, process_group=dist.group.WORLD).backward(dy[_rows()])
+    assert sizes == [129, 161, 161, 129], sizes
+    names = [f"d{block}_{name}" for block in ("depthwise", "pointwise") for name in BLOCK_TENSORS]
+    return {name: t.grad for name, t in zip(names, leaves, strict=True) if t.grad is not None}
 
 
 def _model(**changes) -> nn.Sequential:
@@ -317,7 +328,7 @@ _ONLY_THREE = {"model subgroup": _subgroup, "all empty": _all_empty, "refused": 
 def scenarios(world: int) -> dict[str, Callable]:
     """What `world` ranks run: all that uneven batches can change, and the rest once."""
     operators = {name: _operator for name in CASES if world == 2 or name != "layer cuda"}
-    return {**operators, "model ddp": _ddp, **(_ONLY_TWO if world == 2 else _ONLY_THREE)}
+    return {**operators, "first layer": _first_layer, "model ddp": _ddp, **(_ONLY_TWO if world == 2 else _ONLY_THREE)}
 
 
 def main(path: str) -> None:

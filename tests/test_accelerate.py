@@ -261,8 +261,14 @@ valid_padding = attribute("0.fn.0", "padding", (0, 0))
 
 LEFT = [
     (subclassed, "its class, NamedSequential, is not nn.Sequential itself"),
-    (replaced("3", lambda: nn.GroupNorm(4, DIM)), "its pointwise norm is GroupNorm, not nn.BatchNorm2d"),
-    (replaced("0.fn.2", lambda: nn.SyncBatchNorm(DIM)), "its depthwise norm is SyncBatchNorm, not nn.BatchNorm2d"),
+    (
+        replaced("3", lambda: nn.GroupNorm(4, DIM)),
+        "its pointwise norm is GroupNorm, not nn.BatchNorm2d or nn.SyncBatchNorm",
+    ),
+    (
+        replaced("0.fn.2", lambda: nn.InstanceNorm2d(DIM)),
+        "its depthwise norm is InstanceNorm2d, not nn.BatchNorm2d or nn.SyncBatchNorm",
+    ),
     (
         replaced("0.fn.0", lambda: nn.Conv2d(DIM, DIM, 3, padding="same")),
         "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same), "

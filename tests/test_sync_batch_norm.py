@@ -8,6 +8,7 @@ what the processes run.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -82,6 +83,14 @@ def _check_operator(name: str, ranks: list[list[dict[str, Tensor]]]) -> None:
         baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy, mixed)
         results = [rank[seed] for rank in ranks]
         assert all(result.keys() == exact.keys() for result in results)
+        rows = sync_ranks.CUTS[len(ranks)]
+        for rank, (first, end) in enumerate(itertools.pairwise(rows)):
+            # a rank's gradient is that of its own images, which DDP averages
+            if (
+                beta := results[rank].get(("dpointwise_" if case.op == "mixer_layer" else "d") + "norm_bias")
+            ) is not None:
+                own = [t[first:end].sum((0, 2, 3)) for t in (dy, dy.double())]
+                pooled.setdefault(f"dnorm_bias of rank {rank}", []).append((beta, own[0].to(beta.dtype), own[1]))
         for key in exact:
             # batch norm removes a constant: the exact gradient of the bias is 0
             if case.activation != "identity" or "bias" not in key or "norm" in key:
@@ -90,6 +99,16 @@ def _check_operator(name: str, ranks: list[list[dict[str, Tensor]]]) -> None:
     for key, triples in pooled.items():
         mine, baseline, exact = (torch.cat([t.flatten() for t in part]) for part in zip(*triples, strict=True))
         assert_twice_eager(f"{name}: {key}", mine, baseline, exact, case.dtype)
+
+
+def _check_first_layer(ranks: list[dict[str, Tensor]]) -> None:
+    case = sync_ranks.CASES["layer"]
+    x, tensors, dy = make_inputs(case)
+    exact = run(lambda x, t: eager(case, x, t), x.double(), [t.double() for t in tensors], dy.double())
+    baseline = run(lambda x, t: eager(case, x, t), x, tensors, dy)
+    assert len(ranks[0]) == 8
+    for key in ranks[0]:
+        assert_twice_eager(key, _joined([rank[key] for rank in ranks], key, False), baseline[key], exact[key])
 
 
 def _reference_step(name: str, double: bool) -> dict[str, Tensor]:
@@ -167,6 +186,8 @@ def test_ranks_get_what_one_process_gets_from_the_joined_batch(world, tmp_path, 
             elif name == "refused":
                 for result in results:
                     assert result == REFUSED
+            elif name == "first layer":
+                _check_first_layer(results)
             elif name.startswith("model"):
                 _check_model(name, results)
 
@@ -227,7 +248,7 @@ def test_a_block_backward_in_one_piece_is_not_used(kind, monkeypatch):
     """Triton has one, which knows this rank's sums only. The other ranks are made up: they have the same batch as this one."""
     if (reason := triton.can_run(kind, torch.empty(1, 4, 1, 1), torch.empty(4, 1, 1, 1))) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(triton, f"{kind}_block_backward", None)
+    monkeypatch.setattr(triton, f"{kind}_block_backward", lambda *_: pytest.fail("not for statistics of several ranks"))
     monkeypatch.setattr(distributed, "group_in_use", lambda *_: "twins")
     sums = []
 

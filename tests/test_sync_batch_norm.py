@@ -28,6 +28,7 @@ import convmixer_kernels as ck
 from convmixer import accelerate
 from convmixer_kernels import distributed
 from convmixer_kernels.backends import triton
+from convmixer_kernels.primitives import Statistics
 
 ROOT = Path(__file__).parent.parent
 #: Seconds for all scenarios of one number of ranks, which take 10 to 30.
@@ -252,11 +253,11 @@ def test_a_block_backward_in_one_piece_is_not_used(kind, monkeypatch):
     monkeypatch.setattr(distributed, "group_in_use", lambda *_: "twins")
     sums = []
 
-    def two_ranks(group: str, first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def two_ranks(group: str, message: Tensor) -> None:
         sums.append(group)
-        return 2 * first, 2 * second, torch.tensor(2.0 * count, dtype=torch.float64)
+        message.mul_(2.0)
 
-    monkeypatch.setattr(distributed, "_sums_over_ranks", two_ranks)
+    monkeypatch.setattr(distributed, "_sum_over_ranks", two_ranks)
     case = Case(f"{kind}_block", (2, 16, 3, 4), (3, 3))
     x, tensors, dy = make_inputs(case)
     results = run(lambda x, t: getattr(ck, case.op)(x, *t, training=True, backend="triton"), x, tensors, dy)
@@ -268,24 +269,15 @@ def test_a_block_backward_in_one_piece_is_not_used(kind, monkeypatch):
         assert_twice_eager(name, results[name], baseline[name], exact[name])
 
 
-def test_merged_statistics_of_large_counts(monkeypatch):
-    """A count has no rounding: a float32 could not tell these two."""
-    monkeypatch.setattr(distributed, "dist", _Alone)
-    batch = distributed.Statistics(torch.tensor([3.0]), torch.tensor([2.0]))
-    running = distributed.Statistics(torch.zeros(1), torch.zeros(1))
-    for count in (2**24, 2**24 + 1):
-        _, _, values = distributed._sums_over_ranks("alone", *map(torch.Tensor.double, batch), count)
-        assert values == count
-    merged, (update,) = distributed.merge_statistics("alone", batch, running, 3, 0.1)
-    assert (merged.mean, merged.var) == (3.0, 2.0)
-    assert (update.var, update.count) == (3.0, 1)
-
-
-class _Alone:
-    """torch.distributed with one rank and no processes."""
-
-    distributed_c10d = type("c10d", (), {"_resolve_process_group": staticmethod(str)})
-
-    @staticmethod
-    def all_reduce(tensor: Tensor, group: str) -> None:
-        assert group == "alone"
+def test_a_count_has_no_rounding(monkeypatch):
+    """float32 has no number between 2^24 and 2^24 + 2."""
+    counts = []
+    monkeypatch.setattr(distributed, "_sum_over_ranks", lambda group, message: counts.append(int(message[-1])))
+    batch, running = (Statistics(torch.full((2,), value), torch.ones(2)) for value in (3.0, 0.0))
+    for count in (2**24 + 1, 3):
+        merged, (update,) = distributed.merge_statistics("alone", batch, running, count, 0.1)
+        assert torch.equal(merged.mean, batch.mean)
+        assert torch.equal(merged.var, batch.var)
+    assert counts == [2**24 + 1, 3]
+    assert torch.equal(update.var, torch.full((2,), 1.5))
+    assert update.count == 1

@@ -36,6 +36,10 @@ class MixerLayer(nn.Sequential):
     - a TorchFunctionMode or TorchDispatchMode;
     - an input that the kernels do not accept: float64, unbatched, empty, a tensor subclass;
     - torch.jit.trace, torch.export, a torch.func transform, forward-mode differentiation.
+
+    Its norms may be nn.SyncBatchNorm (convert_sync_batchnorm): in training each sends one message forward and one backward, through
+    gloo on a CPU too. There torch's own module raises, so that a layer which must run its modules does. torch.compile breaks its
+    graph at such a layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
@@ -55,7 +59,8 @@ class MixerSequential(nn.Sequential):
     """An nn.Sequential that runs consecutive mixer layers in one call, in evaluation without gradients.
 
     The activations between those layers can then stay in a core's cache. The result has the bits of calling each layer. A layer
-    that its operator cannot run, or that has a hook of its own, is called like every other child.
+    that its operator cannot run, or that has a hook of its own, is called like every other child. An nn.SyncBatchNorm among the
+    children, as a stem's, also trains on a CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:

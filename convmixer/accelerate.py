@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from convmixer_kernels.recognize import changed_for_all
+
 from .model import MixerLayer, MixerSequential
-from .recognize import changed_for_all, recognize_layer
+from .recognize import recognize_layer
 
 
 @dataclass

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from convmixer_kernels import functional, gates
+from convmixer_kernels.patches import torch_is_itself
 from convmixer_kernels.primitives import MixerEval
+from convmixer_kernels.recognize import changed_for_all, is_altered
+from convmixer_kernels.run import operator_accepts_input, run_norm
 
 from . import reference
-from ._patches import torch_is_itself
-from .recognize import changed_for_all, is_altered
-from .run import fusible_layer, operator_accepts_input, run_layer
+from .run import fusible_layer, run_layer
 
 
 class MixerLayer(nn.Sequential):
@@ -35,6 +36,10 @@ class MixerLayer(nn.Sequential):
     - a TorchFunctionMode or TorchDispatchMode;
     - an input that the kernels do not accept: float64, unbatched, empty, a tensor subclass;
     - torch.jit.trace, torch.export, a torch.func transform, forward-mode differentiation.
+
+    Its norms may be nn.SyncBatchNorm (convert_sync_batchnorm): in training each sends one message forward and one backward, through
+    gloo on a CPU too. There torch's own module raises, so that a layer which must run its modules does. torch.compile breaks its
+    graph at such a layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H, W)
@@ -54,7 +59,8 @@ class MixerSequential(nn.Sequential):
     """An nn.Sequential that runs consecutive mixer layers in one call, in evaluation without gradients.
 
     The activations between those layers can then stay in a core's cache. The result has the bits of calling each layer. A layer
-    that its operator cannot run, or that has a hook of its own, is called like every other child.
+    that its operator cannot run, or that has a hook of its own, is called like every other child. An nn.SyncBatchNorm among the
+    children, as a stem's, also trains on a CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -123,7 +129,8 @@ def ConvMixer(
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     if gates.recording():
         for module in children:
-            x = module(x)
+            y = run_norm(module, x) if type(module) is nn.SyncBatchNorm else None
+            x = module(x) if y is None else y
         return x
     fuses = not torch.is_grad_enabled()
     # whether a call of a MixerLayer is its operator's call and no more: between two such calls nobody can change that
@@ -145,6 +152,8 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
                         taken = len(layers)
             if y is None and direct and not is_altered(module):
                 y = run_layer(module, x)
+        elif type(module) is nn.SyncBatchNorm:
+            y = run_norm(module, x)
         if y is None:
             y, direct = module(x), False
         x = y

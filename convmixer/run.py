@@ -1,50 +1,48 @@
 # SPDX-License-Identifier: MIT
-"""From blocks to operators: whether an operator gives the modules' result for this input, and the call."""
+"""From mixer layers to operators: whether an operator gives the modules' result for this input, and the call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from convmixer_kernels import checks, dispatch, functional, gates, prepared
-from convmixer_kernels.gates import PLAIN_TENSORS
+from convmixer_kernels import checks, functional, prepared
+from convmixer_kernels.distributed import group_of
 from convmixer_kernels.primitives import MixerEval, Norm
+from convmixer_kernels.recognize import BlockModules
+from convmixer_kernels.run import (
+    NormCall,
+    after_refusal,
+    begin_norm,
+    operator_accepts_blocks,
+    operator_accepts_input,
+    run_block,
+    weight_and_bias,
+)
 
-from .recognize import BlockModules, recognize_layer
-
-_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+from .recognize import recognize_layer
 
 
 def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C_out, H, W)
     """The layer's output by its operator, or None if its modules must run. The caller has asked changed_for_all."""
     blocks = recognize_layer(layer)
-    if isinstance(blocks, str) or not operator_accepts_input(x):
+    if isinstance(blocks, str):
         return None
-    entry, tensors = _known(x, blocks)
+    shared = group_of(blocks[0].norm) is not None or group_of(blocks[1].norm) is not None
+    if not operator_accepts_input(x, empty=shared):
+        return None
+    entry, tensors = (None, ()) if shared else _known(x, blocks)
     if entry is None and not operator_accepts_blocks(x, blocks):
         return None
-    norms = _begin_norm(blocks[0].norm), _begin_norm(blocks[1].norm)
+    norms = begin_norm(blocks[0].norm), begin_norm(blocks[1].norm)
     try:
         if entry is not None:
             return functional.run_known_layer(entry, x, tensors)
         return _run_blocks(x, blocks, norms)
     except (TypeError, ValueError, RuntimeError) as error:
-        # a refused call has counted nothing; the exception by which activation checkpointing ends a recomputation is none of these,
-        # and the reference has counted before it
-        for norm in norms:
-            if norm.counter is not None:
-                norm.counter.sub_(1)
-        if isinstance(error, RuntimeError):
-            raise
-        dispatch.requested_backend(
-            "mixer_layer", None
-        )  # raises if it is an unknown name: that is no reason to run the modules
-        if any(t.device != x.device for t in (*layer.parameters(), *layer.buffers())):
-            raise  # torch's convolution accepts a meta tensor beside a real one, and reads memory that is not there
-        return _run_modules(layer, x, norms, error)
+        tensors = (*layer.parameters(), *layer.buffers())
+        return after_refusal("mixer_layer", error, x, norms, tensors, partial(nn.Sequential.forward, layer))
 
 
 def _known(
@@ -98,128 +96,29 @@ def fusible_layer(layer: nn.Sequential, x: Tensor) -> MixerEval | None:
     return MixerEval(depthwise.activation, *halves)
 
 
-def operator_accepts_input(x: object) -> bool:
-    """Whether operators may run on this input now."""
-    if type(x) not in PLAIN_TENSORS or x.dtype not in _DTYPES or x.dim() != 4 or x.layout is not torch.strided:
-        return False
-    if x.is_meta or x.is_nested or x.numel() == 0 or gates.watched() or gates.transformed():
-        return False
-    return not gates.exporting()
-
-
-def operator_accepts_blocks(x: Tensor, blocks: Sequence[BlockModules]) -> bool:
-    """Whether operators, for an input that they accept, give the modules' result with these tensors and settings."""
-    dtype, device = x.dtype, x.device.type
-    # autocast casts float32 weights to its dtype; without it nn.Conv2d requires weights of x's dtype
-    wide = dtype
-    if torch.is_autocast_enabled(device):
-        if torch.get_autocast_dtype(device) is not dtype:
-            return False
-        wide = torch.float32
-    for conv, _, norm in blocks:
-        # F.batch_norm refuses an eps of 0 in training, and a negative one in evaluation
-        if not (_is_moderate(norm.eps) and norm.eps > 0):
-            return False
-        if not (norm.momentum is None or _is_moderate(norm.momentum)):
-            return False
-        for t in conv._parameters.values():
-            if t is not None and (type(t) not in PLAIN_TENSORS or (t.dtype is not dtype and t.dtype is not wide)):
-                return False
-        buffers = norm._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        if (mean is None) is not (var is None):
-            return False
-        # nn.BatchNorm2d requires one dtype for all its tensors, x's or float32
-        norm_dtype = None
-        for t in (*norm._parameters.values(), mean, var):
-            if t is None:
-                continue
-            if norm_dtype is None:
-                norm_dtype = t.dtype
-                if norm_dtype is not dtype and norm_dtype is not torch.float32:
-                    return False
-            if type(t) not in PLAIN_TENSORS or t.dtype is not norm_dtype:
-                return False
-    return True
-
-
-def _is_moderate(value: object) -> bool:
-    """Whether it is a number that float32 holds. torch treats others (infinite, NaN, of another type) in ways of its own."""
-    kind = type(value)
-    return (
-        kind is float or kind is int or (isinstance(value, (float, int)) and kind is not bool)
-    ) and -1e30 < value < 1e30
-
-
-class _NormCall(NamedTuple):
-    """What nn.BatchNorm2d.forward passes to F.batch_norm, and the counter that it steps."""
-
-    tensors: tuple[Tensor | None, ...]  # weight, bias, running_mean, running_var, each (C,)
-    settings: tuple[bool, float, float]  # whether to use the batch's statistics, momentum, eps
-    counter: Tensor | None  # num_batches_tracked, stepped already
-
-
-def _begin_norm(norm: nn.BatchNorm2d) -> _NormCall:
-    """The first half of nn.BatchNorm2d.forward: it steps the counter, and the momentum may depend on it."""
-    parameters, buffers = norm._parameters, norm._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    training, counter = bool(norm.training), None
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if training:
-        if norm.track_running_stats:
-            counter = buffers["num_batches_tracked"]
-            if counter is not None:
-                counter.add_(1)
-                if norm.momentum is None:
-                    momentum = 1.0 / float(counter)
-        else:
-            mean = var = None
-    tensors = parameters["weight"], parameters["bias"], mean, var
-    return _NormCall(tensors, (training or mean is None, momentum, norm.eps), counter)
-
-
-def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tuple[_NormCall, _NormCall]) -> Tensor:
+def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tuple[NormCall, NormCall]) -> Tensor:
     depthwise, pointwise = blocks
-    if norms[0].settings != norms[1].settings or depthwise.activation != pointwise.activation:
+    alike = norms[0].settings == norms[1].settings and norms[0].group is norms[1].group
+    if not alike or depthwise.activation != pointwise.activation:
         # two calls: what the second would refuse must be refused before the first has moved its statistics
-        op, weight, bias = "pointwise_block", *_weight_and_bias(pointwise)
+        op, weight, bias = "pointwise_block", *weight_and_bias(pointwise)
         checks.check_pointwise_convolution(op, "", x, weight, bias)
-        checks.check_norm(op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0])
+        checks.check_norm(
+            op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0], norms[1].group is not None
+        )
         checks.check_options(op, pointwise.activation, *norms[1].settings)
-        z = _run_block(functional.depthwise_block, x, depthwise, norms[0])
-        return _run_block(functional.pointwise_block, z, pointwise, norms[1])
+        z = run_block(functional.depthwise_block, x, depthwise, norms[0])
+        return run_block(functional.pointwise_block, z, pointwise, norms[1])
     training, momentum, eps = norms[0].settings
     return functional.mixer_layer(
         x,
-        *_weight_and_bias(depthwise),
+        *weight_and_bias(depthwise),
         *norms[0].tensors,
-        *_weight_and_bias(pointwise),
+        *weight_and_bias(pointwise),
         *norms[1].tensors,
         training=training,
         momentum=momentum,
         eps=eps,
         activation=depthwise.activation,
+        process_group=norms[0].group,
     )
-
-
-def _run_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, norm: _NormCall) -> Tensor:
-    training, momentum, eps = norm.settings
-    tensors = (*_weight_and_bias(block), *norm.tensors)
-    return operator(x, *tensors, training=training, momentum=momentum, eps=eps, activation=block.activation)
-
-
-def _weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:
-    parameters = block.conv._parameters
-    return parameters["weight"], parameters["bias"]
-
-
-def _run_modules(layer: nn.Sequential, x: Tensor, norms: Sequence[_NormCall], refusal: Exception) -> Tensor:
-    """The modules' result of a call that the operator refuses. If they raise too, this raises the refusal and no state has moved."""
-    state = [t for norm in norms for t in (*norm.tensors[2:], norm.counter) if t is not None]
-    before = [t.clone() for t in state]
-    try:
-        return nn.Sequential.forward(layer, x)
-    except Exception as error:
-        for t, value in zip(state, before, strict=True):
-            t.detach().copy_(value)
-        raise refusal from error

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, composite, prepared
-from .primitives import Block, Grads, MixerEval, Needs, Norm, Options, Statistics, Update
+from . import checks, composite, distributed, prepared
+from .primitives import Block, Grads, MixerEval, Needs, Norm, Options, Statistics, Update, wide
 
 Sums = tuple[Tensor, Tensor]
 
@@ -162,23 +162,27 @@ def _norm(block: Block, statistics: Statistics, options: Options) -> Norm:
 
 def _preactivation(
     backend: ModuleType, x: Tensor, kind: str, block: Block, running: Statistics, options: Options
-) -> tuple[Tensor, Statistics]:
-    """a, and the statistics that act(a) is normalised by."""
+) -> tuple[Tensor, Statistics, tuple[Update, ...]]:
+    """a, the statistics that act(a) is normalised by, and how the running ones move."""
     depthwise = kind == "depthwise"
     convolution = (x, block.weight, block.bias)
-    if options.batch_statistics:
+    if not options.batch_statistics:
+        evaluate = backend.depthwise_eval if depthwise else backend.pointwise_eval
+        return evaluate(*convolution, "identity", None, *((False,) if depthwise else ())), running, ()
+    if x.numel() == 0:
+        # other ranks have images
+        a = x.new_empty((x.shape[0], block.weight.shape[0], *x.shape[2:]))
+        batch = Statistics(*(wide(x.new_zeros(a.shape[1])) for _ in range(2)))
+    else:
         train = backend.depthwise_train if depthwise else backend.pointwise_train
         a, mean, var = train(*convolution, options.activation)
-        return a, Statistics(mean, var)
-    evaluate = backend.depthwise_eval if depthwise else backend.pointwise_eval
-    return evaluate(*convolution, "identity", None, *((False,) if depthwise else ())), running
-
-
-def _update(a: Tensor, running: Statistics, batch: Statistics, options: Options) -> tuple[Update, ...]:
-    """How `running` moves: not at all if it is not tracked, or if it was used instead of the batch's."""
-    if running is batch or (running.mean is None and running.var is None):
-        return ()
-    return (Update(*running, *batch, a.numel() // a.shape[1], options.momentum),)
+        batch = Statistics(mean, var)
+    count = a.numel() // a.shape[1]
+    if options.group is not None:
+        return a, *distributed.merge_statistics(options.group, batch, running, count, options.momentum)
+    if running.mean is None and running.var is None:
+        return a, batch, ()
+    return a, batch, (Update(*running, *batch, count, options.momentum),)
 
 
 def _normalize(
@@ -188,10 +192,17 @@ def _normalize(
     statistics: Statistics,
     options: Options,
     residual: Tensor | None,
-    updates: tuple[Update, ...],
+    updates: tuple[Update, ...] = (),
 ) -> Tensor:
     """The forward's last pass. Running statistics move in it: a call that fails before has changed nothing."""
-    y = backend.normalize(a, options.activation, _norm(block, statistics, options), residual, updates)
+    norm = _norm(block, statistics, options)
+    if a.numel() == 0:
+        # other ranks' batches move the statistics here too, by the same primitive, to the same bits
+        if updates:
+            backend.normalize(a.new_zeros(1, a.shape[1], 1, 1), options.activation, norm, None, updates)
+        y = torch.empty_like(a)
+    else:
+        y = backend.normalize(a, options.activation, norm, residual, updates)
     _count_versions(*(t for update in updates for t in update[:2]))
     return y
 
@@ -218,9 +229,8 @@ def block_forward(
         evaluate = backend.depthwise_eval if kind == "depthwise" else backend.pointwise_eval
         norm = _norm(block, running, options)
         return evaluate(x, block.weight, block.bias, options.activation, norm, *residual), None, running
-    a, statistics = _preactivation(backend, x, kind, block, running, options)
+    a, statistics, updates = _preactivation(backend, x, kind, block, running, options)
     residual = x if kind == "depthwise" and options.residual else None
-    updates = _update(a, running, statistics, options)
     return _normalize(backend, a, block, statistics, options, residual, updates), a, statistics
 
 
@@ -255,15 +265,20 @@ def _block_gradients(
 ) -> Grads:
     norm = _norm(block, statistics, options)
     whole = getattr(backend, f"{kind}_block_backward", None)
-    if whole is not None:
+    if whole is not None and options.group is None:
         how = (options.activation, norm, options.batch_statistics, options.residual)
         grads = whole(dy, a, x, block.weight, block.bias, *how, tuple(needs))
         if grads is not None:
             return grads
     sums: Sums | None = None
     if any(needs[3:]) or (options.batch_statistics and any(needs)):
-        sums = backend.norm_backward(dy, a, options.activation, norm)
-    chain = (options.activation, norm, sums if options.batch_statistics else None)
+        sums = _sums(backend, dy, a, norm, options)
+    of_batch = sums if options.batch_statistics else None
+    if options.group is not None and any(needs[:3]):
+        of_batch = distributed.merge_sums(options.group, sums, a.numel() // a.shape[1])
+    if a.numel() == 0:
+        return _empty_gradients(kind, dy, block, needs)
+    chain = (options.activation, norm, of_batch)
     dx = dw = db = None
     if kind == "depthwise":
         if needs[0]:
@@ -277,6 +292,21 @@ def _block_gradients(
     dgamma = sums[1].to(block.norm_weight.dtype) if needs[3] else None
     dbeta = sums[0].to(block.norm_bias.dtype) if needs[4] else None
     return dx, _strided_like(dw, block.weight) if needs[1] else None, db if needs[2] else None, dgamma, dbeta
+
+
+def _sums(backend: ModuleType, dy: Tensor, a: Tensor, norm: Norm, options: Options) -> Sums:
+    """norm_backward's sums over this rank's batch: what its parameters' gradients are, also if the statistics are of all ranks."""
+    if a.numel() == 0:
+        zeros = torch.zeros_like(norm.mean)
+        return zeros, zeros
+    return backend.norm_backward(dy, a, options.activation, norm)
+
+
+def _empty_gradients(kind: str, dy: Tensor, block: Block, needs: Needs) -> Grads:
+    """The gradients of a rank without images: zeros, and an empty dx."""
+    channels = dy.shape[1] if kind == "depthwise" else block.weight.shape[1]
+    dx = dy.new_empty((dy.shape[0], channels, *dy.shape[2:])) if needs[0] else None
+    return dx, *(torch.zeros_like(t) if need else None for t, need in zip(block, needs[1:], strict=True))
 
 
 @_without_autocast
@@ -306,12 +336,10 @@ def mixer_forward(
             z = backend.depthwise_eval(x, *convolutions[0], options.activation, norms[0], options.residual)
             y = backend.pointwise_eval(z, *convolutions[1], options.activation, norms[1])
         return y, (None, None), running
-    a, depthwise = _preactivation(backend, x, "depthwise", blocks[0], running[0], options)
-    updates = _update(a, running[0], depthwise, options)
-    z = _normalize(backend, a, blocks[0], depthwise, options, x if options.residual else None, ())
-    a_pointwise, pointwise = _preactivation(backend, z, "pointwise", blocks[1], running[1], options)
-    updates += _update(a_pointwise, running[1], pointwise, options)
-    y = _normalize(backend, a_pointwise, blocks[1], pointwise, options, None, updates)
+    a, depthwise, first = _preactivation(backend, x, "depthwise", blocks[0], running[0], options)
+    z = _normalize(backend, a, blocks[0], depthwise, options, x if options.residual else None)
+    a_pointwise, pointwise, second = _preactivation(backend, z, "pointwise", blocks[1], running[1], options)
+    y = _normalize(backend, a_pointwise, blocks[1], pointwise, options, None, (*first, *second))
     return y, (a, a_pointwise), (depthwise, pointwise)
 
 
@@ -336,7 +364,7 @@ def mixer_backward(
     z = None
     if needs[5]:
         checks.check_memory("mixer_layer's backward", ("depthwise_norm_bias",), block.norm_bias)
-        z = backend.normalize(a1, options.activation, _norm(block, used, options), x if options.residual else None)
+        z = _normalize(backend, a1, block, used, options, x if options.residual else None)
     restored = _restored("pointwise", dy, z, a[1], blocks[1], statistics[1], below, False, contiguous)
     upper = _block_gradients(backend, "pointwise", *restored, options, (below, *needs[5:]))
     lower: Grads = (None,) * 5
@@ -434,6 +462,7 @@ class BlockFunction(Function):
         bias, norm_bias = ctx.biases
         rest = Statistics(*statistics), ctx.options, ctx.needs_input_grad[:5]
         if composite.replaces_backward(dy):
+            distributed.check_differentiated_once(ctx.options.group)
             if x is not None and not _changed(bias):
                 a = None
             block = Block(weight, _in_graph(bias), norm_weight, _in_graph(norm_bias))
@@ -494,6 +523,7 @@ class MixerFunction(Function):
         b1, h1, b2, h2 = ctx.biases
         rest = (Statistics(*statistics[:2]), Statistics(*statistics[2:])), ctx.options, ctx.needs_input_grad[:9]
         if composite.replaces_backward(dy):
+            distributed.check_differentiated_once(ctx.options.group)
             if x is not None and not (_changed(b1) or _changed(b2)):
                 a1 = a2 = None
             h1 = None if h1 is None else composite.with_value(h1.in_graph(), ctx.h1)

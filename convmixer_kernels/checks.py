@@ -138,8 +138,12 @@ def check_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    shared: bool = False,
 ) -> None:
-    """Batch norm's tensors must be (C,) each; running statistics come together and are needed if training is False."""
+    """Batch norm's tensors must be (C,) each; running statistics come together and are needed if training is False.
+
+    `shared`: the batch's statistics are those of several processes, so that one value per channel may do here.
+    """
     _check_vector(op, f"{prefix}norm_weight", norm_weight, x, channels, "C")
     _check_vector(op, f"{prefix}norm_bias", norm_bias, x, channels, "C")
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
@@ -158,7 +162,7 @@ def check_norm(
         raise ValueError(
             f"{op}: {prefix}running_mean and {prefix}running_var must be tensors where training=False, got None"
         )
-    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if training and not shared and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: training needs more than one value per channel (N * H * W > 1), got x.shape={x.shape}")
 
 
@@ -168,13 +172,14 @@ def check_layer(
     blocks: Sequence[Sequence[Tensor | None]],
     running: Sequence[Sequence[Tensor | None]],
     training: bool,
+    shared: bool = False,
 ) -> None:
     """Both blocks of a mixer layer: the depthwise one on x's channels, the pointwise one from x's channels."""
     depthwise, pointwise = blocks
     check_depthwise_convolution(op, "depthwise_", x, *depthwise[:2])
-    check_norm(op, "depthwise_", x, x.shape[1], *depthwise[2:], *running[0], training)
+    check_norm(op, "depthwise_", x, x.shape[1], *depthwise[2:], *running[0], training, shared)
     check_pointwise_convolution(op, "pointwise_", x, *pointwise[:2])
-    check_norm(op, "pointwise_", x, pointwise[0].shape[0], *pointwise[2:], *running[1], training)
+    check_norm(op, "pointwise_", x, pointwise[0].shape[0], *pointwise[2:], *running[1], training, shared)
 
 
 def _check_like(op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor, like_name: str) -> None:

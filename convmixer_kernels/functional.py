@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, composite, dispatch, gates, prepared
+from . import checks, composite, dispatch, distributed, gates, prepared
 from . import ops as _registered_operators  # noqa: F401  defines torch.ops.convmixer
 from .autograd import (
     MIXER_TENSORS,
@@ -41,6 +42,7 @@ def depthwise_block(
     eps: float = 1e-5,
     activation: str = "gelu",
     residual: bool = True,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """ConvMixer's depthwise block: depthwise convolution, activation, batch norm, residual, fused.
@@ -71,6 +73,10 @@ def depthwise_block(
         eps: added to the variance.
         activation: "gelu" (exact, by erf), "gelu_tanh", "relu" or "identity".
         residual: add x.
+        process_group: a torch.distributed.ProcessGroup: in training the statistics are those of the batches of all its ranks, as
+            nn.SyncBatchNorm's. Each rank gets the gradients of its own batch's parameters; some ranks may have N = 0. Forward and
+            backward send one message each, and all ranks must call both in the same order. Differentiable once. None, the default:
+            this process's batch.
         backend: a name of available_backends(), or None for the fastest one that can run this.
 
     Returns:
@@ -79,7 +85,8 @@ def depthwise_block(
     Raises:
         TypeError: a dtype or an argument's type is wrong.
         ValueError: a shape, device, activation or backend name is wrong, or training with one value per channel.
-        NotImplementedError: the backend asked for by name cannot run this. RuntimeError: it is not available here.
+        NotImplementedError: the backend asked for by name cannot run this, or process_group together with a second derivative, a
+            transform, a dispatch mode or tensors that are not plain. RuntimeError: it is not available here.
     """
     op = "depthwise_block"
     checks.check_input(op, x)
@@ -87,16 +94,15 @@ def depthwise_block(
     x_given, (x, block) = x, _autocast(x, block)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
     checks.check_bool(op, "residual", residual)
+    group = distributed.group_in_use(op, process_group, training)
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
-    checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training)
+    checks.check_norm(op, "", x, x.shape[1], norm_weight, norm_bias, *running, training, group is not None)
     chosen = _choose(op, backend, "depthwise", x, (weight,))
+    options = Options(training, momentum, eps, activation, residual, False, group=group)
     if x.dtype != x_given.dtype and residual:
         # autocast: eager adds its 16-bit norm's result to the wide x
-        options = Options(training, momentum, eps, activation, False, False)
-        return _run_block("depthwise", x, block, running, options, chosen) + x_given
-    return _run_block(
-        "depthwise", x, block, running, Options(training, momentum, eps, activation, residual, False), chosen
-    )
+        return _run_block("depthwise", x, block, running, options._replace(residual=False), chosen) + x_given
+    return _run_block("depthwise", x, block, running, options, chosen)
 
 
 def pointwise_block(
@@ -112,6 +118,7 @@ def pointwise_block(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "gelu",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C_out, H, W)
     """ConvMixer's pointwise block: 1x1 convolution, activation, batch norm, fused.
@@ -132,12 +139,12 @@ def pointwise_block(
     block, running = Block(weight, bias, norm_weight, norm_bias), Statistics(running_mean, running_var)
     x, block = _autocast(x, block)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
+    group = distributed.group_in_use(op, process_group, training)
     checks.check_pointwise_convolution(op, "", x, block.weight, block.bias)
-    checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training)
+    checks.check_norm(op, "", x, weight.shape[0], norm_weight, norm_bias, *running, training, group is not None)
     chosen = _choose(op, backend, "pointwise", x, (weight,))
-    return _run_block(
-        "pointwise", x, block, running, Options(training, momentum, eps, activation, False, False), chosen
-    )
+    options = Options(training, momentum, eps, activation, False, False, group=group)
+    return _run_block("pointwise", x, block, running, options, chosen)
 
 
 def mixer_layer(
@@ -159,6 +166,7 @@ def mixer_layer(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "gelu",
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:  # (N, C_out, H, W)
     """A whole ConvMixer layer: depthwise_block, then pointwise_block, in one autograd Function.
@@ -171,7 +179,7 @@ def mixer_layer(
     and saves three activation-sized tensors for the backward instead of the four of the two calls (eager saves six with
     GELU): z is rebuilt in the backward.
 
-    Args, Returns, Raises: as the two blocks'; training, momentum, eps and activation hold for both.
+    Args, Returns, Raises: as the two blocks'; training, momentum, eps, activation and process_group hold for both.
     """
     op = "mixer_layer"
     given = (
@@ -183,17 +191,19 @@ def mixer_layer(
         Statistics(pointwise_running_mean, pointwise_running_var),
     )
     given_tensors = (*given[0], *given[1], *running[0], *running[1])
-    entry = known_layer(x, given_tensors, training, momentum, eps, activation, backend)
+    group = distributed.group_in_use(op, process_group, training)
+    entry = None if group is not None else known_layer(x, given_tensors, training, momentum, eps, activation, backend)
     if entry is not None:
         return run_known_layer(entry, x, given_tensors)
     checks.check_input(op, x)
     x_given, (x, *blocks) = x, _autocast(x, *given)
     momentum, eps = checks.check_options(op, activation, training, momentum, eps)
-    checks.check_layer(op, x, blocks, running, training)
+    checks.check_layer(op, x, blocks, running, training, group is not None)
     chosen = _choose(op, backend, "mixer", x, (depthwise_weight, pointwise_weight))
     if x.dtype != x_given.dtype:
         # a model's x is narrow under autocast; for a wide one the blocks handle the residual as eager does
         shared = {"training": training, "momentum": momentum, "eps": eps, "activation": activation, "backend": backend}
+        shared |= {"process_group": process_group}
         # the first block's statistics move when the second has succeeded
         moving = tuple(t.clone() if training and t is not None else t for t in running[0])
         z = depthwise_block(x_given, *given[0], *moving, **shared)
@@ -203,22 +213,20 @@ def mixer_layer(
                 if moved is not t:
                     t.copy_(moved)
         return y
+    options = Options(training, momentum, eps, activation, True, False, group=group)
+    if group is not None:
+        return _call_synchronized(op, x, blocks, running, options, chosen)
     if x.numel() == 0 or composite.transformed():
-        options = Options(training, momentum, eps, activation, True, False)
         z = _run_block("depthwise", x, blocks[0], running[0], options, chosen)
         return _run_block("pointwise", z, blocks[1], running[1], options._replace(residual=False), chosen)
     x, *blocks = _dense(x, *blocks)
     running = running if training else tuple(Statistics(*map(_contiguous, r)) for r in running)
-    tensors = (x, *blocks[0], *blocks[1])
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    options = Options(training, momentum, eps, activation, True, save)
+    options, tensors = _saving(options, x, *blocks), (x, *blocks[0], *blocks[1])
     if _direct(*tensors, *running[0], *running[1]):
         used = (*tensors[1:], *running[0], *running[1])
         if x is x_given and all(a is b for a, b in zip(used, given_tensors, strict=True)):
             _keep_layer(x, given_tensors, (training, momentum, eps, activation), backend, chosen)
-        if save:
-            return MixerFunction.apply(*tensors, running, options, chosen)
-        return _recorded("mixer_layer", mixer_forward, chosen, x, tuple(blocks), running, options)[0]
+        return _call(op, x, tuple(blocks), running, options, chosen)
     for prefix, pair in zip(("depthwise_", "pointwise_"), running, strict=True):
         _check_updated(op, prefix, pair, training)
     used = (None,) * 4 if training else (*running[0], *running[1])
@@ -376,6 +384,9 @@ def depthwise_conv2d(
 def _run_block(
     kind: str, x: Tensor, block: Block, running: Statistics, options: Options, backend: ModuleType | str
 ) -> Tensor:
+    op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+    if options.group is not None:
+        return _call_synchronized(op, x, (block,), (running,), options, backend)
     if x.numel() == 0:
         return _empty_block(kind, x, block, running, options)
     if composite.transformed():
@@ -383,13 +394,9 @@ def _run_block(
     x, block = _dense(x, block)
     if not options.batch_statistics:
         running = Statistics(*map(_contiguous, running))
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block))
-    options = options._replace(save=save)
-    op = "depthwise_block" if kind == "depthwise" else "pointwise_block"
+    options = _saving(options, x, block)
     if _direct(x, *block, *running):
-        if save:
-            return BlockFunction.apply(x, *block, running, kind, options, backend)
-        return _recorded(op, block_forward, backend, x, kind, block, running, options)[0]
+        return _call(op, x, (block,), (running,), options, backend)
     _check_updated(op, "", running, options.batch_statistics)
     used = (None, None) if options.batch_statistics else running
     operator = torch.ops.convmixer.depthwise_block if kind == "depthwise" else torch.ops.convmixer.pointwise_block
@@ -397,6 +404,53 @@ def _run_block(
     if options.batch_statistics:
         _update(running, mean, var, y, options.momentum)
     return y
+
+
+def _call(
+    op: str,
+    x: Tensor,
+    blocks: tuple[Block, ...],
+    running: tuple[Statistics, ...],
+    options: Options,
+    backend: ModuleType,
+) -> Tensor:
+    """The operator's autograd Function, or its forward alone if no backward may follow."""
+    if op == "mixer_layer":
+        if options.save:
+            return MixerFunction.apply(x, *blocks[0], *blocks[1], running, options, backend)
+        return _recorded(op, mixer_forward, backend, x, blocks, running, options)[0]
+    kind = op.partition("_")[0]
+    if options.save:
+        return BlockFunction.apply(x, *blocks[0], running[0], kind, options, backend)
+    return _recorded(op, block_forward, backend, x, kind, blocks[0], running[0], options)[0]
+
+
+@torch._disable_dynamo
+def _call_synchronized(
+    op: str,
+    x: Tensor,
+    blocks: Sequence[Block],
+    running: Sequence[Statistics],
+    options: Options,
+    backend: ModuleType | str,
+) -> Tensor:
+    """The operator with statistics of several processes: no registered operator sends messages, so torch.compile breaks its graph."""
+    x, *blocks = _dense(x, *blocks)
+    if not _direct(x, *itertools.chain(*blocks, *running)):
+        raise NotImplementedError(
+            f"{op}: process_group needs plain tensors in memory, contiguous running statistics and no dispatch mode"
+        )
+    if isinstance(backend, str):
+        kind, weights = op.partition("_")[0], tuple(block.weight for block in blocks)
+        backend = dispatch.resolve(op, backend, kind, x, weights)
+    return _call(op, x, tuple(blocks), tuple(running), _saving(options, x, *blocks), backend)
+
+
+def _saving(options: Options, x: Tensor, *blocks: Block) -> Options:
+    """The options, with whether a backward may follow."""
+    tensors = itertools.chain((x,), *blocks)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return options._replace(save=save)
 
 
 def _empty_block(kind: str, x: Tensor, block: Block, running: Statistics, options: Options) -> Tensor:

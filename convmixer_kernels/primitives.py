@@ -73,6 +73,9 @@ class Options(NamedTuple):
     residual: bool  # of a depthwise block
     save: bool  # whether a backward may follow
     entry: Any = None  # of prepared.py, if this call was checked before
+    group: str | None = (
+        None  # name of the process group whose ranks' batches the statistics are of; None: this rank's batch
+    )
 
 
 class Norm(NamedTuple):
@@ -92,7 +95,7 @@ class Update(NamedTuple):
     running_var: Tensor | None  # (C,) as running_mean
     mean: Tensor  # (C,) of the batch, float32 (float64 if x is)
     var: Tensor  # (C,) biased
-    count: int  # values of a channel, N * H * W
+    count: int  # values of a channel, N * H * W; 1 if var is unbiased already
     momentum: float
 
 

@@ -15,6 +15,7 @@ from model_helpers import DIM, MODES, assert_matches, attribute, by_name, featur
 from torch import nn
 
 from convmixer import MixerLayer, MixerSequential, accelerate, recognize, reference
+from convmixer_kernels.recognize import recognize_block, why_not_convolution
 
 
 class Residual(nn.Module):
@@ -260,8 +261,14 @@ valid_padding = attribute("0.fn.0", "padding", (0, 0))
 
 LEFT = [
     (subclassed, "its class, NamedSequential, is not nn.Sequential itself"),
-    (replaced("3", lambda: nn.GroupNorm(4, DIM)), "its pointwise norm is GroupNorm, not nn.BatchNorm2d"),
-    (replaced("0.fn.2", lambda: nn.SyncBatchNorm(DIM)), "its depthwise norm is SyncBatchNorm, not nn.BatchNorm2d"),
+    (
+        replaced("3", lambda: nn.GroupNorm(4, DIM)),
+        "its pointwise norm is GroupNorm, not nn.BatchNorm2d or nn.SyncBatchNorm",
+    ),
+    (
+        replaced("0.fn.2", lambda: nn.InstanceNorm2d(DIM)),
+        "its depthwise norm is InstanceNorm2d, not nn.BatchNorm2d or nn.SyncBatchNorm",
+    ),
     (
         replaced("0.fn.0", lambda: nn.Conv2d(DIM, DIM, 3, padding="same")),
         "its depthwise convolution is Conv2d(64, 64, kernel_size=(3, 3), stride=(1, 1), padding=same), "
@@ -314,11 +321,11 @@ def test_an_accelerated_layer_that_no_longer_runs_as_one_says_so():
 def test_a_block_or_convolution_alone_is_recognized():
     depthwise, *pointwise = layer()
     for kind, modules in (("depthwise", depthwise.fn), ("pointwise", pointwise)):
-        block = recognize.recognize_block(kind, *modules)
+        block = recognize_block(kind, *modules)
         assert (block.conv, block.activation, block.norm) == (modules[0], "gelu", modules[2])
-        assert recognize.why_not_convolution(kind, modules[0]) is None
-    assert "is Conv2d(64, 64, kernel_size=(1, 1)" in recognize.recognize_block("depthwise", *pointwise)
-    assert recognize.why_not_convolution("depthwise", nn.Conv1d(8, 8, 3)) == (
+        assert why_not_convolution(kind, modules[0]) is None
+    assert "is Conv2d(64, 64, kernel_size=(1, 1)" in recognize_block("depthwise", *pointwise)
+    assert why_not_convolution("depthwise", nn.Conv1d(8, 8, 3)) == (
         "its depthwise convolution is Conv1d, not nn.Conv2d"
     )
 

@@ -234,6 +234,29 @@ def test_checkpointing_and_saved_tensor_hooks():
     assert counters[0] == counters[1]
 
 
+class _Recomputed(nn.Sequential):
+    use_reentrant = False
+
+    def forward(self, x):
+        from torch.utils.checkpoint import checkpoint_sequential
+
+        return checkpoint_sequential(self, 3, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_recomputation_moves_the_statistics_as_the_reference(use_reentrant, momentum):
+    """torch.utils.checkpoint runs a training forward twice, and both move the running statistics: those of torch's modules too."""
+    models = [_Recomputed(*model) for model in make_pair()]
+    for model in models:
+        model.use_reentrant = use_reentrant
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = momentum
+    assert_matches(*models, image())
+    assert models[0][3][3].num_batches_tracked == 2
+
+
 @pytest.fixture
 def runs(monkeypatch) -> list[int]:
     """The number of layers in each call of the CPU backend's mixer_eval."""

@@ -274,10 +274,6 @@ def convolution_bias_deleted(layer):
     layer[0].fn[0].bias = None
 
 
-def sync_batch_norm(layer):
-    layer[3] = nn.SyncBatchNorm.convert_sync_batchnorm(layer[3])
-
-
 def replaced_pointwise_weight(layer):
     torch.manual_seed(7)
     layer[1].weight = nn.Parameter(torch.randn(DIM, DIM, 3, 3) / 24)
@@ -387,14 +383,6 @@ def test_an_altered_layer_runs_its_modules(calls, alter):
     for _ in range(2):
         assert_same_steps(layer, ref, features())
     assert type(layer) is MixerLayer
-    assert calls == []
-
-
-def test_a_sync_batch_norm_runs_as_a_module(calls):
-    layer, ref = (m[3].eval() for m in make_pair())
-    for one in (layer, ref):
-        sync_batch_norm(one)
-    assert torch.equal(layer(features()), ref(features()))
     assert calls == []
 
 

@@ -27,6 +27,7 @@ name = "cuda"
 
 #: Of N and of C: the kernels count images and channels in 32 bits, elements in 64.
 _LARGEST_SIZE = 1 << 30
+_LARGEST_KERNEL = 31
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -71,7 +72,7 @@ def _capability_reason(device: int) -> str | None:
     return f"it needs a GPU of compute capability 8.0 or newer, got {found[0]}.{found[1]}"
 
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     native = _native()
     if native.reason is not None:
@@ -83,7 +84,7 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes CUDA tensors, got x.device={x.device}"
     elif (reason := _capability_reason(x.get_device())) is not None:
         return reason
-    if (reason := unsupported(x, weight)) is not None:
+    if (reason := unsupported(x, weight, _LARGEST_KERNEL)) is not None:
         return reason
     if max(x.shape[0], x.shape[1], weight.shape[0]) > _LARGEST_SIZE:
         return f"it takes N and C up to 2^30, got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"

@@ -78,7 +78,7 @@ def _capability_reason(device: int) -> str | None:
     return f"it needs a GPU of compute capability 8.0 or newer, got {found[0]}.{found[1]}"
 
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     if (reason := _missing()) is not None:
         return reason

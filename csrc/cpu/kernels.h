@@ -57,6 +57,7 @@ struct DepthwiseForward {
   Statistics statistics;
   void* y;
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct DepthwiseInputGrad {
@@ -71,6 +72,7 @@ struct DepthwiseInputGrad {
   bool residual;
   void* dx;
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct DepthwiseWeightGrad {
@@ -84,6 +86,7 @@ struct DepthwiseWeightGrad {
   Sums sums;
   MutableParam dw, db;  // db.data may be null
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct Normalize {

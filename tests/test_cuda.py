@@ -114,7 +114,7 @@ LARGE_CASES = [
     _depthwise((1, 2, 36, 34), (5, 63), dtype=torch.float16, training=False),
     _depthwise((1, 2, 34, 9), (64, 6), dtype=torch.bfloat16),
     _depthwise((2, 3, 12, 13), 51, dtype=torch.bfloat16, memory_format="channels_last"),
-    *(_depthwise((1, 2, 33, 20), (51, 5), memory_format=f) for f in FORMATS),
+    *(_depthwise((1, 12, 33, 20), (51, 5), memory_format=f) for f in FORMATS),
     *(Case("depthwise_conv2d", (1, 1, 52, 40), (101, 33), dtype=d) for d in DTYPES[:2]),
     *(
         Case("depthwise_conv2d", (2, 3, 14, 17), kernel, dtype=d, memory_format=f, dilation=dilation)

@@ -26,12 +26,12 @@ template <typename T, int P>
 struct TensorColumns {
   const T* p;  // at the channels of this block
   int64_t pixel;
-  int column, width, channels;
+  int column, step, width, channels;
   VEC_INLINE Vec next() {
     alignas(64) static const T kZeros[V] = {};
     const T* from = P == kInside || static_cast<unsigned>(column) < static_cast<unsigned>(width) ? p : kZeros;
     p += pixel;
-    column++;
+    column += step;
     // or the compiler computes the addresses of all columns first, which takes as long as the products
     asm("" : "+r"(p));
     if (P != kInside) asm("" : "+r"(column));
@@ -113,14 +113,15 @@ void convolve(const float* plane, int64_t row, int64_t dilation, const float* w,
 using Convolve = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int, int, int, Vec, float*);
 
 // From a channels_last tensor. x is at the first column and row of taps, at this block's channels; the column is `left`
-// and may lie outside the image. The sums go to the strip, or to a tensor of x's shape if y is not null.
+// and may lie outside the image. Taps are dh rows and dw columns apart, outputs dw columns. The sums go to the strip, or
+// to a tensor of x's shape if y is not null.
 template <int KX, typename T, int P>
-void convolve_tensor(const Shape& s, const T* x, int channels, int left, const float* w, int kh, int kw, Vec bias,
-                     float* strip, T* y) {
-  const int64_t row = s.w * s.c, pixel = s.c;
+void convolve_tensor(const Shape& s, const T* x, int channels, int left, const float* w, int kh, int kw, int64_t dh,
+                     int dw, Vec bias, float* strip, T* y) {
+  const int64_t row = s.w * s.c * dh, pixel = s.c * dw;
   const int width = static_cast<int>(s.w);
   const auto columns = [=](int ky, int k) {
-    return TensorColumns<T, P>{x + ky * row + k * pixel, pixel, left + k, width, channels};
+    return TensorColumns<T, P>{x + ky * row + k * pixel, pixel, left + k * dw, dw, width, channels};
   };
   const auto write = [=](int o, Vec sum) {
     if (y == nullptr) {
@@ -134,7 +135,8 @@ void convolve_tensor(const Shape& s, const T* x, int channels, int left, const f
   convolve_columns<KX, kMaxTile>(columns, w, int64_t{kw} * V, kh, kw / KX, kw % KX, bias, strip, 1, write);
 }
 template <typename T>
-using ConvolveTensor = void (*)(const Shape&, const T*, int, int, const float*, int, int, Vec, float*, T*);
+using ConvolveTensor = void (*)(const Shape&, const T*, int, int, const float*, int, int, int64_t, int, Vec, float*,
+                                T*);
 template <typename T, int P>
 ConvolveTensor<T> convolve_tensor_for(int kw) {
   switch (kw) {

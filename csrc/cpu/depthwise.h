@@ -29,8 +29,9 @@ template <typename P>
 inline Taps taps_of(const P& p) {
   return {p.kh, p.kw, p.dilation_h, p.dilation_w};
 }
-inline bool takes_planes(const Shape& s, const Taps& taps) {
-  return !s.channels_last || taps.count() > kTensorTaps || s.w < kMaxTile || taps.dilated();
+// plain: the sums are the result. Only then may neighbouring outputs of a tile lie apart.
+inline bool takes_planes(const Shape& s, const Taps& taps, bool plain) {
+  return !s.channels_last || taps.count() > kTensorTaps || s.w < kMaxTile * taps.dw || (taps.dilated() && !plain);
 }
 
 // The taps of a line of k, d apart, that lie in [0, size) for any of the outputs [y0, y1]. Tap 0 lies `before` positions
@@ -229,34 +230,36 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
 
 // As convolve_rows, straight from x. Calls finish and emit for a tile of columns; the last tile of a row lies at the
 // row's end and may overlap the one before. If y is not null, the sums are the result: they go there, and nothing is
-// called.
+// called. It is not null if the kernel is dilated in columns.
 template <typename T, typename Finish, typename Emit>
 inline void convolve_tensor_rows(const Plan& plan, const Shape& s, const Item& item, const T* x, const float* weights,
                                  const float* biases, float* strip, T* y, Finish finish, Emit emit) {
-  const int taps = plan.kh * plan.kw, width = static_cast<int>(s.w);
+  const int taps = plan.kh * plan.kw, width = static_cast<int>(s.w), dw = static_cast<int>(plan.dw);
   const ConvolveTensor<T> kernels[] = {convolve_tensor_for<T, kInside>(plan.kw), convolve_tensor_for<T, kEdge>(plan.kw),
                                        convolve_tensor_for<T, kFewChannels>(plan.kw)};
   for (int64_t r = item.y0; r < item.y1; r++) {
-    const int64_t above = larger(0, plan.top - r), below = larger(0, r - plan.top + plan.kh - s.h);
-    const int kh = static_cast<int>(plan.kh - above - below);
-    for (int column = 0; column < width; column += kMaxTile) {
-      const int start = smaller_int(column, width - kMaxTile), left = start - plan.left;
-      const bool inside = left >= 0 && left + kMaxTile + plan.kw - 1 <= width;
-      const T* from = x + ((item.n * s.h + r - plan.top + above) * s.w + left) * s.c;
-      T* out = y == nullptr ? nullptr : y + ((item.n * s.h + r) * s.w + start) * s.c;
-      const int64_t p0 = r * s.w + column, p1 = r * s.w + start + kMaxTile;
-      for (int g = 0; g < item.blocks; g++) {
-        const int64_t c0 = item.c0 + g * V;
-        const int channels = channels_of(s, c0);
-        kernels[channels < V ? kFewChannels
-                : inside ? kInside
-                         : kEdge](s, from + c0, channels, left, weights + c0 * taps + above * plan.kw * V, kh, plan.kw,
-                                  biases == nullptr ? splat(0.f) : load(biases + c0), strip,
-                                  out == nullptr ? out : out + c0);
-        if (y != nullptr) continue;
-        float* const tile = strip + (column - start) * V;
-        finish(g, p0, p1, tile);
-        emit(g, p0, p1, tile);
+    const TapRange i(plan.kh, plan.dh, plan.top, s.h, r, r);
+    for (int phase = 0; phase < dw; phase++) {
+      const int last = phase + (width - 1 - phase) / dw * dw - (kMaxTile - 1) * dw;
+      for (int column = phase; column < width; column += kMaxTile * dw) {
+        const int start = smaller_int(column, last), left = start - static_cast<int>(plan.left);
+        const bool inside = left >= 0 && left + (kMaxTile + plan.kw - 2) * dw < width;
+        const T* from = x + ((item.n * s.h + r - plan.top + i.first * plan.dh) * s.w + left) * s.c;
+        T* out = y == nullptr ? nullptr : y + ((item.n * s.h + r) * s.w + start) * s.c;
+        const int64_t p0 = r * s.w + column, p1 = r * s.w + start + kMaxTile;
+        for (int g = 0; g < item.blocks; g++) {
+          const int64_t c0 = item.c0 + g * V;
+          const int channels = channels_of(s, c0);
+          kernels[channels < V ? kFewChannels
+                  : inside     ? kInside
+                               : kEdge](
+              s, from + c0, channels, left, weights + c0 * taps + i.first * plan.kw * V, i.last - i.first, plan.kw,
+              plan.dh, dw, biases == nullptr ? splat(0.f) : load(biases + c0), strip, out == nullptr ? out : out + c0);
+          if (y != nullptr) continue;
+          float* const tile = strip + (column - start) * V;
+          finish(g, p0, p1, tile);
+          emit(g, p0, p1, tile);
+        }
       }
     }
   }
@@ -339,6 +342,10 @@ struct DepthwiseTables {
   }
 };
 
+inline bool is_plain(const DepthwiseForward& p) {
+  return p.activation == kIdentity && !p.norm.present && !p.residual && p.statistics.mean == nullptr;
+}
+
 // One item of the forward. In training, partials is [image, row tile][channel]. The memory holds the item's planes,
 // then its strips.
 template <typename T>
@@ -364,8 +371,8 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
     if (plan.planes) {
       convolve_rows(plan, s, item, window, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
     } else {
-      const bool plain = p.activation == kIdentity && !p.norm.present && !p.residual && partials == nullptr;
-      convolve_tensor_rows(plan, s, item, x, tables.weights, tables.biases, strips, plain ? y : nullptr, finish, emit);
+      T* const sums = is_plain(p) ? y : nullptr;
+      convolve_tensor_rows(plan, s, item, x, tables.weights, tables.biases, strips, sums, finish, emit);
     }
   };
   with_activation(p.activation, [&](auto act) {
@@ -404,7 +411,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
 
 int depthwise_forward(const DepthwiseForward& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, taps_of(p), false, takes_planes(s, taps_of(p)));
+  const Plan plan(s, taps_of(p), false, takes_planes(s, taps_of(p), is_plain(p)));
   const bool training = p.statistics.mean != nullptr;
   const int64_t parts = s.n * plan.row_tiles;
   const int64_t moments_bytes = training ? parts * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
@@ -456,7 +463,7 @@ int depthwise_forward(const DepthwiseForward& p) {
 
 int depthwise_input_grad(const DepthwiseInputGrad& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, taps_of(p), true, p.a != nullptr || takes_planes(s, taps_of(p)));
+  const Plan plan(s, taps_of(p), true, p.a != nullptr || takes_planes(s, taps_of(p), !p.residual));
   const int taps = p.kh * p.kw;
   const bool sums = p.sums.dy != nullptr;
   const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;

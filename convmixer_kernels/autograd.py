@@ -375,10 +375,16 @@ def mixer_backward(
 
 
 @_without_autocast
-def convolution_forward(backend: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolution_forward(
+    backend: ModuleType,
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C, 1, kH, kW)
+    bias: Tensor | None,  # (C,)
+    dilation: tuple[int, int],
+) -> Tensor:  # (N, C, H, W)
     """The plain depthwise convolution: a block without activation and norm."""
     checks.check_memory("depthwise_conv2d", ("x", "weight", "bias"), x, weight, bias)
-    return backend.depthwise_eval(x, weight, bias, "identity", None, False)
+    return backend.depthwise_eval(x, weight, bias, "identity", None, False, dilation)
 
 
 @_without_autocast
@@ -390,6 +396,7 @@ def convolution_backward(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     needs: Needs,  # x, weight, bias
+    dilation: tuple[int, int],
 ) -> Grads:
     """The gradients of x, weight and bias; None if `needs` is False."""
     checks.check_memory("depthwise_conv2d's backward", ("dy", "x", "weight"), dy, x, weight if needs[0] else None)
@@ -400,10 +407,10 @@ def convolution_backward(
     dy, x = in_format(dy, contiguous), None if x is None else in_format(x, contiguous)
     dx = dw = db = None
     if needs[0]:
-        dx = backend.depthwise_input_grad(dy, None, weight, "identity", None, None, False)
+        dx = backend.depthwise_input_grad(dy, None, weight, "identity", None, None, False, dilation)
     if needs[1] or needs[2]:
         source = dy if x is None else x
-        dw, db = backend.depthwise_weight_grad(dy, None, source, weight, bias, "identity", None, None)
+        dw, db = backend.depthwise_weight_grad(dy, None, source, weight, bias, "identity", None, None, dilation)
     return dx, _strided_like(dw, weight) if needs[1] else None, db if needs[2] else None
 
 
@@ -551,21 +558,23 @@ class ConvolutionFunction(Function):
     """depthwise_conv2d in eager mode."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, backend):
+    def forward(ctx, x, weight, bias, dilation, backend):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.bias = _unsaved(bias)
-        ctx.contiguous, ctx.backend = x.is_contiguous(), backend
-        return convolution_forward(backend, x, weight, bias)
+        ctx.contiguous, ctx.dilation, ctx.backend = x.is_contiguous(), dilation, backend
+        return convolution_forward(backend, x, weight, bias, dilation)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if composite.replaces_backward(dy):
-            grads = composite.convolution_backward(dy, x, weight, _in_graph(ctx.bias), needs)
+            grads = composite.convolution_backward(dy, x, weight, _in_graph(ctx.bias), needs, ctx.dilation)
         else:
-            grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, _tensor(ctx.bias), needs)
+            rest = _tensor(ctx.bias), needs, ctx.dilation
+            grads = convolution_backward(ctx.backend, dy, x, ctx.contiguous, weight, *rest)
         return (
             *grads,
+            None,  # dilation
             None,  # backend
         )

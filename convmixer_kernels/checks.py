@@ -8,7 +8,7 @@ tensor without its memory, or one that autograd cannot take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -271,6 +271,20 @@ def check_bool(op: str, name: str, value: bool) -> None:
     """A bool, not a number or a tensor that could pass for one."""
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a bool, got {name}={value!r}")
+
+
+def check_dilation(op: str, dilation: int | Sequence[int]) -> tuple[int, int]:
+    """dilation must be an integer or two, each at least 1.
+
+    Returns:
+        (dH, dW).
+    """
+    pair = (dilation, dilation) if isinstance(dilation, Integral) else dilation
+    if not isinstance(pair, Sequence) or any(not isinstance(d, Integral) or isinstance(d, bool) for d in pair):
+        raise TypeError(f"{op}: dilation must be an int or two, (dH, dW), got dilation={dilation!r}")
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{op}: dilation must be one int of at least 1, or two, (dH, dW), got dilation={dilation!r}")
+    return int(pair[0]), int(pair[1])
 
 
 def check_options(op: str, activation: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:

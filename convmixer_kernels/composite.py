@@ -68,10 +68,11 @@ def convolution_forward(
     weight: Tensor,  # (C, 1, kH, kW), or (C_out, C, 1, 1) with one group
     bias: Tensor | None,  # (C_out,)
     groups: int,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C_out, H, W)
     """The convolution of padding "same"."""
     with _without_autocast(x):
-        return convolution(x, weight, bias, groups)
+        return convolution(x, weight, bias, groups, dilation=dilation)
 
 
 def _set_value(t: Tensor, value: Tensor) -> None:
@@ -153,11 +154,16 @@ def convolution_backward(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     needs: Needs,  # x, weight, bias
+    dilation: tuple[int, int],
 ) -> Grads:
     """As autograd.convolution_backward, differentiable as block_backward is."""
     _check_memory(x, weight, bias)
     x = _or_zeros(x, dy, weight, "depthwise")
-    return _gradients(lambda x, *tensors: convolution_forward(x, *tensors, x.shape[1]), (x, weight, bias), needs, dy)
+
+    def forward(x: Tensor, *tensors: Tensor | None) -> Tensor:
+        return convolution_forward(x, *tensors, x.shape[1], dilation)
+
+    return _gradients(forward, (x, weight, bias), needs, dy)
 
 
 def _check_memory(*saved: Tensor | None) -> None:

@@ -80,13 +80,21 @@ def requested_backend(op: str, backend: str | None) -> str | None:
     return _known(_ENVIRONMENT_VARIABLE, name) if name else None
 
 
-def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
+def choose(
+    op: str,
+    backend: str | None,
+    primitive: str,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    dilation: tuple[int, int] = (1, 1),
+) -> ModuleType:
     """The backend that runs `op` on `x`; `weights` are its convolutions' weights.
 
     Args:
         op: the public function's name, for messages.
         backend: the argument of that name.
         primitive: "depthwise", "pointwise" or "mixer" (both, one weight each), which the backend must be able to run.
+        dilation: of a depthwise convolution.
 
     Raises:
         ValueError: an unknown name.
@@ -96,14 +104,14 @@ def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tup
     name = requested_backend(op, backend)
     if name is not None:
         module = load(name)
-        reason = _reason(module, primitive, x, weights)
+        reason = _reason(module, primitive, x, weights, dilation)
         if reason is not None:
             error = NotImplementedError if module.build_info().get("available") else RuntimeError
             raise error(f"{op}: backend {name!r} cannot run this: {reason}")
         return module
     for name in automatic_order(x.device.type):
         module = load(name)
-        reason = _reason(module, primitive, x, weights)
+        reason = _reason(module, primitive, x, weights, dilation)
         if reason is None:
             if name == "reference" or (_load.refused and name != x.device.type):
                 _warn_if_nothing_faster(x.device.type)
@@ -129,18 +137,27 @@ def _warn_if_nothing_faster(device_type: str) -> None:
         warnings.warn(f"convmixer_kernels: {_load.refused[f'_{device_type}']}", RuntimeWarning, stacklevel=5)
 
 
-def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> str | None:
+def _reason(
+    module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor, ...], dilation: tuple[int, int]
+) -> str | None:
     kinds = ("depthwise", "pointwise") if primitive == "mixer" else (primitive,)
     for kind, weight in zip(kinds, weights, strict=True):
-        reason = module.can_run(kind, x, weight)
+        reason = module.can_run(kind, x, weight, dilation)
         if reason is not None:
             return reason
     return None
 
 
-def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
+def resolve(
+    op: str,
+    name: str,
+    primitive: str,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    dilation: tuple[int, int] = (1, 1),
+) -> ModuleType:
     """The backend `name` for a registered operator, or an automatic choice if it is AUTOMATIC. Raises as :func:`choose`."""
-    return choose(op, None if name == AUTOMATIC else name, primitive, x, weights)
+    return choose(op, None if name == AUTOMATIC else name, primitive, x, weights, dilation)
 
 
 @contextlib.contextmanager

@@ -355,13 +355,16 @@ def depthwise_conv2d(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None = None,  # (C,)
     *,
+    dilation: int | Sequence[int] = 1,
     backend: str | None = None,
 ) -> Tensor:  # (N, C, H, W)
     """Depthwise convolution of stride 1 and padding "same".
 
-    Equivalent to ``F.conv2d(x, weight, bias, padding="same", groups=C)``. Differentiable in all three, as often as the equivalent.
+    Equivalent to ``F.conv2d(x, weight, bias, padding="same", dilation=dilation, groups=C)``. Differentiable in all three, as often as
+    the equivalent. Another stride stays nn.Conv2d's: it computes a fraction of the outputs, which saves torch what it saves us.
 
-    Args, Raises: as :func:`depthwise_block`.
+    Args, Raises: as :func:`depthwise_block`, and
+        dilation: the distance of the kernel's taps, one number or (dH, dW), each at least 1.
 
     Returns:
         (N, C, H, W), of x's dtype (under autocast: of autocast's) and memory format.
@@ -370,15 +373,16 @@ def depthwise_conv2d(
     checks.check_input(op, x)
     x, block = _autocast(x, Block(weight, bias, None, None))
     checks.check_depthwise_convolution(op, "", x, block.weight, block.bias)
-    chosen = _choose(op, backend, "depthwise", x, (weight,))
+    dilation = checks.check_dilation(op, dilation)
+    chosen = _choose(op, backend, "depthwise", x, (weight,), dilation)
     if x.numel() == 0 or composite.transformed():
-        return composite.convolution_forward(x, *block[:2], x.shape[1])
+        return composite.convolution_forward(x, *block[:2], x.shape[1], dilation)
     x, block = _dense(x, block)
     if _direct(x, *block):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *block)):
-            return ConvolutionFunction.apply(x, block.weight, block.bias, chosen)
-        return _recorded(op, convolution_forward, chosen, x, block.weight, block.bias)
-    return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, _name(chosen))
+            return ConvolutionFunction.apply(x, block.weight, block.bias, dilation, chosen)
+        return _recorded(op, convolution_forward, chosen, x, block.weight, block.bias, dilation)
+    return torch.ops.convmixer.depthwise_conv2d(x, block.weight, block.bias, dilation, _name(chosen))
 
 
 def _run_block(
@@ -526,11 +530,18 @@ def _flat(options: Options) -> tuple:
     return (options.batch_statistics, float(options.eps), options.activation, options.residual, options.save)
 
 
-def _choose(op: str, backend: str | None, kind: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType | str:
+def _choose(
+    op: str,
+    backend: str | None,
+    kind: str,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    dilation: tuple[int, int] = (1, 1),
+) -> ModuleType | str:
     """The backend's module; under compile, which cannot trace the choice, the name with which the operator chooses."""
     if torch.compiler.is_compiling():
         return backend or dispatch.AUTOMATIC
-    return dispatch.choose(op, backend, kind, x, weights)
+    return dispatch.choose(op, backend, kind, x, weights, dilation)
 
 
 def _name(backend: ModuleType | str) -> str:

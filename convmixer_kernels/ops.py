@@ -306,44 +306,49 @@ _register_autograd(
 )
 
 
-def _check_depthwise_conv2d(x, weight, bias, backend):
+def _check_depthwise_conv2d(x, weight, bias, dilation, backend):
     checks.check_input("depthwise_conv2d", x)
     checks.check_depthwise_convolution("depthwise_conv2d", "", x, weight, bias)
+    checks.check_dilation("depthwise_conv2d", dilation)
 
 
-def _depthwise_conv2d(x, weight, bias, backend):
-    module = dispatch.resolve("depthwise_conv2d", backend, "depthwise", x, (weight,))
-    return autograd.convolution_forward(module, dense_input(x), dense_parameter(weight), dense_parameter(bias))
+def _depthwise_conv2d(x, weight, bias, dilation, backend):
+    dilation = tuple(dilation)
+    module = dispatch.resolve("depthwise_conv2d", backend, "depthwise", x, (weight,), dilation)
+    tensors = dense_input(x), dense_parameter(weight), dense_parameter(bias)
+    return autograd.convolution_forward(module, *tensors, dilation)
 
 
-def _check_depthwise_conv2d_backward(dy, x, contiguous, weight, bias, needs, backend):
+def _check_depthwise_conv2d_backward(dy, x, contiguous, weight, bias, needs, dilation, backend):
     _check_needs("depthwise_conv2d_backward", needs, 3)
+    checks.check_dilation("depthwise_conv2d_backward", dilation)
     checks.check_convolution_backward("depthwise_conv2d_backward", dy, x, weight, bias, needs[1])
 
 
-def _depthwise_conv2d_backward(dy, x, contiguous, weight, bias, needs, backend):
-    module = dispatch.resolve("depthwise_conv2d_backward", backend, "depthwise", dy, (weight,))
+def _depthwise_conv2d_backward(dy, x, contiguous, weight, bias, needs, dilation, backend):
+    dilation = tuple(dilation)
+    module = dispatch.resolve("depthwise_conv2d_backward", backend, "depthwise", dy, (weight,), dilation)
     needs = _present(needs, (weight, bias))
-    grads = autograd.convolution_backward(module, dy, x, contiguous, weight, bias, needs)
+    grads = autograd.convolution_backward(module, dy, x, contiguous, weight, bias, needs, dilation)
     return tuple(_or_empty(g, dy) for g in grads)
 
 
-def _depthwise_conv2d_backward_fake(dy, x, contiguous, weight, bias, needs, backend):
+def _depthwise_conv2d_backward_fake(dy, x, contiguous, weight, bias, needs, dilation, backend):
     dx = _like(dy, dy.shape[1], contiguous, needs[0])
     return dx, *_parameter_grads_like((weight, bias), needs[1:], dy)
 
 
 _register(
     "depthwise_conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] dilation, str backend) -> Tensor",
     _check_depthwise_conv2d,
     _depthwise_conv2d,
-    lambda x, weight, bias, backend: _like(x, x.shape[1], takes_contiguous(x)),
+    lambda x, weight, bias, dilation, backend: _like(x, x.shape[1], takes_contiguous(x)),
 )
 _register(
     "depthwise_conv2d_backward",
-    "(Tensor dy, Tensor? x, bool contiguous, Tensor weight, Tensor? bias, bool[] needs, str backend)"
-    f" -> ({_grads_schema(['x', 'weight', 'bias'])})",
+    "(Tensor dy, Tensor? x, bool contiguous, Tensor weight, Tensor? bias, bool[] needs, int[] dilation,"
+    f" str backend) -> ({_grads_schema(['x', 'weight', 'bias'])})",
     _check_depthwise_conv2d_backward,
     _depthwise_conv2d_backward,
     _depthwise_conv2d_backward_fake,
@@ -351,7 +356,7 @@ _register(
 
 
 def _conv2d_setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.backend = inputs
+    x, weight, bias, ctx.dilation, ctx.backend = inputs
     ctx.contiguous = takes_contiguous(x)
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
 
@@ -360,10 +365,11 @@ def _conv2d_autograd(ctx, dy):
     x, weight, bias = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     if composite.replaces_backward(dy):
-        grads = composite.convolution_backward(dy, x, weight, bias, needs)
+        grads = composite.convolution_backward(dy, x, weight, bias, needs, tuple(ctx.dilation))
     else:
-        grads = torch.ops.convmixer.depthwise_conv2d_backward(dy, x, ctx.contiguous, weight, bias, needs, ctx.backend)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+        rest = bias, needs, ctx.dilation, ctx.backend
+        grads = torch.ops.convmixer.depthwise_conv2d_backward(dy, x, ctx.contiguous, weight, *rest)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 torch.library.register_autograd(

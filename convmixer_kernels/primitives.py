@@ -8,7 +8,9 @@ These conventions hold for every primitive of every backend:
   an empty tensor.
 * ``weight`` is contiguous, (C, 1, kH, kW) or (C_out, C_in, 1, 1); ``weight``, ``bias`` and the tensors of a ``Norm``
   are contiguous, each float32 or x's dtype (float64 if x is).
-* Padding is nn.Conv2d's "same": (k - 1) // 2 at the top and left, the rest at the bottom and right.
+* Padding is nn.Conv2d's "same": of d * (k - 1) the lower half at the top and left, the rest at the bottom and right.
+* ``dilation`` is the distance (dH, dW) of the kernel's taps, (1, 1) unless it is given. The primitives of a convolution without
+  activation and norm get it: ``depthwise_eval``, ``depthwise_input_grad``, ``depthwise_weight_grad``. A block's is (1, 1).
 * ``activation`` is one of ``ACTIVATIONS``.
 * Arithmetic, statistics and sums are float32 for 32- and 16-bit tensors (float64 on the reference backend for float64).
   Results are deterministic: the same bits on each run and for each number of threads (where a product is torch's, as far as torch's are).
@@ -121,12 +123,20 @@ def activate(a: Tensor, activation: str) -> Tensor:
     return F.gelu(a, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same") -> Tensor:
+def convolution(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C_out, C / groups, kH, kW)
+    bias: Tensor | None,  # (C_out,)
+    groups: int,
+    padding: str | int = "same",
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
     """F.conv2d in x's dtype; differentiable as often as F.conv2d."""
     # on a CPU 16-bit operands are always widened: float32 is no slower there
     dtype = torch.float32 if x.device.type == "cpu" and x.dtype != torch.float64 else x.dtype
     bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, padding=padding, groups=groups).to(x.dtype)
+    options = {"padding": padding, "dilation": dilation, "groups": groups}
+    return F.conv2d(x.to(dtype), weight.to(x.dtype).to(dtype), bias, **options).to(x.dtype)
 
 
 def update_running_statistics(update: Update) -> None:

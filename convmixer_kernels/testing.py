@@ -58,24 +58,30 @@ def within_twice_eager(error: float, eager_error: float, dtype: torch.dtype) -> 
 _ENDLESS_FROM = 15
 
 
-def never_returns(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+def never_returns(
+    x: Tensor, weight: Tensor, dtype: torch.dtype | None = None, dilation: tuple[int, int] = (1, 1)
+) -> bool:
     """Whether torch may not return from this depthwise convolution or its backward in `dtype` (x's unless given), on x's device.
 
     Every caller of torch's convolution asks this function, and computes in float32 if it returns True.
     """
     small = x.dtype if dtype is None else dtype
-    return (
-        small in (torch.float16, torch.bfloat16) and max(weight.shape[2:]) >= _ENDLESS_FROM and x.device.type == "cpu"
-    )
+    span = max(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
+    return small in (torch.float16, torch.bfloat16) and span >= _ENDLESS_FROM and x.device.type == "cpu"
 
 
 def eager_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, padding: str | int = "same"
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C_out, C / groups, kH, kW)
+    bias: Tensor | None,  # (C_out,)
+    groups: int,
+    padding: str | int = "same",
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=padding, groups=groups), with autocast, which always returns."""
+    """F.conv2d with these arguments, with autocast, which always returns."""
     autocast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if not never_returns(x, weight, dtype):
-        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+    if not never_returns(x, weight, dtype, dilation):
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=groups)
     with torch.autocast("cpu", enabled=False):
-        return convolution(x.to(dtype), weight, bias, groups, padding)
+        return convolution(x.to(dtype), weight, bias, groups, padding, dilation)

@@ -48,9 +48,11 @@ from convmixer_kernels.testing import relative_error, within_twice_eager
 OPERATORS = ("depthwise_block", "pointwise_block", "mixer_layer", "depthwise_conv2d", "model")
 #: Products of a case's depthwise convolution, at most: the interpreters are thousands of times slower.
 WORK = {"cpu": 2e6, "reference": 2e6, "cuda": 6e4, "triton": 2e3}
+#: What a kernel may span: the backend's limit.
+LARGEST = {"cpu": 1000, "reference": 1000, "cuda": 101, "triton": 101}
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 14, 15, 16, 17, 23, 24, 31, 32, 33, 37, 48, 56, 63, 64, 65, 97)
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 31, 32, 33, 40, 47, 48, 64, 65, 72, 100, 136)
-KERNELS = (*range(1, 12), 3, 5, 7, 9, 9, 9, 13, 15, 16, 17, 20, 23, 25, 31)
+KERNELS = (*range(1, 12), 3, 5, 7, 9, 9, 9, 13, 15, 16, 17, 20, 23, 25, 31, 33, 51, 63, 64, 101)
 FORMATS = ("contiguous", "channels_last", "sliced", "expanded", "transposed", "strided", "offset", "planes", "negative")
 VALUES = ("normal",) * 8 + ("mean", "tiny", "large", "constant", "zeros", "non-finite")
 #: Inputs and numbers that are pooled at least where one input exceeds the rule; and inputs at most.
@@ -65,6 +67,7 @@ class Call:
     backend: str
     shape: tuple[int, int, int, int]
     kernel: tuple[int, int]
+    dilation: tuple[int, int]
     channels_out: int
     dtype: torch.dtype
     wide: tuple[int, ...]  # the operator's tensors that are float32 beside a 16-bit x
@@ -94,7 +97,17 @@ class Call:
     def case(self) -> Case:
         """What helpers.py knows of this call."""
         return Case(
-            self.op, self.shape, self.kernel, None, self.dtype, None, "", self.training, self.activation, self.residual
+            self.op,
+            self.shape,
+            self.kernel,
+            None,
+            self.dtype,
+            None,
+            "",
+            self.training,
+            self.activation,
+            self.residual,
+            dilation=self.dilation,
         )
 
 
@@ -109,8 +122,13 @@ def draw(seed: int, number: int, backend: str) -> Call:
         kernel = (k, k) if rng.random() < 0.6 else (k, rng.choice(KERNELS))
         channels_out = c if rng.random() < 0.5 else rng.choice(CHANNELS)
         kernel = (1, 1) if op == "pointwise_block" else kernel
+        dilated = op == "depthwise_conv2d" and rng.random() < 0.5
+        dilation = (rng.choice((1, 1, 2, 3, 4, 7)), rng.choice((1, 1, 2, 3, 5))) if dilated else (1, 1)
         products = max(1, n) * c * h * w * (kernel[0] * kernel[1] + (0 if op.startswith("depthwise") else channels_out))
         # statistics of fewer values than these are all rounding
+        span = max(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+        if span > LARGEST[backend]:
+            continue
         if products <= WORK[backend] and (not training or op == "depthwise_conv2d" or n == 0 or n * h * w >= 4):
             break
     # triton's interpreter computes bfloat16 wrongly; of float64 there is no wider truth, test_operators.py has gradcheck
@@ -137,6 +155,7 @@ def draw(seed: int, number: int, backend: str) -> Call:
         backend,
         (n, c, h, w),
         kernel,
+        dilation,
         channels_out if op in ("pointwise_block", "mixer_layer") else c,
         dtype,
         wide,
@@ -239,6 +258,8 @@ def _ours(call: Call, x: Tensor, tensors: list[Tensor | None]) -> Tensor:
     if call.op != "depthwise_conv2d":
         options |= {"training": call.training, "activation": call.activation}
         options |= {"momentum": call.momentum, "eps": call.eps}
+    else:
+        options["dilation"] = call.dilation
     if call.op == "depthwise_block":
         options["residual"] = call.residual
     with _Operators() if call.route == "operator" else contextlib.nullcontext():

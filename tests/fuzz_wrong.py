@@ -93,6 +93,7 @@ OPTIONS: dict[str, tuple] = {
     "momentum": (*_NUMBERS, torch.tensor([0.1])),
     "eps": (*_NUMBERS, -1.0, -1e-30, torch.tensor([1e-5])),
     "activation": ("swish", "GELU", "", None, 3, b"gelu", ["gelu"], torch.nn.functional.gelu, np.array(["gelu"])),
+    "dilation": (0, -1, True, 1.0, None, "2", (), (1,), (1, 0), (2, 2, 2), (True, 1), [1.0, 1], torch.tensor([1, 1])),
     "backend": ("tpu", "CPU", "", 1, b"cpu", ["cpu"], "automatic", torch.device("cpu")),
 }
 
@@ -122,7 +123,8 @@ def _arguments(rng: random.Random, op: str, backend: str) -> dict[str, Any]:
             t.requires_grad_("running" not in name)
     options = {"training": rng.random() < 0.5, "momentum": 0.1, "eps": 1e-5, "activation": "gelu"}
     options |= {"residual": True} if op == "depthwise_block" else {}
-    return arguments | ({} if op == "depthwise_conv2d" else options) | {"backend": backend}
+    options = {"dilation": rng.choice((1, 2, (1, 3)))} if op == "depthwise_conv2d" else options
+    return arguments | options | {"backend": backend}
 
 
 def _break(rng: random.Random, op: str, arguments: dict[str, Any]) -> str:
@@ -184,7 +186,7 @@ def _registered(op: str, arguments: dict[str, Any]) -> tuple:
     """The arguments of torch.ops.convmixer.<op>, which takes no running statistics in training and no momentum."""
     names = OPERATORS[op]
     if op == "depthwise_conv2d":
-        return (arguments["x"], *(arguments[n] for n in names), arguments["backend"])
+        return (arguments["x"], *(arguments[n] for n in names), [1, 1], arguments["backend"])
     parameters = [arguments[n] for n in names if "running" not in n]
     used = [None if arguments["training"] is True else arguments[n] for n in names if "running" in n]
     options = [arguments["training"], arguments["eps"], arguments["activation"], op != "pointwise_block", True]

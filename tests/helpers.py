@@ -97,6 +97,7 @@ class Case:
     activation: str = "gelu"
     residual: bool = True
     absent: tuple[str, ...] = ()  # tensors that are None
+    dilation: tuple[int, int] = (1, 1)  # of depthwise_conv2d
 
     def __str__(self) -> str:
         k, mode = "x".join(map(str, self.kernel)), "train" if self.training else "eval"
@@ -110,6 +111,7 @@ class Case:
         ]
         parts += [self.activation] if self.activation != "gelu" else []
         parts += [f"out{self.channels_out}"] if self.channels_out else []
+        parts += ["d" + "x".join(map(str, self.dilation))] if self.dilation != (1, 1) else []
         parts += ["mixed"] if self.parameter_dtype else []
         parts += [f"no_{name}" for name in self.absent] + ([] if self.residual else ["no_residual"])
         return "-".join(parts)
@@ -156,7 +158,7 @@ def eager(case: Case, x: Tensor, tensors: list[Tensor | None], momentum: float =
         return norm(act(F.conv2d(x, block[0], block[1])), block)
 
     if case.op == "depthwise_conv2d":
-        return eager_convolution(x, tensors[0], tensors[1], groups=x.shape[1])
+        return eager_convolution(x, tensors[0], tensors[1], groups=x.shape[1], dilation=case.dilation)
     if case.op == "depthwise_block":
         return depthwise(x, tensors)
     if case.op == "pointwise_block":
@@ -173,6 +175,8 @@ def ours(case: Case, x: Tensor, tensors: list[Tensor | None], backend: str | Non
         options |= {"training": case.training, "activation": case.activation}
     if case.op == "depthwise_block":
         options["residual"] = case.residual
+    if case.dilation != (1, 1):
+        options["dilation"] = case.dilation
     return getattr(ck, case.op)(x, *tensors, **options)
 
 

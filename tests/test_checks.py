@@ -152,8 +152,16 @@ def _arguments(op: str, training: bool = True) -> dict:
     if name == "depthwise_conv2d":
         weight = {"weight": torch.randn(8, 1, 3, 3), "bias": torch.randn(8)}
         if backward:
-            return {"dy": wide, "x": x, "contiguous": True, **weight, "needs": [True] * 3, "backend": "cpu"}
-        return {"x": x, **weight, "backend": "cpu"}
+            return {
+                "dy": wide,
+                "x": x,
+                "contiguous": True,
+                **weight,
+                "needs": [True] * 3,
+                "dilation": [2, 1],
+                "backend": "cpu",
+            }
+        return {"x": x, **weight, "dilation": [1, 2], "backend": "cpu"}
     blocks = {"depthwise_block": [("", _block())], "pointwise_block": [("", _block(8, 4))]}.get(
         name, [("depthwise_", _block()), ("pointwise_", _block(8, 4))]
     )

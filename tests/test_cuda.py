@@ -107,7 +107,30 @@ OTHER_CASES = [
 OTHER_CASES += [Case("depthwise_conv2d", (2, 3, 8, 9), (7, 4), dtype=dtype) for dtype in DTYPES]
 
 
-@pytest.mark.parametrize("case", DEPTHWISE_CASES + POINTWISE_CASES + OTHER_CASES, ids=str)
+# Kernels beyond 31 (cuda_large.py): tensor cores, float32 copies, and one that the image cuts to less than 31; dilated ones.
+LARGE_CASES = [
+    _depthwise((1, 2, 33, 40), (33, 45), dtype=torch.bfloat16),
+    _depthwise((2, 3, 30, 29), 51, dtype=torch.float16, memory_format="channels_last"),
+    _depthwise((1, 2, 36, 34), (5, 63), dtype=torch.float16, training=False),
+    _depthwise((1, 2, 34, 9), (64, 6), dtype=torch.bfloat16),
+    _depthwise((2, 3, 12, 13), 51, dtype=torch.bfloat16, memory_format="channels_last"),
+    *(_depthwise((1, 12, 33, 20), (51, 5), memory_format=f) for f in FORMATS),
+    *(Case("depthwise_conv2d", (1, 1, 52, 40), (101, 33), dtype=d) for d in DTYPES[:2]),
+    *(
+        Case("depthwise_conv2d", (2, 3, 14, 17), kernel, dtype=d, memory_format=f, dilation=dilation)
+        for d, f, kernel, dilation in (
+            (torch.bfloat16, "contiguous", (7, 7), (3, 3)),
+            (torch.float16, "channels_last", (5, 4), (2, 3)),
+            (torch.float32, "contiguous", (3, 3), (3, 2)),
+            (torch.float32, "channels_last", (2, 11), (5, 1)),
+            (torch.bfloat16, "contiguous", (11, 3), (1, 8)),
+            (torch.bfloat16, "contiguous", (7, 7), (9, 9)),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE_CASES + LARGE_CASES + POINTWISE_CASES + OTHER_CASES, ids=str)
 def test_operator(case, device):
     check_case(case, "cuda", device=device, pool=64 if device == "cuda" else 1)
 
@@ -468,7 +491,8 @@ def test_can_run_names_what_it_cannot(device):
     weight, x = torch.empty(2, 1, 9, 9, device=device), torch.empty(1, 2, 4, 4, device=device)
     assert cuda.can_run("depthwise", x, weight) is None
     assert "float64" in cuda.can_run("depthwise", x.double(), weight)
-    assert "31x31" in cuda.can_run("depthwise", x, torch.empty(2, 1, 32, 3, device=device))
+    assert "101x101" in cuda.can_run("depthwise", x, torch.empty(2, 1, 102, 3, device=device))
+    assert "span up to 101, got 9x105" in cuda.can_run("depthwise", x, weight, (1, 13))
     assert "up to 2^30" in cuda.can_run("depthwise", x[:1, :, :1, :1].expand(2**30 + 1, 2, 1, 1), weight)
     assert "x.device=meta" in cuda.can_run("depthwise", torch.empty(1, 2, 4, 4, device="meta"), weight)
     assert cuda.build_info()["available"]

@@ -234,7 +234,9 @@ def test_opcheck(backend, training):
         statistics = (None, None) if training else tuple(block[4:])
         operator = getattr(torch.ops.convmixer, f"{kind}_block")
         torch.library.opcheck(operator, (x, *block[:4], *statistics, *options[:3], kind == "depthwise", *options[4:]))
-    torch.library.opcheck(torch.ops.convmixer.depthwise_conv2d, (x, tensors[0], tensors[1], backend))
+    for dilation in ([1, 1], [2, 3]):
+        arguments = (x, tensors[0], tensors[1], dilation, backend)
+        torch.library.opcheck(torch.ops.convmixer.depthwise_conv2d, arguments)
 
 
 def test_compile_full_graph():

@@ -183,7 +183,7 @@ def test_registered_operators(left, backend):
         for at, name in enumerate(["x", *names]):
             x, tensors, _ = make_inputs(case_of(op, training=False))
             take_memory((x, *tensors)[at], LEFT[left])
-            options = () if op == "depthwise_conv2d" else (False, 1e-5, "gelu", op == "depthwise_block", False)
+            options = ([1, 1],) if op == "depthwise_conv2d" else (False, 1e-5, "gelu", op == "depthwise_block", False)
             order = tensors if op != "mixer_layer" else [*tensors[:4], *tensors[6:10], *tensors[4:6], *tensors[10:]]
             with pytest.raises(RuntimeError, match=lost(name)):
                 getattr(torch.ops.convmixer, op)(x, *order, *options, backend)

@@ -163,6 +163,27 @@ def test_block(case):
     _check(case)
 
 
+# Large and dilated kernels: both forms, every row group and phase, images smaller than the kernel.
+LARGE_CASES = [
+    Case("depthwise_conv2d", (1, 2, 5, 7), (33, 34), dtype=FP16),
+    Case("depthwise_block", (1, 4, 4, 9), (5, 63), dtype=FP16),
+    Case("depthwise_conv2d", (1, 4, 5, 6), (51, 3), dtype=FP16, memory_format="channels_last"),
+    Case("depthwise_conv2d", (1, 4, 3, 4), (2, 101), dtype=FP16),
+    Case("depthwise_conv2d", (1, 16, 4, 5), (2, 33)),
+    Case("depthwise_conv2d", (2, 4, 11, 13), (7, 7), dtype=FP16, dilation=(3, 3)),
+    Case("depthwise_conv2d", (1, 4, 9, 20), (4, 5), dtype=FP16, dilation=(1, 3)),
+    Case("depthwise_conv2d", (2, 16, 11, 7), (3, 3), dilation=(3, 2)),
+    Case("depthwise_conv2d", (1, 16, 9, 6), (2, 4), memory_format="channels_last", dilation=(3, 5)),
+    Case("depthwise_conv2d", (1, 4, 10, 3), (11, 1), dtype=BF16, memory_format="channels_last", dilation=(2, 1)),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", LARGE_CASES, ids=str)
+def test_large_and_dilated_kernels(case):
+    _check(case)
+
+
 @interpreted
 @pytest.mark.parametrize("case", TINY_CASES, ids=str)
 def test_block_of_many_programs(case, tiny):
@@ -430,7 +451,8 @@ def test_can_run_names_what_it_cannot(monkeypatch):
     weight, x = torch.empty(2, 1, 9, 9), torch.empty(1, 2, 4, 4)
     assert backend.can_run("depthwise", x, weight) is None
     assert "float64" in backend.can_run("depthwise", x.double(), weight)
-    assert "31x31" in backend.can_run("depthwise", x, torch.empty(2, 1, 32, 3))
+    assert "1023x1023" in backend.can_run("depthwise", x, torch.empty(2, 1, 1024, 3))
+    assert "dilations up to 64" in backend.can_run("depthwise", x, weight, (1, 65))
     assert "x.device=meta" in backend.can_run("depthwise", torch.empty(1, 2, 4, 4, device="meta"), weight)
     assert "for tests only" in backend.build_info()["detail"]
 

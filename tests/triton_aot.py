@@ -125,6 +125,18 @@ def _depthwise(dtype, k, channels_last=False, size=32):
     )
 
 
+def _convolution(dtype, kernel, dilation, channels_last=False):
+    x, _, _ = _tensors(dtype, 768, 56, channels_last)
+    weight, plain = torch.empty(768, 1, *kernel, dtype=dtype, device="meta"), ("identity", None)
+    name = f"k{kernel[0]}x{kernel[1]} d{dilation[0]}x{dilation[1]}"
+    yield False, f"eval {name}", lambda: backend.depthwise_eval(x, weight, None, *plain, False, dilation)
+    yield (
+        False,
+        f"weight grad {name}",
+        lambda: backend.depthwise_weight_grad(x, None, x, weight, None, *plain, None, dilation),
+    )
+
+
 def _pointwise(dtype, channels_last=False, channels=1536):
     x, norm, sums = _tensors(dtype, channels, 32, channels_last)
     weight, bias, needs = torch.empty(channels, channels, 1, 1, dtype=dtype, device="meta"), norm.bias, (True,) * 3
@@ -164,6 +176,10 @@ def cases() -> Iterator[tuple[bool, str, Callable[[], object]]]:
         ("batch norm bfloat16 contiguous", _batch_norm(bf16)),
         ("batch norm bfloat16 channels_last", _batch_norm(bf16, True)),
         ("depthwise float16 contiguous", _depthwise(fp16, 31, size=56)),
+        ("depthwise float16 contiguous", _convolution(fp16, (63, 63), (1, 1))),
+        ("depthwise float16 contiguous", _convolution(fp16, (7, 7), (3, 3))),
+        ("depthwise float16 channels_last", _convolution(fp16, (51, 5), (1, 1), True)),
+        ("depthwise float32 contiguous", _convolution(fp32, (7, 7), (3, 3))),
     ]
     for group, members in groups:
         for every, name, call in members:

@@ -16,17 +16,16 @@ from ..primitives import ACTIVATIONS, Norm
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES = {activation: code for code, activation in enumerate(ACTIVATIONS)}
 
-_LARGEST_KERNEL = 31
 _NO_PARAM = (0, 0)
 NO_NORM = (False, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why no native module takes tensors of this dtype and kernel size, or None."""
+def unsupported(x: Tensor, weight: Tensor, largest_kernel: int) -> str | None:
+    """Why a native module does not take tensors of this dtype and kernel size, or None."""
     if x.dtype not in CODES:
         return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
-    if max(weight.shape[2:]) > _LARGEST_KERNEL:
-        return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    if max(weight.shape[2:]) > largest_kernel:
+        return f"it takes kernels up to {largest_kernel}x{largest_kernel}, got weight.shape={tuple(weight.shape)}"
     return None
 
 

@@ -20,15 +20,21 @@ native, _reason = _load.native_module("_cpu")
 
 name = "cpu"
 
+#: Far beyond use: the kernels count a filter's taps in 32 bits, and a row's margins grow with the dilation.
+_LARGEST_KERNEL = 1023
+_LARGEST_DILATION = 64
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     if native is None:
         return f"{_reason}; reinstall with a C++ compiler: pip install --force-reinstall --no-deps ."
     if x.device.type != "cpu":
         return f"it takes CPU tensors, got x.device={x.device}"
-    if (reason := unsupported(x, weight)) is not None:
+    if (reason := unsupported(x, weight, _LARGEST_KERNEL)) is not None:
         return reason
+    if max(dilation) > _LARGEST_DILATION:
+        return f"it takes dilations up to {_LARGEST_DILATION}, got dilation={dilation}"
     return None
 
 
@@ -119,6 +125,7 @@ def depthwise_eval(
     activation: str,
     norm: Norm | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one native call."""
     y = torch.empty_like(x)
@@ -134,6 +141,7 @@ def depthwise_eval(
         *norm_args(norm),
         residual,
         torch.get_num_threads(),
+        *dilation,
     )
     return y
 
@@ -341,6 +349,7 @@ def depthwise_input_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """dx = correlate(da, flipped weight) (+ dy), in one native call."""
     dx = torch.empty_like(dy)
@@ -357,6 +366,7 @@ def depthwise_input_grad(
         *sums_args(sums),
         residual,
         torch.get_num_threads(),
+        *dilation,
     )
     return dx
 
@@ -370,6 +380,7 @@ def depthwise_weight_grad(
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None if bias is."""
     dw = torch.empty_like(weight)
@@ -387,6 +398,7 @@ def depthwise_weight_grad(
         *param_args(dw),
         *param_args(db),
         torch.get_num_threads(),
+        *dilation,
     )
     return dw, db
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _load
 from ..primitives import MixerEval, Norm, Update
-from . import cuda_choice, torch_gemm
+from . import cuda_choice, cuda_large, torch_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, address, norm_args, param_args, shape_args, sums_args, unsupported
 
 name = "cuda"
@@ -71,7 +71,7 @@ def _capability_reason(device: int) -> str | None:
     return f"it needs a GPU of compute capability 8.0 or newer, got {found[0]}.{found[1]}"
 
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     native = _native()
     if native.reason is not None:
@@ -83,8 +83,10 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes CUDA tensors, got x.device={x.device}"
     elif (reason := _capability_reason(x.get_device())) is not None:
         return reason
-    if (reason := unsupported(x, weight)) is not None:
+    if (reason := unsupported(x, weight, cuda_large.LARGEST)) is not None:
         return reason
+    if max(spanned := cuda_large.span(weight, dilation)) > cuda_large.LARGEST:
+        return f"it takes dilated kernels that span up to {cuda_large.LARGEST}, got {spanned[0]}x{spanned[1]}"
     if max(x.shape[0], x.shape[1], weight.shape[0]) > _LARGEST_SIZE:
         return f"it takes N and C up to 2^30, got x.shape={tuple(x.shape)}, weight.shape={tuple(weight.shape)}"
     return None
@@ -167,8 +169,11 @@ def depthwise_eval(
     activation: str,
     norm: Norm | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
-    """norm(act(conv(x) + bias)) (+ x), in one launch."""
+    """norm(act(conv(x) + bias)) (+ x), in one launch (see cuda_large.py for large and dilated kernels, as below)."""
+    if cuda_large.converts(x, weight, dilation):
+        return cuda_large.forward(depthwise_eval, x, weight, bias, activation, norm, residual, dilation)
     x = _aligned(x)
     y = torch.empty_like(x)
     with _device_stream(x) as stream:
@@ -195,6 +200,9 @@ def depthwise_train(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a = conv(x) + bias rounded to x's dtype, and mean and biased variance (float32) of act(a): two launches."""
+    if cuda_large.converts(x, weight):
+        a = depthwise_eval(x, weight, bias, "identity", None, False)
+        return a, *_statistics(a, activation)
     x = _aligned(x)
     native, a = _native().module, torch.empty_like(x)
     with _device_stream(x) as stream:
@@ -217,6 +225,16 @@ def depthwise_train(
         return a, *_merged(native, partials, count, stream)
 
 
+def _statistics(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (float32) of act(a), in a pass over it and the merge."""
+    native = _native().module
+    with _device_stream(a) as stream:
+        shape = shape_args(a)
+        partials = _partials("pointwise_statistics_partials", a, *shape)
+        native.pointwise_statistics(*shape, a.data_ptr(), ACTIVATION_CODES[activation], partials.data_ptr(), stream)
+        return _merged(native, partials, a.numel() // a.shape[1], stream)
+
+
 def depthwise_input_grad(
     dy: Tensor,  # (N, C, H, W)
     a: Tensor | None,  # (N, C, H, W)
@@ -225,8 +243,12 @@ def depthwise_input_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """dx = correlate(da, flipped weight) (+ dy), in one launch."""
+    if cuda_large.converts(dy, weight, dilation):
+        chain = activation, norm, sums, residual
+        return cuda_large.input_grad(depthwise_input_grad, dy, a, weight, *chain, dilation)
     dy, a = _aligned(dy), _aligned(a)
     dx = torch.empty_like(dy)
     with _device_stream(dy) as stream:
@@ -255,8 +277,12 @@ def depthwise_weight_grad(
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in two launches; db is None if bias is."""
+    if cuda_large.converts_weight_grad(x, weight, dilation):
+        operands = dy, a, x, weight, bias, activation, norm, sums
+        return cuda_large.weight_grad(depthwise_weight_grad, _grad_prologue, *operands, dilation)
     dy, a, x = _aligned(dy), _aligned(a), _aligned(x)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     with _device_stream(dy) as stream:
@@ -474,11 +500,7 @@ def pointwise_train(
             a = _pointwise_forward(x, narrow, bias, activation, None, kernel, stream, partials)
             return a, *_merged(native, partials, count, stream)
     a = torch_gemm.convolution(x, weight, bias)
-    with _device_stream(x) as stream:
-        shape = shape_args(a)
-        partials = _partials("pointwise_statistics_partials", a, *shape)
-        native.pointwise_statistics(*shape, a.data_ptr(), ACTIVATION_CODES[activation], partials.data_ptr(), stream)
-        return a, *_merged(native, partials, count, stream)
+    return a, *_statistics(a, activation)
 
 
 def _pointwise_weight_grad(
@@ -502,20 +524,16 @@ def _pointwise_weight_grad(
     return dw
 
 
-def pointwise_backward(
-    dy: Tensor,  # (N, C_out, H, W)
-    a: Tensor,  # (N, C_out, H, W)
-    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
-    weight: Tensor,  # (C_out, C_in, 1, 1)
-    bias: Tensor | None,  # (C_out,): for its presence and dtype
+def _grad_prologue(
+    dy: Tensor,  # (N, C, H, W)
+    a: Tensor,  # (N, C, H, W)
+    bias: Tensor | None,  # (C,): for its presence and dtype
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
-    needs: tuple[bool, bool, bool],  # dx, dw, db
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed. da is written once, for the two products."""
-    da = torch.empty_like(dy)
-    db = torch.empty_like(bias) if needs[2] and bias is not None else None
+) -> tuple[Tensor, Tensor | None]:
+    """da in dy's dtype, and db = sum da; db is None if bias is."""
+    da, db = torch.empty_like(dy), None if bias is None else torch.empty_like(bias)
     with _device_stream(dy) as stream:
         shape = shape_args(dy)
         workspace = _workspace("pointwise_grad_prologue_workspace", dy, *shape)
@@ -531,6 +549,22 @@ def pointwise_backward(
             workspace.data_ptr(),
             stream,
         )
+    return da, db
+
+
+def pointwise_backward(
+    dy: Tensor,  # (N, C_out, H, W)
+    a: Tensor,  # (N, C_out, H, W)
+    x: Tensor | None,  # (N, C_in, H, W); None if dw is not needed
+    weight: Tensor,  # (C_out, C_in, 1, 1)
+    bias: Tensor | None,  # (C_out,): for its presence and dtype
+    activation: str,
+    norm: Norm | None,
+    sums: tuple[Tensor, Tensor] | None,
+    needs: tuple[bool, bool, bool],  # dx, dw, db
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx = weight^T da, dw = da x^T, db = sum da; None if not needed. da is written once, for the two products."""
+    da, db = _grad_prologue(dy, a, bias if needs[2] else None, activation, norm, sums)
     # a tensor of one channel is contiguous in both formats: the others decide
     rows = torch_gemm.is_rows(da, x)
     dx = torch_gemm.input_grad(da, weight, rows) if needs[0] else None

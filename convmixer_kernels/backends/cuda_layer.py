@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..primitives import Block, Grads, MixerEval, Statistics
-from . import cuda, cuda_choice, torch_gemm
+from . import cuda, cuda_choice, cuda_large, torch_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, norm_args, param_args, shape_args
 
 #: x and the pointwise weight, which is rounded to x's dtype at each call -> y.
@@ -54,7 +54,12 @@ class _Layer:
         with cuda._device_stream(x):
             self.choice = cuda_choice.choose_kernel(x, passes, lambda: cuda._runs_wgmma(x, narrow))
         # the choice holds for aligned tensors
-        self.prepares = self.choice != "torch" and x.dtype != torch.float32 and narrow.data_ptr() % 16 == 0
+        self.prepares = (
+            self.choice != "torch"
+            and x.dtype != torch.float32
+            and narrow.data_ptr() % 16 == 0
+            and max(self.kernel) <= cuda_large.DIRECT
+        )
 
     def empty_output(self) -> Tensor:
         return torch.empty(self.form, **self.options)

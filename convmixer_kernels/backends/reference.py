@@ -18,7 +18,7 @@ from ..primitives import Norm, Update, activate, convolution, update_running_sta
 name = "reference"
 
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not. This backend always can."""
     return None
 
@@ -77,8 +77,20 @@ def _da(dy: Tensor, a: Tensor | None, activation: str, norm: Norm | None, sums: 
     return da if activation == "identity" else da * _activation_grad(h, activation)
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    return _in_format_of(x, convolution(x, weight, bias, groups))
+def _convolution(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C_out, C / groups, kH, kW)
+    bias: Tensor | None,  # (C_out,)
+    groups: int,
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    return _in_format_of(x, convolution(x, weight, bias, groups, dilation=dilation))
+
+
+def _padding(weight: Tensor, dilation: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Padding "same" at the left, right, top and bottom."""
+    rows, columns = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -93,9 +105,10 @@ def depthwise_eval(
     activation: str,
     norm: Norm | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one pass."""
-    h = activate(wide(_convolution(x, weight, bias, x.shape[1])), activation)
+    h = activate(wide(_convolution(x, weight, bias, x.shape[1], dilation)), activation)
     return _apply_norm(h, norm, x if residual else None, x.dtype)
 
 
@@ -172,13 +185,13 @@ def depthwise_input_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """dx = correlate(da, flipped weight) (+ dy): for even k the paddings change sides."""
     da = _da(dy, a, activation, norm, sums).to(wide(dy).dtype)
-    top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
-    bottom, right = weight.shape[2] - 1 - top, weight.shape[3] - 1 - left
+    left, right, top, bottom = _padding(weight, dilation)
     padded = F.pad(da, (right, left, bottom, top))
-    dx = F.conv2d(padded, weight.flip(2, 3).to(da.dtype), groups=dy.shape[1])
+    dx = F.conv2d(padded, weight.flip(2, 3).to(da.dtype), dilation=dilation, groups=dy.shape[1])
     return _in_format_of(dy, (dx + dy if residual else dx).to(dy.dtype))
 
 
@@ -191,17 +204,17 @@ def depthwise_weight_grad(
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da, in weight's and bias's dtypes; db is None if bias is."""
     # one convolution sums over all N * H * W values, in float64: float32 would lose digits that eager's sum over images keeps
     da = _da(dy, a, activation, norm, sums)
     n, channels, height, width = x.shape
-    top, left = (weight.shape[2] - 1) // 2, (weight.shape[3] - 1) // 2
-    padded = F.pad(x.to(da.dtype), (left, weight.shape[3] - 1 - left, top, weight.shape[2] - 1 - top))
-    # images become the channels that are summed over: (1, C * N, H + kH - 1, W + kW - 1) with filters (C * 1, N, H, W)
+    padded = F.pad(x.to(da.dtype), _padding(weight, dilation))
+    # images become the channels that are summed over: (1, C * N, padded H, padded W) with filters (C * 1, N, H, W)
     images = padded.transpose(0, 1).reshape(1, channels * n, *padded.shape[2:])
     filters = da.transpose(0, 1).reshape(channels, n, height, width)
-    dw = F.conv2d(images, filters, groups=channels).view(weight.shape)
+    dw = F.conv2d(images, filters, stride=dilation, groups=channels).view(weight.shape)
     db = None if bias is None else da.sum((0, 2, 3)).to(bias.dtype)
     return dw.to(weight.dtype), db
 

@@ -23,7 +23,9 @@ from ..primitives import Norm, Update
 name = "triton"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGEST_KERNEL = 31
+#: As backend "cpu": far beyond use.
+_LARGEST_KERNEL = 1023
+_LARGEST_DILATION = 64
 _LARGEST_PLANE = 2**30
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_VERSION = (3, 6)
@@ -78,7 +80,7 @@ def _capability_reason(device: int) -> str | None:
     return f"it needs a GPU of compute capability 8.0 or newer, got {found[0]}.{found[1]}"
 
 
-def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
+def can_run(op: str, x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> str | None:
     """None if this backend can run `op` on these tensors, else the reason why not."""
     if (reason := _missing()) is not None:
         return reason
@@ -93,6 +95,8 @@ def can_run(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"it takes float32, float16 and bfloat16, got x.dtype={x.dtype}"
     if max(weight.shape[2:]) > _LARGEST_KERNEL:
         return f"it takes kernels up to {_LARGEST_KERNEL}x{_LARGEST_KERNEL}, got weight.shape={tuple(weight.shape)}"
+    if max(dilation) > _LARGEST_DILATION:
+        return f"it takes dilations up to {_LARGEST_DILATION}, got dilation={dilation}"
     if x.shape[2] * x.shape[3] > _LARGEST_PLANE:
         return f"it takes images of up to 2^30 values, got x.shape={tuple(x.shape)}"
     return None
@@ -127,10 +131,10 @@ class _On:
             self.guard.__exit__(*exception)
 
 
-def _depthwise_kernels(x: Tensor, weight: Tensor) -> tuple[ModuleType, bool]:
+def _depthwise_kernels(x: Tensor, weight: Tensor, dilation: tuple[int, int] = (1, 1)) -> tuple[ModuleType, bool]:
     """The module of the form that the table chooses, and whether it is the one on tensor cores."""
     kernels = _kernels()
-    form = kernels.config.depthwise_form(x.dtype, not x.is_contiguous(), tuple(weight.shape[2:]))
+    form = kernels.config.depthwise_form(x.dtype, not x.is_contiguous(), tuple(weight.shape[2:]), dilation)
     return (kernels.toeplitz, True) if form == "toeplitz" else (kernels.depthwise, False)
 
 
@@ -141,11 +145,13 @@ def depthwise_eval(
     activation: str,
     norm: Norm | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """norm(act(conv(x) + bias)) (+ x), in one launch."""
-    form, _ = _depthwise_kernels(x, weight)
+    form, _ = _depthwise_kernels(x, weight, dilation)
     with _On(x):
-        return form.forward(x, weight, bias, activation, norm, x if residual else None, False)[0]
+        added = x if residual else None
+        return form.forward(x, weight, bias, activation, norm, added, False, dilation=dilation)[0]
 
 
 def depthwise_train(
@@ -175,6 +181,7 @@ def depthwise_input_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     residual: bool,
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """dx = correlate(da, flipped weight) (+ dy): da in one launch, if it differs from dy, and dx in another.
 
@@ -184,17 +191,18 @@ def depthwise_input_grad(
         da = dy
         if _has_prologue(activation, norm):
             da, _ = _kernels().batch_norm.grad_prologue(dy, a, activation, norm, sums, True, False)
-        return _depthwise_input_grad_of_da(da, dy if residual else None, weight)
+        return _depthwise_input_grad_of_da(da, dy if residual else None, weight, dilation)
 
 
 def _depthwise_input_grad_of_da(
     da: Tensor,  # (N, C, H, W)
     residual: Tensor | None,  # (N, C, H, W)
     weight: Tensor,  # (C, 1, kH, kW)
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (N, C, H, W)
     """dx in one launch."""
-    form, _ = _depthwise_kernels(da, weight)
-    return form.forward(da, weight, None, "identity", None, residual, False, flip=True)[0]
+    form, _ = _depthwise_kernels(da, weight, dilation)
+    return form.forward(da, weight, None, "identity", None, residual, False, flip=True, dilation=dilation)[0]
 
 
 def depthwise_weight_grad(
@@ -206,15 +214,16 @@ def depthwise_weight_grad(
     activation: str,
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw[c, 0, i, j] = sum da * shifted x and db = sum da; db is None if bias is.
 
     Two launches on tensor cores; on FMA units, whose programs of one filter row each would repeat it, da comes first: three.
     """
-    form, on_tensor_cores = _depthwise_kernels(dy, weight)
+    form, on_tensor_cores = _depthwise_kernels(dy, weight, dilation)
     with _On(dy):
         if on_tensor_cores:
-            return form.weight_grad(dy, a, x, weight, bias, activation, norm, sums)
+            return form.weight_grad(dy, a, x, weight, bias, activation, norm, sums, dilation=dilation)
         da, bias_parts = dy, None
         prologue = _has_prologue(activation, norm)
         if prologue or bias is not None:
@@ -222,7 +231,7 @@ def depthwise_weight_grad(
                 dy, a, activation, norm, sums, prologue, bias is not None
             )
             da = written if prologue else dy
-        return _depthwise_weight_grad_of_da(da, x, weight, bias, bias_parts)
+        return _depthwise_weight_grad_of_da(da, x, weight, bias, bias_parts, dilation)
 
 
 def _depthwise_weight_grad_of_da(
@@ -231,12 +240,13 @@ def _depthwise_weight_grad_of_da(
     weight: Tensor,  # (C, 1, kH, kW)
     bias: Tensor | None,  # (C,)
     bias_parts: Tensor | None,  # (parts, C); given if bias is
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw and db from grad_prologue's da and parts, in two launches."""
-    form, on_tensor_cores = _depthwise_kernels(da, weight)
+    form, on_tensor_cores = _depthwise_kernels(da, weight, dilation)
     if on_tensor_cores:
-        return form.weight_grad(da, None, x, weight, bias, "identity", None, None, bias_parts)
-    parts = form.weight_grad(da, x, tuple(weight.shape[2:]))
+        return form.weight_grad(da, None, x, weight, bias, "identity", None, None, bias_parts, dilation)
+    parts = form.weight_grad(da, x, tuple(weight.shape[2:]), dilation)
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     _kernels().batch_norm.sum_parts(parts, dw, bias_parts, db)
     return dw, db

@@ -133,8 +133,14 @@ def candidates(kernel: str, generation: str) -> list[Config]:
     return _LISTS[kernel][generation]
 
 
-def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, int]) -> str:
-    """The depthwise kernels that run by default: "fma" or "toeplitz"; both run any case.
+#: The widest dense filter whose window, 32 columns and the filter's, is one product of 128 columns.
+LARGEST_TOEPLITZ = 97
+
+
+def depthwise_form(
+    dtype: torch.dtype, channels_last: bool, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> str:
+    """The depthwise kernels that run by default: "fma", which run any case, or "toeplitz", up to filters of LARGEST_TOEPLITZ.
 
     By estimate (instructions an output, one 32x32 plane of bfloat16 is 305 cycles of an H100's memory; no run yet):
 
@@ -142,10 +148,13 @@ def depthwise_form(dtype: torch.dtype, channels_last: bool, kernel: tuple[int, i
     16-bit, contiguous     toeplitz: about 45 for k <= 9          fma: 81 FMAs and 27 loads for k = 9
     16-bit, channels_last  toeplitz reads 2 bytes of 32           fma: 16-byte loads of 8 channels
     k <= 3                 toeplitz: as for k = 9                 fma: about 30
+    k = 63                 toeplitz: 4 times k = 31               fma: 15 times
+    k = 7, dilation 3      toeplitz: 3.5 times dilation 1         fma: as dilation 1, 49 FMAs
     float32                no products of float32 without tf32    fma
     =====================  =====================================  ====================================
     """
-    if dtype == torch.float32 or channels_last or max(kernel) <= 3:
+    span = max(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+    if dtype == torch.float32 or channels_last or max(kernel) <= 3 or span > LARGEST_TOEPLITZ:
         return "fma"
     return "toeplitz"
 

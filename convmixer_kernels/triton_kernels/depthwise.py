@@ -4,8 +4,9 @@
     forward       y = norm(act(conv(x) + bias)) (+ x), or a = conv(x) + bias with (count, mean, M2) of act(a)
     input grad    the same kernel over da with the flipped weight and exchanged paddings, + dy
     weight grad   dw[c,i,j] = sum da * shifted x, as parts
-forward: a program owns ROWS x BLOCK_P outputs of BLOCK_C channels, BLOCK_P numbered over images, groups of ROWS rows, and columns; an
-input value is read once for each filter column and used for ROWS outputs. A non-finite input may reach all rows of its group (0 * inf).
+forward: a program owns ROWS x BLOCK_P outputs of BLOCK_C channels, BLOCK_P numbered over images, groups of ROWS rows, and columns; the
+rows of a group lie the dilation apart, so that an input value, read once for each filter column, serves ROWS outputs. A non-finite
+input may reach all rows of its group (0 * inf).
 weight grad: a program owns TAPS columns of one filter row for BLOCK_C channels and a part of all positions.
 Bound: issue slots. With ROWS = 4, 9 of 12 rows of FMAs count, and a tap takes a load and its mask beside them (config.py).
 """
@@ -54,6 +55,8 @@ def forward_kernel(
     eps,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     FLIP: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
@@ -68,15 +71,16 @@ def forward_kernel(
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     FAST: tl.constexpr = DTYPE != tl.float32
     # a flipped filter's paddings change sides
-    TOP: tl.constexpr = KH // 2 if FLIP else (KH - 1) // 2
-    LEFT: tl.constexpr = KW // 2 if FLIP else (KW - 1) // 2
+    TOP: tl.constexpr = (DH * (KH - 1) + 1) // 2 if FLIP else DH * (KH - 1) // 2
+    LEFT: tl.constexpr = (DW * (KW - 1) + 1) // 2 if FLIP else DW * (KW - 1) // 2
     channels, width = channel_units * CHANNEL_UNIT, width_units * WIDTH_UNIT
     plane = height * width
-    groups = tl.cdiv(height, ROWS) * width
+    groups = tl.cdiv(height, ROWS * DH) * DH * width
     blocks = tl.cdiv(images.to(tl.int64) * groups, BLOCK_P)
     block, first_channel, lane, c, c_ok = channel_tile(pid, blocks, channels, CHANNELS_LAST, BLOCK_C)
     image, further, index = positions(block * BLOCK_P, groups, BLOCK_P)
-    y0, x0 = index // width * ROWS, index % width
+    group, x0 = index // width, index % width
+    y0 = group // DH * (ROWS * DH) + group % DH
     n_ok = image + further < images
     if WIDE:
         further, lane = further.to(tl.int64), lane.to(tl.int64)
@@ -98,31 +102,34 @@ def forward_kernel(
     weight_at = weight_ptr + c[None, :] * (KH * KW)
     acc = tl.zeros((ROWS, BLOCK_P, BLOCK_C), tl.float32)
     for u in range(ROWS + KH - 1):
-        y = y0 + u - TOP
+        y = y0 + u * DH - TOP
         row_ok = n_ok & (y >= 0) & (y < height)
         i = u - row
         i_ok = ((i >= 0) & (i < KH))[:, None] & c_ok[None, :]
         if FLIP:
             i = KH - 1 - i
-        x_at = x_ptr + offsets + (u - TOP) * row_pitch
+        x_at = x_ptr + offsets + (u * DH - TOP) * row_pitch
         if KW <= 9:
             for j in tl.static_range(KW):
                 w_at = weight_at + (KW - 1 - j if FLIP else j)
-                acc = _tap(acc, x_at, w_at, (j - LEFT) * pitch, row_ok, x0 + j - LEFT, i, i_ok, c_ok, width, KW)
+                column = j * DW - LEFT
+                acc = _tap(acc, x_at, w_at, column * pitch, row_ok, x0 + column, i, i_ok, c_ok, width, KW)
         else:
             for j in range(KW):
                 w_at = weight_at + (KW - 1 - j if FLIP else j)
-                acc = _tap(acc, x_at, w_at, (j - LEFT) * pitch, row_ok, x0 + j - LEFT, i, i_ok, c_ok, width, KW)
+                column = j * DW - LEFT
+                acc = _tap(acc, x_at, w_at, column * pitch, row_ok, x0 + column, i, i_ok, c_ok, width, KW)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, None, :]
-    ok = (n_ok[None, :] & (y0[None, :] + row[:, None] < height))[:, :, None] & c_ok[None, None, :]
-    offsets = offsets[None, :, :] + (row * row_pitch)[:, None, None]
+    inside = n_ok[None, :] & (y0[None, :] + row[:, None] * DH < height)
+    ok = inside[:, :, None] & c_ok[None, None, :]
+    offsets = offsets[None, :, :] + (row * DH * row_pitch)[:, None, None]
     if partials_ptr is not None:
         a = narrow(acc, DTYPE)
         tl.store(y_ptr + offsets, a, mask=ok)
         h = tl.reshape(activate(a.to(tl.float32), ACT, FAST), (ROWS * BLOCK_P, BLOCK_C))
         counted = tl.reshape(tl.broadcast_to(ok, (ROWS, BLOCK_P, BLOCK_C)), (ROWS * BLOCK_P, BLOCK_C))
-        count = tl.sum(tl.sum((n_ok[None, :] & (y0[None, :] + row[:, None] < height)).to(tl.int32), 0), 0)
+        count = tl.sum(tl.sum(inside.to(tl.int32), 0), 0)
         count = count.to(tl.float32)
         mean, m2 = moments(h, counted, count, 0, FAST)
         store_moments(partials_ptr, c, c_ok, block, channels, count, mean, m2)
@@ -149,6 +156,8 @@ def weight_grad_kernel(
     parts,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -159,8 +168,8 @@ def weight_grad_kernel(
 ):
     pid = tl.program_id(0).to(tl.int64)
     FAST: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    TOP: tl.constexpr = (KH - 1) // 2
-    LEFT: tl.constexpr = (KW - 1) // 2
+    TOP: tl.constexpr = DH * (KH - 1) // 2
+    LEFT: tl.constexpr = DW * (KW - 1) // 2
     COLUMNS: tl.constexpr = (KW + TAPS - 1) // TAPS
     channels, width = channel_units * CHANNEL_UNIT, width_units * WIDTH_UNIT
     plane = height * width
@@ -183,12 +192,12 @@ def weight_grad_kernel(
         index = ((block * BLOCK_P) % plane).to(tl.int32) + tl.arange(0, BLOCK_P)
         y, x0 = index % plane // width, index % plane % width
         da = tl.load(da_ptr + start + offsets, mask=n_ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
-        y += i - TOP
+        y += i * DH - TOP
         row_ok = n_ok & (y >= 0) & (y < height)
-        column = x0[None, :] + j[:, None] - LEFT
+        column = x0[None, :] + j[:, None] * DW - LEFT
         ok = row_ok[None, :] & (column >= 0) & (column < width) & (j < KW)[:, None]
         ok = ok[:, :, None] & c_ok[None, None, :]
-        shift = (i - TOP) * row_pitch + (j - LEFT) * pitch
+        shift = (i * DH - TOP) * row_pitch + (j * DW - LEFT) * pitch
         x_at = x_ptr + start + offsets[None, :, :] + shift[:, None, None]
         x = tl.load(x_at, mask=ok, other=0.0).to(tl.float32)
         acc += da[None, :, :] * x
@@ -196,12 +205,16 @@ def weight_grad_kernel(
     tl.store(at, total(acc, 1, FAST), mask=(j < KW)[:, None] & c_ok[None, :])
 
 
-def _arguments(layout: Layout, kernel: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, int | bool]]:
+def _arguments(
+    layout: Layout, kernel: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, ...], dict[str, int | bool]]:
     """images, channel_units, height, width_units, and the constants that belong to them."""
     sizes = (layout.images, layout.channels // unit(layout.channels), layout.height, layout.width // unit(layout.width))
     constants = {
         "KH": kernel[0],
         "KW": kernel[1],
+        "DH": dilation[0],
+        "DW": dilation[1],
         "CHANNEL_UNIT": unit(layout.channels),
         "WIDTH_UNIT": unit(layout.width),
         "CHANNELS_LAST": layout.channels_last,
@@ -219,16 +232,17 @@ def forward(
     residual: Tensor | None,  # (N, C, H, W)
     statistics: bool,
     flip: bool = False,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """norm(act(conv(x) + bias)) (+ residual); with `statistics` a and (parts, 3, C) of act(a). One launch."""
     layout, kernel = layout_of(x), tuple(weight.shape[2:])
     y = torch.empty_like(x)
-    sizes, constants = _arguments(layout, kernel)
+    sizes, constants = _arguments(layout, kernel, dilation)
     mean, var, gamma, beta, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> Tensor | None:
         config = layout.fit(config)
-        positions_ = layout.images * ceil_div(layout.height, config["ROWS"]) * layout.width
+        positions_ = layout.images * ceil_div(layout.height, config["ROWS"] * dilation[0]) * dilation[0] * layout.width
         blocks = ceil_div(positions_, config["BLOCK_P"])
         partials = x.new_empty((blocks, 3, layout.channels), dtype=torch.float32) if statistics else None
         forward_kernel[(blocks * ceil_div(layout.channels, config["BLOCK_C"]),)](
@@ -252,7 +266,7 @@ def forward(
         )
         return partials
 
-    key = (x.dtype, *layout.key, *kernel, activation, statistics)
+    key = (x.dtype, *layout.key, *kernel, *dilation, activation, statistics)
     return y, tuning.run("depthwise_fma" + layout.suffix, key, layout.device, call)
 
 
@@ -260,10 +274,11 @@ def weight_grad(
     da: Tensor,  # (N, C, H, W)
     x: Tensor,  # (N, C, H, W)
     kernel: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:  # (parts, C * kH * kW)
     """Parts of dw, in one launch."""
     layout = layout_of(x)
-    sizes, constants = _arguments(layout, kernel)
+    sizes, constants = _arguments(layout, kernel, dilation)
 
     def call(config: tuning.Config) -> Tensor:
         config = layout.fit(config | {"TAPS": min(config["TAPS"], power_of_2(kernel[1]))})
@@ -276,5 +291,5 @@ def weight_grad(
         )
         return partials
 
-    key = (x.dtype, *layout.key, *kernel)
+    key = (x.dtype, *layout.key, *kernel, *dilation)
     return tuning.run("depthwise_fma_weight_grad" + layout.suffix, key, layout.device, call)

@@ -3,7 +3,8 @@
 
 An output tile of BH x BW of a channel sees a window of U x BK inputs. For a block of BLOCK_M tiles (numbered over images and planes)
     D[BLOCK_M, BH * BW] += A[BLOCK_M, UR * BK] T[UR * BK, BH * BW],  T[(u, p), (y, q)] = w[u - y, p - q], zero off the filter,
-over the window's rows, UR at a time; for k <= 9 and 8 x 8 tiles the window is 16 x 16, one product, and T is built once a program.
+over the window's rows, UR at a time (a dilated filter is a dense one with zeros between its taps); for k <= 9 and 8 x 8 tiles the
+window is 16 x 16, one product, and T is built once a program.
 weight grad: G[UR * BK, BH * BW] += A^T dA over the blocks, then dw[i, j] = sum of G[(y + i, q + j), (y, q)]: the sum over q in this kernel,
 over y and parts in finish. A program owns one channel (weight grad: and UR rows of its windows) and a part of the blocks.
 A non-finite input may reach its whole tile (0 * inf). Bound: memory for k <= 9. An output takes 28 instructions in eval with GELU, 14 as
@@ -50,6 +51,11 @@ class Tile(NamedTuple):
     SHIFT: int  # columns before the filter's first one, so that the window begins at a multiple of 4
 
 
+def span_of(kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the dense filter."""
+    return dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1
+
+
 def tile_of(kernel: tuple[int, int], left: int) -> Tile:
     """8 x 8 outputs while 32 columns hold the window, else 2 x 32. A product takes 256 window values, or 128 of a window that needs
     several, whose T is built in the loop and would spill."""
@@ -72,6 +78,8 @@ def _toeplitz(
     first,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     FLIP: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -84,7 +92,13 @@ def _toeplitz(
     window, out = tl.arange(0, UR * BK), tl.arange(0, BH * BW)
     i = (first + window // BK)[:, None] - (out // BW)[None, :]
     j = (window % BK)[:, None] - (out % BW)[None, :] - SHIFT
-    ok = (i >= 0) & (i < KH) & (j >= 0) & (j < KW)
+    ok = (i >= 0) & (i <= (KH - 1) * DH) & (j >= 0) & (j <= (KW - 1) * DW)
+    if DH > 1:
+        ok = ok & (i % DH == 0)
+        i = i // DH
+    if DW > 1:
+        ok = ok & (j % DW == 0)
+        j = j // DW
     if FLIP:
         i = KH - 1 - i
         j = KW - 1 - j
@@ -133,6 +147,8 @@ def forward_kernel(
     eps,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     FLIP: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -151,9 +167,9 @@ def forward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     FAST: tl.constexpr = DTYPE != tl.float32
-    TOP: tl.constexpr = KH // 2 if FLIP else (KH - 1) // 2
-    LEFT: tl.constexpr = (KW // 2 if FLIP else (KW - 1) // 2) + SHIFT
-    ROWS: tl.constexpr = BH + KH - 1
+    TOP: tl.constexpr = (DH * (KH - 1) + 1) // 2 if FLIP else DH * (KH - 1) // 2
+    LEFT: tl.constexpr = ((DW * (KW - 1) + 1) // 2 if FLIP else DW * (KW - 1) // 2) + SHIFT
+    ROWS: tl.constexpr = BH + DH * (KH - 1)
     c, part = pid // parts, pid % parts
     # constants: every thread divides by them for each of its rows of A
     PLANE: tl.constexpr = HEIGHT * WIDTH
@@ -171,7 +187,7 @@ def forward_kernel(
         norm_mean, scale, shift = affine(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c, always, FAST)
     weight_at = weight_ptr + c * (KH * KW)
     if STEPS == 1:
-        toeplitz = _toeplitz(weight_at, 0, KH, KW, FLIP, BH, BW, BK, UR, SHIFT, DTYPE)
+        toeplitz = _toeplitz(weight_at, 0, KH, KW, DH, DW, FLIP, BH, BW, BK, UR, SHIFT, DTYPE)
     out = tl.arange(0, BH * BW)
     counted, mean, m2 = 0.0, 0.0, 0.0
     for b in range(blocks_per_part):
@@ -194,7 +210,8 @@ def forward_kernel(
                 a = _window(
                     x_ptr + base, window_start, y0 - TOP, x0 - LEFT, n_ok, first, pitch, HEIGHT, WIDTH, ROWS, BK, UR
                 )
-                acc = dot(a, _toeplitz(weight_at, first, KH, KW, FLIP, BH, BW, BK, UR, SHIFT, DTYPE), acc, PRECISION)
+                toeplitz = _toeplitz(weight_at, first, KH, KW, DH, DW, FLIP, BH, BW, BK, UR, SHIFT, DTYPE)
+                acc = dot(a, toeplitz, acc, PRECISION)
         acc += bias
         ok = n_ok[:, None] & (y0[:, None] + (out // BW)[None, :] < HEIGHT)
         ok = ok & (x0[:, None] + (out % BW)[None, :] < WIDTH)
@@ -245,6 +262,8 @@ def weight_grad_kernel(
     eps,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -264,9 +283,9 @@ def weight_grad_kernel(
     FAST: tl.constexpr = DTYPE != tl.float32
     NORM: tl.constexpr = mean_ptr is not None
     BATCH: tl.constexpr = sum_dy_ptr is not None
-    TOP: tl.constexpr = (KH - 1) // 2
-    LEFT: tl.constexpr = (KW - 1) // 2 + SHIFT
-    ROWS: tl.constexpr = BH + KH - 1
+    TOP: tl.constexpr = DH * (KH - 1) // 2
+    LEFT: tl.constexpr = DW * (KW - 1) // 2 + SHIFT
+    ROWS: tl.constexpr = BH + DH * (KH - 1)
     # the steps of one part and channel run side by side: they read the same values
     step = (pid % STEPS).to(tl.int32)
     c, part = pid // STEPS // parts, pid // STEPS % parts
@@ -317,7 +336,7 @@ def weight_grad_kernel(
     rows = (step * UR + tl.arange(0, UR))[:, None] * BH + tl.arange(0, BH)[None, :]
     at = partials_ptr + (part * channels + c) * (KW * STEPS * UR * BH) + rows
     for j in range(KW):
-        tl.store(at + j * (STEPS * UR * BH), tl.sum(tl.sum(tl.where(column == j + SHIFT, grad, 0.0), 3), 1))
+        tl.store(at + j * (STEPS * UR * BH), tl.sum(tl.sum(tl.where(column == j * DW + SHIFT, grad, 0.0), 3), 1))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -331,6 +350,7 @@ def finish_kernel(
     bias_parts,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    DH: tl.constexpr,
     ROWS: tl.constexpr,
     BH: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
@@ -345,7 +365,7 @@ def finish_kernel(
     for first in range(0, parts, BLOCK_PARTS):
         part = (first + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
         part_ok = part < parts
-        at = partials_ptr + ((part * channels + c) * (KW * ROWS * BH))[:, None] + ((j * ROWS + i) * BH)[None, :]
+        at = partials_ptr + ((part * channels + c) * (KW * ROWS * BH))[:, None] + ((j * ROWS + i * DH) * BH)[None, :]
         for y in range(BH):
             acc += tl.load(at + y * (BH + 1), mask=part_ok[:, None] & tap_ok[None, :], other=0.0)
     tl.store(dw_ptr + c * (KH * KW) + tap, narrow(tl.sum(acc, 0), dw_ptr.dtype.element_ty), mask=tap_ok)
@@ -355,11 +375,15 @@ def finish_kernel(
         tl.store(db_ptr + c + lane, narrow(db, db_ptr.dtype.element_ty), mask=lane < tl.where(pid % groups == 0, 1, 0))
 
 
-def _arguments(layout: Layout, kernel: tuple[int, int], tile: Tile) -> tuple[tuple[int, int], dict[str, object]]:
+def _arguments(
+    layout: Layout, kernel: tuple[int, int], dilation: tuple[int, int], tile: Tile
+) -> tuple[tuple[int, int], dict[str, object]]:
     """images and channels, and the constants of both kernels."""
     constants = {
         "KH": kernel[0],
         "KW": kernel[1],
+        "DH": dilation[0],
+        "DW": dilation[1],
         "HEIGHT": layout.height,
         "WIDTH": layout.width,
         "CHANNELS_LAST": layout.channels_last,
@@ -384,12 +408,14 @@ def forward(
     residual: Tensor | None,  # (N, C, H, W)
     statistics: bool,
     flip: bool = False,
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """As depthwise.forward."""
     layout, kernel = layout_of(x), tuple(weight.shape[2:])
-    left = kernel[1] // 2 if flip else (kernel[1] - 1) // 2
-    y, tile = torch.empty_like(x), tile_of(kernel, left)
-    sizes, constants = _arguments(layout, kernel, tile)
+    span = span_of(kernel, dilation)
+    left = span[1] // 2 if flip else (span[1] - 1) // 2
+    y, tile = torch.empty_like(x), tile_of(span, left)
+    sizes, constants = _arguments(layout, kernel, dilation, tile)
     mean, var, gamma, beta, eps = norm_arguments(norm)
 
     def call(config: tuning.Config) -> Tensor | None:
@@ -418,7 +444,7 @@ def forward(
         )
         return partials
 
-    key = (x.dtype, *layout.key, *kernel, activation, statistics)
+    key = (x.dtype, *layout.key, *kernel, *dilation, activation, statistics)
     return y, tuning.run(
         "depthwise_toeplitz" if tile.STEPS == 1 else "depthwise_toeplitz_large", key, layout.device, call
     )
@@ -434,14 +460,16 @@ def weight_grad(
     norm: Norm | None,
     sums: tuple[Tensor, Tensor] | None,
     bias_parts: Tensor | None = None,  # (parts, C)
+    dilation: tuple[int, int] = (1, 1),
 ) -> tuple[Tensor, Tensor | None]:
     """dw and db, in two launches; da is computed in the prologue, rounded to dy's dtype for the products.
 
     Where dy is da already (no norm, activation identity) the caller may have parts of its sum, db, from before the rounding.
     """
     layout, kernel = layout_of(dy), tuple(weight.shape[2:])
-    tile = tile_of(kernel, (kernel[1] - 1) // 2)
-    sizes, constants = _arguments(layout, kernel, tile)
+    span = span_of(kernel, dilation)
+    tile = tile_of(span, (span[1] - 1) // 2)
+    sizes, constants = _arguments(layout, kernel, dilation, tile)
     a = None if norm is None and activation == "identity" else a
     mean, var, gamma, _, eps = norm_arguments(norm)
     rows = tile.STEPS * tile.UR
@@ -475,7 +503,7 @@ def weight_grad(
         )
         return partials, bias_partials
 
-    key = (dy.dtype, *layout.key, *kernel, activation)
+    key = (dy.dtype, *layout.key, *kernel, *dilation, activation)
     partials, summed_here = tuning.run("depthwise_toeplitz_weight_grad", key, layout.device, call)
     bias_partials = summed_here if bias_parts is None else bias_parts
     dw, db = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
@@ -490,6 +518,7 @@ def weight_grad(
         0 if bias_partials is None else bias_partials.shape[0],
         KH=kernel[0],
         KW=kernel[1],
+        DH=dilation[0],
         ROWS=rows,
         BH=tile.BH,
         BLOCK_PARTS=min(8, power_of_2(partials.shape[0])),

@@ -4,22 +4,34 @@
 // comes from a zero-padded float plane [row][column][V], or straight from a channels_last tensor, whose columns outside
 // the image read as 0. Both add the same products in the same order: the bits are the same.
 
-// Reads neighbouring columns of a plane, or of a channels_last tensor.
+// Reads every step-th column of a plane (a kernel that is not dilated: each), or the columns of a channels_last tensor.
+template <bool Dilated>
 struct PlaneColumns {
   const Vec* p;
-  VEC_INLINE Vec next() { return *p++; }
+  int64_t step;
+  VEC_INLINE Vec next() {
+    const Vec v = *p;
+    if constexpr (Dilated) {
+      p += step;
+      // as in TensorColumns
+      asm("" : "+r"(p));
+    } else {
+      p++;
+    }
+    return v;
+  }
 };
 enum Part { kInside, kEdge, kFewChannels };  // all columns inside the image; not all; fewer than V channels
 template <typename T, int P>
 struct TensorColumns {
   const T* p;  // at the channels of this block
   int64_t pixel;
-  int column, width, channels;
+  int column, step, width, channels;
   VEC_INLINE Vec next() {
     alignas(64) static const T kZeros[V] = {};
     const T* from = P == kInside || static_cast<unsigned>(column) < static_cast<unsigned>(width) ? p : kZeros;
     p += pixel;
-    column++;
+    column += step;
     // or the compiler computes the addresses of all columns first, which takes as long as the products
     asm("" : "+r"(p));
     if (P != kInside) asm("" : "+r"(column));
@@ -27,16 +39,17 @@ struct TensorColumns {
   }
 };
 
-// T columns of the sum of kh rows of (chunks * KX + rest) taps, plus bias. columns(ky, k) reads on from the first
-// column's tap k in row ky. Sums of more than kSumTaps products are added in parts, which keeps the rounding error of
+// T columns, `step` apart, of the sum of kh rows of (chunks * KX + rest) taps, plus bias. columns(ky, k) reads on from
+// the first column's tap k in row ky; the weights' rows are w_row floats apart. Sums of more than kSumTaps products are added in parts, which keeps the rounding error of
 // large kernels small. The upper half of the bias is added last: a large bias at the start would round each product at
 // the bias's scale. The lower half starts the sum: added last, it would round alike for all sums of a binade and shift
 // the channel's mean.
 constexpr int kSumTaps = 100;
 template <int KX, int T, typename Columns, typename Write>
-VEC_INLINE void convolve_columns(Columns columns, const float* w, int kh, int chunks, int rest, Vec bias, float* to,
-                                 Write write) {
-  const int part = 1 + kSumTaps / (chunks * KX + rest);
+VEC_INLINE void convolve_columns(Columns columns, const float* weight, int64_t w_row, int kh, int chunks, int rest,
+                                 Vec bias, float* to, int64_t step, Write write) {
+  // a whole row's taps, also if some lie outside the image: the sums of all columns are cut alike
+  const int part = 1 + kSumTaps / static_cast<int>(w_row / V);
   int next_sum = part;
   const Vec upper = (Vec)((IVec)bias & static_cast<int>(0xffff0000));
   const Vec lower = upper == bias ? splat(0.f) : bias - upper;
@@ -44,11 +57,12 @@ VEC_INLINE void convolve_columns(Columns columns, const float* w, int kh, int ch
 #pragma GCC unroll 16
   for (int o = 0; o < T; o++) acc[o] = lower;
   for (int ky = 0; ky < kh; ky++) {
+    const float* w = weight + ky * w_row;
     if (ky == next_sum) {
       next_sum += part;
 #pragma GCC unroll 16
       for (int o = 0; o < T; o++) {
-        Vec* sum = reinterpret_cast<Vec*>(to) + o;
+        Vec* sum = reinterpret_cast<Vec*>(to) + o * step;
         *sum = ky == part ? acc[o] : *sum + acc[o];
         acc[o] = splat(0.f);
       }
@@ -79,29 +93,35 @@ VEC_INLINE void convolve_columns(Columns columns, const float* w, int kh, int ch
   }
 #pragma GCC unroll 16
   for (int o = 0; o < T; o++) {
-    const Vec sum = kh > part ? reinterpret_cast<Vec*>(to)[o] + acc[o] : acc[o];
+    const Vec sum = kh > part ? reinterpret_cast<Vec*>(to)[o * step] + acc[o] : acc[o];
     write(o, sum + upper);
   }
 }
 
-// From a plane; `row` is its row stride in floats.
-template <int KX, int T>
-void convolve(const float* plane, int64_t row, const float* w, int kh, int chunks, int rest, Vec bias, float* to) {
-  const auto columns = [=](int ky, int k) { return PlaneColumns{reinterpret_cast<const Vec*>(plane + ky * row) + k}; };
-  const auto write = [=](int o, Vec sum) { reinterpret_cast<Vec*>(to)[o] = sum; };
-  convolve_columns<KX, T>(columns, w, kh, chunks, rest, bias, to, write);
+// From a plane; `row` is the distance of two rows of taps in floats, `dilation` that of two taps of a row, and of two
+// outputs, in columns.
+template <int KX, int T, bool Dilated>
+void convolve(const float* plane, int64_t row, int64_t dilation, const float* w, int64_t w_row, int kh, int chunks,
+              int rest, Vec bias, float* to) {
+  const int64_t step = Dilated ? dilation : 1;
+  const auto columns = [=](int ky, int k) {
+    return PlaneColumns<Dilated>{reinterpret_cast<const Vec*>(plane + ky * row) + k * step, step};
+  };
+  const auto write = [=](int o, Vec sum) { reinterpret_cast<Vec*>(to)[o * step] = sum; };
+  convolve_columns<KX, T>(columns, w, w_row, kh, chunks, rest, bias, to, step, write);
 }
-using Convolve = void (*)(const float*, int64_t, const float*, int, int, int, Vec, float*);
+using Convolve = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int, int, int, Vec, float*);
 
 // From a channels_last tensor. x is at the first column and row of taps, at this block's channels; the column is `left`
-// and may lie outside the image. The sums go to the strip, or to a tensor of x's shape if y is not null.
+// and may lie outside the image. Taps are dh rows and dw columns apart, outputs dw columns. The sums go to the strip, or
+// to a tensor of x's shape if y is not null.
 template <int KX, typename T, int P>
-void convolve_tensor(const Shape& s, const T* x, int channels, int left, const float* w, int kh, int kw, Vec bias,
-                     float* strip, T* y) {
-  const int64_t row = s.w * s.c, pixel = s.c;
+void convolve_tensor(const Shape& s, const T* x, int channels, int left, const float* w, int kh, int kw, int64_t dh,
+                     int dw, Vec bias, float* strip, T* y) {
+  const int64_t row = s.w * s.c * dh, pixel = s.c * dw;
   const int width = static_cast<int>(s.w);
   const auto columns = [=](int ky, int k) {
-    return TensorColumns<T, P>{x + ky * row + k * pixel, pixel, left + k, width, channels};
+    return TensorColumns<T, P>{x + ky * row + k * pixel, pixel, left + k * dw, dw, width, channels};
   };
   const auto write = [=](int o, Vec sum) {
     if (y == nullptr) {
@@ -112,10 +132,11 @@ void convolve_tensor(const Shape& s, const T* x, int channels, int left, const f
       store(y + o * pixel, sum);
     }
   };
-  convolve_columns<KX, kMaxTile>(columns, w, kh, kw / KX, kw % KX, bias, strip, write);
+  convolve_columns<KX, kMaxTile>(columns, w, int64_t{kw} * V, kh, kw / KX, kw % KX, bias, strip, 1, write);
 }
 template <typename T>
-using ConvolveTensor = void (*)(const Shape&, const T*, int, int, const float*, int, int, Vec, float*, T*);
+using ConvolveTensor = void (*)(const Shape&, const T*, int, int, const float*, int, int, int64_t, int, Vec, float*,
+                                T*);
 template <typename T, int P>
 ConvolveTensor<T> convolve_tensor_for(int kw) {
   switch (kw) {
@@ -130,34 +151,35 @@ ConvolveTensor<T> convolve_tensor_for(int kw) {
   }
 }
 
-template <int T>
+template <int T, bool Dilated>
 Convolve convolve_for(int kx) {
   switch (kx) {
     case 1:
-      return convolve<1, T>;
+      return convolve<1, T, Dilated>;
     case 2:
-      return convolve<2, T>;
+      return convolve<2, T, Dilated>;
     case 3:
-      return convolve<3, T>;
+      return convolve<3, T, Dilated>;
     case 4:
-      return convolve<4, T>;
+      return convolve<4, T, Dilated>;
     case 5:
-      return convolve<5, T>;
+      return convolve<5, T, Dilated>;
     case 6:
-      return convolve<6, T>;
+      return convolve<6, T, Dilated>;
     case 7:
-      return convolve<smaller_int(7, kMaxTaps), T>;
+      return convolve<smaller_int(7, kMaxTaps), T, Dilated>;
     case 8:
-      return convolve<smaller_int(8, kMaxTaps), T>;
+      return convolve<smaller_int(8, kMaxTaps), T, Dilated>;
     default:
-      return convolve<smaller_int(9, kMaxTaps), T>;
+      return convolve<smaller_int(9, kMaxTaps), T, Dilated>;
   }
 }
 
 template <int I = 0>
-Convolve convolve_tile(int tile, int kx) {
+Convolve convolve_tile(int tile, int kx, bool dilated) {
   if constexpr (I < static_cast<int>(sizeof kTiles / sizeof kTiles[0])) {
-    return kTiles[I] == tile ? convolve_for<kTiles[I]>(kx) : convolve_tile<I + 1>(tile, kx);
+    if (kTiles[I] != tile) return convolve_tile<I + 1>(tile, kx, dilated);
+    return dilated ? convolve_for<kTiles[I], true>(kx) : convolve_for<kTiles[I], false>(kx);
   } else {
     return nullptr;
   }

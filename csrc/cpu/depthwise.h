@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 // Depthwise convolution, forward and input gradient:
-//   y[c] = norm(act(sum_ij x[c, y + i - top, x + j - left] * w[c, i, j] + b[c])) (+ x)
+//   y[c] = norm(act(sum_ij x[c, y + dh i - top, x + dw j - left] * w[c, i, j] + b[c])) (+ x)
 //   dx   = correlate(da, flipped w)
-// A work item is V channels of one image, or of a tile of its rows. Its input is copied once into a zero-padded float
-// plane [row][column][V], which stays in L2 and which the micro-kernels (convolve.h) read. Finished rows go to a dense
-// strip in L1; the epilogue runs there and scatters them to memory. FMAs bound it: k * k for each output, beside 20
-// operations of GELU. If a kernel has few taps, the copies bound it: then channels_last tensors are read in place.
+// with the dilation (dh, dw). Taps that lie outside the image for a whole row or tile of outputs are left out.
+// A work item is V channels of one image, or of a tile of its rows. Its input is copied once into a float plane
+// [row][column][V] with columns of zeros on both sides, which stays in L2 and which the micro-kernels (convolve.h) read.
+// Finished rows go to a dense strip in L1; the epilogue runs there and scatters them to memory. FMAs bound it: k * k
+// for each output, beside 20 operations of GELU. If a kernel has few taps, the copies bound it: then channels_last
+// tensors are read in place.
 
 // Bytes of padded planes that stay in L2 beside the output strip.
 constexpr int64_t kPlaneBytes = 512 * 1024;
@@ -15,49 +17,85 @@ constexpr int64_t kMostTogether = 4, kMostBlocks = 16;
 // 0.38 (k = 3) and 0.53 instead of 0.76 (k = 9). Of more than 100 taps the sums would need their strip.
 constexpr int kTensorTaps = 81;
 constexpr int64_t kTensorRows = 16;
-inline bool takes_planes(const Shape& s, int kh, int kw) {
-  return !s.channels_last || kh * kw > kTensorTaps || s.w < kMaxTile;
+
+// The taps of a kernel: how many, and how far apart.
+struct Taps {
+  int kh, kw;
+  int64_t dh, dw;
+  int count() const { return kh * kw; }
+  bool dilated() const { return dh > 1 || dw > 1; }
+};
+template <typename P>
+inline Taps taps_of(const P& p) {
+  return {p.kh, p.kw, p.dilation_h, p.dilation_w};
+}
+// plain: the sums are the result. Only then may neighbouring outputs of a tile lie apart.
+inline bool takes_planes(const Shape& s, const Taps& taps, bool plain) {
+  return !s.channels_last || taps.count() > kTensorTaps || s.w < kMaxTile * taps.dw || (taps.dilated() && !plain);
 }
 
+// The taps of a line of k, d apart, that lie in [0, size) for any of the outputs [y0, y1]. Tap 0 lies `before` positions
+// ahead of its output.
+struct TapRange {
+  int first, last;
+  TapRange(int k, int64_t d, int64_t before, int64_t size, int64_t y0, int64_t y1) {
+    const auto ceil = [d](int64_t n) { return d == 1 ? n : ceil_div(n, d); };
+    last = static_cast<int>(smaller(k, ceil(size + before - y0)));
+    first = static_cast<int>(smaller(last, ceil(larger(0, before - y1))));
+  }
+};
+
 // How the rows of an image and the taps of a kernel row are cut. It depends on the shape only.
-struct Plan {
-  int kh, kw, top, left;  // of the correlation that runs: the input gradient's is flipped
+struct Plan : Taps {
+  int64_t top, left, bottom;  // padding of the correlation that runs: the input gradient's is flipped
   int64_t blocks, rows, row_tiles;
-  int tile, column_tiles;  // output columns of a micro-tile, and how many cover a row
-  int64_t columns;         // of the padded plane
-  int64_t strip_rows;      // output rows that are finished together
-  int kx, chunks, rest;
-  bool planes;  // whether items copy their input into padded planes
+  int tile;                 // output columns of a micro-tile: dw apart
+  int64_t columns, before;  // of the plane, and those before the image
+  int64_t margin;           // rows of zeros above and below the image
+  int64_t plane_rows;
+  int64_t strip_rows;  // output rows that are finished together
+  int kx;              // taps of a chunk of a kernel row: divides kw
+  bool planes;         // whether items copy their input into planes
   Convolve kernel;
 
-  Plan(const Shape& s, int kh_, int kw_, bool flipped, bool planes_ = true) : kh(kh_), kw(kw_), planes(planes_) {
-    top = flipped ? kh / 2 : (kh - 1) / 2;
-    left = flipped ? kw / 2 : (kw - 1) / 2;
+  Plan(const Shape& s, const Taps& taps, bool flipped, bool planes_ = true) : Plan(s, taps, flipped, planes_, 0, 0) {}
+
+  // If line_taps is not 0: the weight gradient's, which reads line_rows x line_taps taps for the same outputs.
+  Plan(const Shape& s, const Taps& taps, bool flipped, bool planes_, int line_rows, int line_taps)
+      : Taps(taps), planes(planes_) {
+    const int64_t reach = (kh - 1) * dh, across = (kw - 1) * dw;
+    top = flipped ? reach - reach / 2 : reach / 2;
+    left = flipped ? across - across / 2 : across / 2;
+    bottom = reach - top;
     blocks = blocks_of(s.c);
-    column_tiles = static_cast<int>(ceil_div(s.w, kMaxTile));
-    const int64_t width = ceil_div(s.w, column_tiles);
+    const int64_t outputs = ceil_div(s.w, dw), column_tiles = ceil_div(outputs, kMaxTile);
+    const int64_t width = ceil_div(outputs, column_tiles);
     for (int candidate : kTiles) {
       tile = candidate;
       if (candidate >= width) break;
     }
-    columns = static_cast<int64_t>(column_tiles) * tile + kw - 1;
+    kx = 1;
+    for (int k = 1; k <= kMaxTaps && k <= kw; k++) {
+      if (kw % k == 0) kx = k;
+    }
+    // Reads go no further: convolve_row leaves out the chunks whose taps all lie outside the image.
+    const int64_t further = line_taps != 0 ? (line_taps - 1) * dw : (tile + kx - 2) * dw;
+    const int64_t overrun = line_taps != 0 ? 0 : smaller(column_tiles * tile * dw - s.w, (tile - 1) * dw);
+    before = smaller(left, further);
+    columns = before + s.w + smaller(across - left + overrun, further);
+    margin = line_taps != 0 ? smaller(larger(top, bottom), (line_rows - 1) * dh) : 0;
     // in channels_last memory kMostTogether planes should fit
-    const int64_t fit = (s.channels_last ? kPlaneBytes / kMostTogether : kPlaneBytes) / (columns * V * 4) - (kh - 1);
-    const int64_t most = planes ? larger(larger(fit, kh), 8) : kTensorRows;
+    const int64_t fit = (s.channels_last ? kPlaneBytes / kMostTogether : kPlaneBytes) / (columns * V * 4) - 2 * margin;
+    const int64_t most = !planes ? kTensorRows : fit >= s.h ? s.h : larger(larger(fit - reach, reach + 1), 8);
     row_tiles = ceil_div(s.h, most);
     rows = ceil_div(s.h, row_tiles);
     row_tiles = ceil_div(s.h, rows);
+    plane_rows = smaller(s.h, rows + reach) + 2 * margin;
     strip_rows = smaller(rows, larger(1, 128 / s.w));
-    kx = 1;
-    for (int k = 1; k <= kMaxTaps && k <= kw; k++) {
-      if (kw % k <= kw % kx || kw % k == 0) kx = k;
-    }
-    chunks = kw / kx;
-    rest = kw % kx;
-    kernel = convolve_tile(tile, kx);
+    kernel = convolve_tile(tile, kx, dw > 1);
   }
-  int64_t plane_floats() const { return planes ? (rows + kh - 1) * columns * V : 0; }
-  int64_t strip_floats(int64_t w) const { return (planes ? strip_rows * w + tile : kMaxTile) * V; }
+  int64_t plane_floats() const { return planes ? plane_rows * columns * V : 0; }
+  int64_t strip_floats(int64_t w) const { return (planes ? strip_rows * w + tile * dw : kMaxTile) * V; }
 };
 
 // The weights of V channels as [tap][V], in reverse order if flipped.
@@ -78,25 +116,20 @@ inline void pack_weights(const Param& weight, int64_t channels, int taps, int64_
 
 inline void zero(float* to, int64_t floats) { __builtin_memset(to, 0, static_cast<size_t>(floats) * 4); }
 
-// The input rows [first, last) that an item's plane holds.
+// The input rows [first, last) that the plane of output rows [y0, y1) holds, between plan.margin rows of zeros.
 struct Window {
   int64_t first, last;
-  // A cursor at the start of input row y in the plane.
-  Cursor row(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y) const {
-    return {plane + ((y - y0 + plan.top) * plan.columns + plan.left) * V, 0, s.w, (plan.columns - s.w) * V};
+  Window(const Plan& plan, const Shape& s, int64_t y0, int64_t y1)
+      : first(larger(y0 - plan.top, 0)), last(smaller(y1 + plan.bottom, s.h)) {}
+  // Where column x of input row y is in the plane, or would be.
+  int64_t at(const Plan& plan, int64_t y, int64_t x) const {
+    return ((y - first + plan.margin) * plan.columns + plan.before + x) * V;
+  }
+  // A cursor at the start of input row y.
+  Cursor row(const Plan& plan, const Shape& s, float* plane, int64_t y) const {
+    return {plane + at(plan, y, 0), 0, s.w, (plan.columns - s.w) * V};
   }
 };
-// The window for output rows [y0, y1). Sets the rows beyond the image to 0; a plane that always holds whole images has
-// them already.
-inline Window open_window(const Plan& plan, const Shape& s, float* plane, int64_t y0, int64_t y1) {
-  const int64_t above = y0 - plan.top, below = y1 - plan.top + plan.kh - 1;
-  const int64_t first = larger(above, 0), last = smaller(below, s.h);
-  if (plan.row_tiles > 1) {
-    zero(plane, (first - above) * plan.columns * V);
-    zero(plane + (last - above) * plan.columns * V, (below - last) * plan.columns * V);
-  }
-  return {first, last};
-}
 
 // Blocks of V channels that an item takes together. In channels_last memory these are neighbours: reading the rows of
 // several blocks in turn uses whole pages and neighbouring cache lines, a single block would waste most of them.
@@ -133,24 +166,34 @@ inline void for_rows_of_blocks(const Shape& s, int64_t y0, int64_t y1, int block
   }
 }
 
-// Output row r; `from` is the plane's row under the first row of taps. Taps above and below the image are left out
-// (16x16, k = 9: a seventh of all). A tile may overrun its row: the next row, computed later, overwrites that part.
-inline void convolve_row(const Plan& plan, const Shape& s, const float* from, int64_t r, const float* weights, Vec bias,
-                         float* to) {
-  const int64_t row = plan.columns * V, above = larger(0, plan.top - r);
-  const int64_t below = larger(0, r - plan.top + plan.kh - s.h);
-  from += above * row;
-  weights += above * plan.kw * V;
-  const int kh = static_cast<int>(plan.kh - above - below);
-  for (int t = 0; t < plan.column_tiles; t++, from += plan.tile * V, to += plan.tile * V) {
-    plan.kernel(from, row, weights, kh, plan.chunks, plan.rest, bias, to);
+// Output row r. Taps above and below the image are left out (16x16, k = 9: a seventh of all), and chunks of taps beside
+// it. A tile may overrun its row: the next rows, computed later, overwrite that part.
+inline void convolve_row(const Plan& plan, const Shape& s, const Window& window, const float* plane, int64_t r,
+                         const float* weights, Vec bias, float* to) {
+  const int64_t row = plan.columns * V * plan.dh, w_row = int64_t{plan.kw} * V;
+  const TapRange i(plan.kh, plan.dh, plan.top, s.h, r, r);
+  weights += i.first * w_row;
+  const float* from = plane + window.at(plan, r - plan.top + i.first * plan.dh, -plan.left);
+  const int kh = i.last - i.first, chunks = plan.kw / plan.kx;
+  const int64_t tile = plan.tile * plan.dw;
+  for (int64_t phase = 0; phase < smaller(plan.dw, s.w); phase++) {
+    for (int64_t x = phase; x < s.w; x += tile) {
+      int first = 0, last = chunks;
+      if (chunks > 1) {
+        const TapRange j(plan.kw, plan.dw, plan.left, s.w, x, x + tile - plan.dw);
+        first = j.first / plan.kx;
+        last = static_cast<int>(ceil_div(j.last, plan.kx));
+      }
+      plan.kernel(from + (x + first * plan.kx * plan.dw) * V, row, plan.dw, weights + first * plan.kx * V, w_row, kh,
+                  last - first, 0, bias, to + x * V);
+    }
   }
 }
 
 // Loads an item's input, one row of one block a step.
 template <typename T>
 inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const T* x) {
-  const int64_t y0 = larger(0, item.y0 - plan.top), y1 = smaller(s.h, item.y1 + plan.kh - 1 - plan.top);
+  const int64_t y0 = larger(0, item.y0 - plan.top), y1 = smaller(s.h, item.y1 + plan.bottom);
   const int64_t positions = (y1 - y0) * s.w, channels = smaller(item.blocks * V, s.c - item.c0);
   const int64_t steps = (item.y1 - item.y0) * item.blocks, hw = s.h * s.w;
   if (s.channels_last) return Ahead(x + (item.n * hw + y0 * s.w) * s.c + item.c0, positions, channels, s.c, steps);
@@ -161,8 +204,9 @@ inline Ahead input_of(const Plan& plan, const Shape& s, const Item& item, const 
 // finish(block, p0, p1, strip) for each block, then emit(block, p0, p1, strip) for all blocks. The strip holds
 // positions [p0, p1) of the image.
 template <typename Finish, typename Emit>
-inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const float* planes, const float* weights,
-                          const float* biases, float* strips, Ahead ahead, Finish finish, Emit emit) {
+inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, const Window& window, const float* planes,
+                          const float* weights, const float* biases, float* strips, Ahead ahead, Finish finish,
+                          Emit emit) {
   // This must depend on the shape alone, not on item.blocks: statistics are summed strip by strip.
   const int64_t strip_rows = s.channels_last ? larger(1, plan.strip_rows / kMostTogether) : plan.strip_rows;
   for (int64_t r0 = item.y0; r0 < item.y1; r0 += strip_rows) {
@@ -174,8 +218,7 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
       float* strip = strips + g * plan.strip_floats(s.w);
       for (int64_t r = r0; r < r1; r++) {
         ahead.step();
-        convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r, weights + c0 * plan.kh * plan.kw, bias,
-                     strip + (r - r0) * s.w * V);
+        convolve_row(plan, s, window, plane, r, weights + c0 * plan.count(), bias, strip + (r - r0) * s.w * V);
       }
       finish(g, r0 * s.w, r1 * s.w, strip);
     }
@@ -187,34 +230,36 @@ inline void convolve_rows(const Plan& plan, const Shape& s, const Item& item, co
 
 // As convolve_rows, straight from x. Calls finish and emit for a tile of columns; the last tile of a row lies at the
 // row's end and may overlap the one before. If y is not null, the sums are the result: they go there, and nothing is
-// called.
+// called. It is not null if the kernel is dilated in columns.
 template <typename T, typename Finish, typename Emit>
 inline void convolve_tensor_rows(const Plan& plan, const Shape& s, const Item& item, const T* x, const float* weights,
                                  const float* biases, float* strip, T* y, Finish finish, Emit emit) {
-  const int taps = plan.kh * plan.kw, width = static_cast<int>(s.w);
+  const int taps = plan.kh * plan.kw, width = static_cast<int>(s.w), dw = static_cast<int>(plan.dw);
   const ConvolveTensor<T> kernels[] = {convolve_tensor_for<T, kInside>(plan.kw), convolve_tensor_for<T, kEdge>(plan.kw),
                                        convolve_tensor_for<T, kFewChannels>(plan.kw)};
   for (int64_t r = item.y0; r < item.y1; r++) {
-    const int64_t above = larger(0, plan.top - r), below = larger(0, r - plan.top + plan.kh - s.h);
-    const int kh = static_cast<int>(plan.kh - above - below);
-    for (int column = 0; column < width; column += kMaxTile) {
-      const int start = smaller_int(column, width - kMaxTile), left = start - plan.left;
-      const bool inside = left >= 0 && left + kMaxTile + plan.kw - 1 <= width;
-      const T* from = x + ((item.n * s.h + r - plan.top + above) * s.w + left) * s.c;
-      T* out = y == nullptr ? nullptr : y + ((item.n * s.h + r) * s.w + start) * s.c;
-      const int64_t p0 = r * s.w + column, p1 = r * s.w + start + kMaxTile;
-      for (int g = 0; g < item.blocks; g++) {
-        const int64_t c0 = item.c0 + g * V;
-        const int channels = channels_of(s, c0);
-        kernels[channels < V ? kFewChannels
-                : inside ? kInside
-                         : kEdge](s, from + c0, channels, left, weights + c0 * taps + above * plan.kw * V, kh, plan.kw,
-                                  biases == nullptr ? splat(0.f) : load(biases + c0), strip,
-                                  out == nullptr ? out : out + c0);
-        if (y != nullptr) continue;
-        float* const tile = strip + (column - start) * V;
-        finish(g, p0, p1, tile);
-        emit(g, p0, p1, tile);
+    const TapRange i(plan.kh, plan.dh, plan.top, s.h, r, r);
+    for (int phase = 0; phase < dw; phase++) {
+      const int last = phase + (width - 1 - phase) / dw * dw - (kMaxTile - 1) * dw;
+      for (int column = phase; column < width; column += kMaxTile * dw) {
+        const int start = smaller_int(column, last), left = start - static_cast<int>(plan.left);
+        const bool inside = left >= 0 && left + (kMaxTile + plan.kw - 2) * dw < width;
+        const T* from = x + ((item.n * s.h + r - plan.top + i.first * plan.dh) * s.w + left) * s.c;
+        T* out = y == nullptr ? nullptr : y + ((item.n * s.h + r) * s.w + start) * s.c;
+        const int64_t p0 = r * s.w + column, p1 = r * s.w + start + kMaxTile;
+        for (int g = 0; g < item.blocks; g++) {
+          const int64_t c0 = item.c0 + g * V;
+          const int channels = channels_of(s, c0);
+          kernels[channels < V ? kFewChannels
+                  : inside     ? kInside
+                               : kEdge](
+              s, from + c0, channels, left, weights + c0 * taps + i.first * plan.kw * V, i.last - i.first, plan.kw,
+              plan.dh, dw, biases == nullptr ? splat(0.f) : load(biases + c0), strip, out == nullptr ? out : out + c0);
+          if (y != nullptr) continue;
+          float* const tile = strip + (column - start) * V;
+          finish(g, p0, p1, tile);
+          emit(g, p0, p1, tile);
+        }
       }
     }
   }
@@ -297,6 +342,10 @@ struct DepthwiseTables {
   }
 };
 
+inline bool is_plain(const DepthwiseForward& p) {
+  return p.activation == kIdentity && !p.norm.present && !p.residual && p.statistics.mean == nullptr;
+}
+
 // One item of the forward. In training, partials is [image, row tile][channel]. The memory holds the item's planes,
 // then its strips.
 template <typename T>
@@ -307,14 +356,11 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
   float* strips = planes + together * plane_floats;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
+  const Window window(plan, s, item.y0, item.y1);
   if (plan.planes) {
-    Window window{};
-    for (int g = 0; g < item.blocks; g++) {
-      window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
-    }
     for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
       gather(s, x, item.n, item.c0 + g * V, channels_of(s, item.c0 + g * V), y0 * s.w, y1 * s.w,
-             window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+             window.row(plan, s, planes + g * plane_floats, y0));
     });
   }
   const auto emit = [&](int g, int64_t p0, int64_t p1, const float* from) {
@@ -323,10 +369,10 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
   };
   const auto convolve_all = [&](auto finish) {
     if (plan.planes) {
-      convolve_rows(plan, s, item, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
+      convolve_rows(plan, s, item, window, planes, tables.weights, tables.biases, strips, ahead, finish, emit);
     } else {
-      const bool plain = p.activation == kIdentity && !p.norm.present && !p.residual && partials == nullptr;
-      convolve_tensor_rows(plan, s, item, x, tables.weights, tables.biases, strips, plain ? y : nullptr, finish, emit);
+      T* const sums = is_plain(p) ? y : nullptr;
+      convolve_tensor_rows(plan, s, item, x, tables.weights, tables.biases, strips, sums, finish, emit);
     }
   };
   with_activation(p.activation, [&](auto act) {
@@ -365,7 +411,7 @@ inline void depthwise_item(const DepthwiseForward& p, const Plan& plan, const De
 
 int depthwise_forward(const DepthwiseForward& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, p.kh, p.kw, false, takes_planes(s, p.kh, p.kw));
+  const Plan plan(s, taps_of(p), false, takes_planes(s, taps_of(p), is_plain(p)));
   const bool training = p.statistics.mean != nullptr;
   const int64_t parts = s.n * plan.row_tiles;
   const int64_t moments_bytes = training ? parts * s.c * static_cast<int64_t>(sizeof(Moments)) : 0;
@@ -417,7 +463,7 @@ int depthwise_forward(const DepthwiseForward& p) {
 
 int depthwise_input_grad(const DepthwiseInputGrad& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, p.kh, p.kw, true, p.a != nullptr || takes_planes(s, p.kh, p.kw));
+  const Plan plan(s, taps_of(p), true, p.a != nullptr || takes_planes(s, taps_of(p), !p.residual));
   const int taps = p.kh * p.kw;
   const bool sums = p.sums.dy != nullptr;
   const int64_t stride = padded(s.c), parts = s.n * plan.row_tiles;
@@ -462,19 +508,16 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
           scatter(s, from, p.residual ? dy : nullptr, static_cast<T*>(p.dx), item.n, c0, channels_of(s, c0), p0, p1);
         };
         if (plan.planes) {
-          Window window{};
-          for (int g = 0; g < item.blocks; g++) {
-            window = open_window(plan, s, planes + g * plane_floats, item.y0, item.y1);
-          }
+          const Window window(plan, s, item.y0, item.y1);
           with_activation(p.activation, [&](auto act) {
             for_rows_of_blocks(s, window.first, window.last, item.blocks, [&](int g, int64_t y0, int64_t y1) {
               const int64_t c0 = item.c0 + g * V;
-              gather_gradient<T, decltype(act)::value>(
-                  s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0), sums, item.n, c0, channels_of(s, c0),
-                  y0 * s.w, y1 * s.w, grad_strip, window.row(plan, s, planes + g * plane_floats, item.y0, y0));
+              gather_gradient<T, decltype(act)::value>(s, dy, static_cast<const T*>(p.a), affine_at(table, stride, c0),
+                                                       sums, item.n, c0, channels_of(s, c0), y0 * s.w, y1 * s.w,
+                                                       grad_strip, window.row(plan, s, planes + g * plane_floats, y0));
             });
           });
-          convolve_rows(plan, s, item, planes, weights, nullptr, strips, Ahead(), finish, emit);
+          convolve_rows(plan, s, item, window, planes, weights, nullptr, strips, Ahead(), finish, emit);
         } else {
           T* dx = p.residual ? nullptr : static_cast<T*>(p.dx);
           convolve_tensor_rows(plan, s, item, dy, weights, nullptr, strips, dx, finish, emit);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Weight gradient of the depthwise convolution:
-//   dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + i - top, x + j - left];  db = sum da
+//   dw[c, i, j] = sum over n, y, x of da[n, c, y, x] * x[n, c, y + dh i - top, x + dw j - left];  db = sum da
+// with the dilation (dh, dw).
 // A work item is V channels of a group of images. As in depthwise.h, x goes into a padded plane and da into a dense
 // one. A strip of rows stays in L1; over it, up to 9 taps of a kernel row (or several rows of fewer taps) accumulate in
 // registers. Each x vector meets kGradTile da vectors in registers: 24 + 16 loads for 144 FMAs.
@@ -8,17 +9,21 @@
 // and da are read as they lie in memory. The number of groups depends on the shape only; strips, images and groups are
 // added in a fixed order.
 
-// One row segment of T columns: acc[r][k] += da[o] * x[r][o + k]
-template <int RY, int KX, int T>
-__attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const Vec* x, int64_t row, const Vec* da) {
+// One row segment of T columns, `step` apart: acc[r][k] += da[o] * x[r][o + k]. `row` is the distance of kernel rows in
+// x in vectors.
+template <int RY, int KX, int T, bool Dilated>
+__attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const Vec* x, int64_t row, const Vec* da,
+                                                     int64_t step) {
   Vec g[T];
+  PlaneColumns<Dilated> from{da, step};
 #pragma GCC unroll 16
-  for (int o = 0; o < T; o++) g[o] = da[o];
+  for (int o = 0; o < T; o++) g[o] = from.next();
 #pragma GCC unroll 8
   for (int r = 0; r < RY; r++) {
+    PlaneColumns<Dilated> values{x + r * row, step};
 #pragma GCC unroll 32
     for (int i = 0; i < T + KX - 1; i++) {
-      const Vec v = x[r * row + i];
+      const Vec v = values.next();
 #pragma GCC unroll 16
       for (int k = 0; k < KX; k++) {
         if (i - k >= 0 && i - k < T) acc[r][k] = fma(v, g[i - k], acc[r][k]);
@@ -27,14 +32,22 @@ __attribute__((always_inline)) inline void correlate(Vec (&acc)[RY][KX], const V
   }
 }
 
-// RY kernel rows of KX taps, over `rows` rows of w columns. `row` is x's stride in vectors, `taps` the length of a row
-// of dw. Sums of more than kSumPositions products are added in parts: the equal products of a constant plane round
-// alike, so that the error of their sum grows with its length. A part is some whole rows, or some tiles of a long row.
+// What correlate_rows walks over: `rows` rows of `w` columns of da, those of one phase of the dilation. Distances in
+// vectors.
+struct Walk {
+  int64_t rows, w;
+  int64_t x_row, da_row;  // of rows
+  int64_t tap_row, step;  // of kernel rows, and of taps and columns
+};
+
+// RY kernel rows of KX taps. `taps` is the length of a row of dw. Sums of more than kSumPositions products are added in
+// parts: the equal products of a constant plane round alike, so that the error of their sum grows with its length. A
+// part is some whole rows, or some tiles of a long row.
 constexpr int64_t kSumPositions = 32;
 static_assert(kSumPositions % kGradTile == 0, "a part of a row is whole tiles");
-template <int RY, int KX>
-void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, float* dw, int taps) {
-  const int64_t part = larger(1, kSumPositions / w);
+template <int RY, int KX, bool Dilated>
+void correlate_rows(const float* x, const float* da, const Walk& walk, float* dw, int taps) {
+  const int64_t part = larger(1, kSumPositions / walk.w), step = Dilated ? walk.step : 1;
   const auto correlate_part = [&](int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
     Vec acc[RY][KX];
 #pragma GCC unroll 8
@@ -43,19 +56,24 @@ void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, 
       for (int k = 0; k < KX; k++) acc[r][k] = splat(0.f);
     }
     for (int64_t y = y0; y < y1; y++) {
-      const Vec* vx = reinterpret_cast<const Vec*>(x) + y * row;
-      const Vec* vda = reinterpret_cast<const Vec*>(da) + y * w;
+      const Vec* vx = reinterpret_cast<const Vec*>(x) + y * walk.x_row;
+      const Vec* vda = reinterpret_cast<const Vec*>(da) + y * walk.da_row;
       int64_t c = c0;
-      for (; c + kGradTile <= c1; c += kGradTile) correlate<RY, KX, kGradTile>(acc, vx + c, row, vda + c);
+      const auto some = [&](auto count) __attribute__((always_inline)) {
+        constexpr int T = decltype(count)::value;
+        correlate<RY, KX, T, Dilated>(acc, vx + c * step, walk.tap_row, vda + c * step, step);
+        c += T;
+      };
+      while (c + kGradTile <= c1) some(Int<kGradTile>{});
       const int64_t left = c1 - c;
       if constexpr (kGradTile > 8) {
-        if ((left & 8) != 0) correlate<RY, KX, 8>(acc, vx + c, row, vda + c), c += 8;
+        if ((left & 8) != 0) some(Int<8>{});
       }
       if constexpr (kGradTile > 4) {
-        if ((left & 4) != 0) correlate<RY, KX, 4>(acc, vx + c, row, vda + c), c += 4;
+        if ((left & 4) != 0) some(Int<4>{});
       }
-      if ((left & 2) != 0) correlate<RY, KX, 2>(acc, vx + c, row, vda + c), c += 2;
-      if ((left & 1) != 0) correlate<RY, KX, 1>(acc, vx + c, row, vda + c);
+      if ((left & 2) != 0) some(Int<2>{});
+      if ((left & 1) != 0) some(Int<1>{});
     }
 #pragma GCC unroll 8
     for (int r = 0; r < RY; r++) {
@@ -64,71 +82,86 @@ void correlate_rows(const float* x, int64_t row, const float* da, int64_t rows, 
       for (int k = 0; k < KX; k++) to[k] += acc[r][k];
     }
   };
-  for (int64_t y = 0; y < rows; y += part) {
-    for (int64_t c = 0; c < w; c += kSumPositions) {
-      correlate_part(y, smaller(y + part, rows), c, smaller(c + kSumPositions, w));
+  for (int64_t y = 0; y < walk.rows; y += part) {
+    for (int64_t c = 0; c < walk.w; c += kSumPositions) {
+      correlate_part(y, smaller(y + part, walk.rows), c, smaller(c + kSumPositions, walk.w));
     }
   }
 }
-using CorrelateRows = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int);
+using CorrelateRows = void (*)(const float*, const float*, const Walk&, float*, int);
 
 // Kernel rows that share a pass: 6 to 10 independent accumulators hide the latency of FMA.
 constexpr int kernel_rows(int kx) { return kx >= 6 ? 1 : kx >= 4 ? 2 : kx == 3 ? 3 : 4; }
+// Most taps of a kernel row that share a pass.
+constexpr int kLineTaps = 9;
+constexpr int smallest_line(int kw) { return kw / ((kw + kLineTaps - 1) / kLineTaps); }
 
-template <int KX>
+template <int KX, bool Dilated>
 CorrelateRows correlate_with(bool several) {
-  if (several) return correlate_rows<kernel_rows(KX), KX>;
-  return correlate_rows<1, KX>;
+  if (several) return correlate_rows<kernel_rows(KX), KX, Dilated>;
+  return correlate_rows<1, KX, Dilated>;
 }
-inline CorrelateRows correlate_for(int kx, bool several) {
+template <bool Dilated>
+CorrelateRows correlate_for(int kx, bool several) {
   switch (kx) {
     case 1:
-      return correlate_with<1>(several);
+      return correlate_with<1, Dilated>(several);
     case 2:
-      return correlate_with<2>(several);
+      return correlate_with<2, Dilated>(several);
     case 3:
-      return correlate_with<3>(several);
+      return correlate_with<3, Dilated>(several);
     case 4:
-      return correlate_with<4>(several);
+      return correlate_with<4, Dilated>(several);
     case 5:
-      return correlate_with<5>(several);
+      return correlate_with<5, Dilated>(several);
     case 6:
-      return correlate_with<6>(several);
+      return correlate_with<6, Dilated>(several);
     case 7:
-      return correlate_with<7>(several);
+      return correlate_with<7, Dilated>(several);
     case 8:
-      return correlate_with<8>(several);
+      return correlate_with<8, Dilated>(several);
     default:
-      return correlate_with<9>(several);
+      return correlate_with<9, Dilated>(several);
   }
 }
 
-// All taps, over one strip of rows.
-inline void correlate_strip(const float* x, int64_t row, const float* da, int64_t rows, int64_t w, int kh, int kw,
-                            float* dw) {
-  const int chunks = static_cast<int>(ceil_div(kw, 9));
-  int kx0 = 0;
-  for (int chunk = 0; chunk < chunks; chunk++) {
-    const int kx = (kw - kx0) / (chunks - chunk), together = kernel_rows(kx);
-    const CorrelateRows several = correlate_for(kx, true), single = correlate_for(kx, false);
-    int ky = 0;
-    for (; ky + together <= kh; ky += together) {
-      several(x + (ky * row + kx0) * V, row, da, rows, w, dw + (ky * kw + kx0) * V, kw);
+// All taps, over the strip of output rows [y0, y1), of which `da` is the first. Only what meets the image counts: for
+// each group of taps the rows and columns of da for which one of them lies inside.
+inline void correlate_strip(const Plan& plan, const Shape& s, const Window& window, const float* plane, const float* da,
+                            int64_t y0, int64_t y1, float* dw) {
+  const int chunks = static_cast<int>(ceil_div(plan.kw, kLineTaps));
+  for (int chunk = 0, kx0 = 0, kx; chunk < chunks; chunk++, kx0 += kx) {
+    kx = (plan.kw - kx0) / (chunks - chunk);
+    const int64_t across = kx0 * plan.dw - plan.left;  // of the first tap
+    const int64_t c0 = larger(0, -across - (kx - 1) * plan.dw), c1 = smaller(s.w, s.w - across);
+    const int together = kernel_rows(kx);
+    const bool dilated = plan.dw > 1;
+    const CorrelateRows several = dilated ? correlate_for<true>(kx, true) : correlate_for<false>(kx, true),
+                        single = dilated ? correlate_for<true>(kx, false) : correlate_for<false>(kx, false);
+    for (int ky = 0, count; ky < plan.kh; ky += count) {
+      count = ky + together <= plan.kh ? together : 1;
+      const int64_t down = ky * plan.dh - plan.top;
+      const int64_t r0 = larger(y0, -down - (count - 1) * plan.dh), r1 = smaller(y1, s.h - down);
+      if (r0 >= r1) continue;
+      for (int64_t c = c0; c < smaller(c1, c0 + plan.dw); c++) {
+        const Walk walk = {r1 - r0, ceil_div(c1 - c, plan.dw), plan.columns, s.w, plan.columns * plan.dh, plan.dw};
+        (count > 1 ? several : single)(plane + window.at(plan, r0 + down, c + across), da + ((r0 - y0) * s.w + c) * V,
+                                       walk, dw + (ky * plan.kw + kx0) * V, plan.kw);
+      }
     }
-    for (; ky < kh; ky++) single(x + (ky * row + kx0) * V, row, da, rows, w, dw + (ky * kw + kx0) * V, kw);
-    kx0 += kx;
   }
 }
 
-// 3x3 along the rows of one channel of a contiguous tensor. A strip of da rows has two rows of zeros above and two
-// below; zeros pad each row to whole vectors.
+// 3x3 along the rows of one channel of a contiguous tensor, which are whole vectors. A strip of da rows has two rows of
+// zeros above and two below.
 struct Rows3x3 {
   static constexpr int kTaps = 9;
   int64_t vectors, rows;  // of a row, and of a strip
-  explicit Rows3x3(const Shape& s) : vectors(ceil_div(s.w, V)), rows(larger(1, smaller(s.h, 4096 / (vectors * V)))) {}
-  // Whether padding rows to vectors costs less than transposing.
-  static bool fits(const Shape& s, int kh, int kw) {
-    return kh == 3 && kw == 3 && !s.channels_last && ceil_div(s.w, V) * V * 2 <= s.w * 3;
+  explicit Rows3x3(const Shape& s) : vectors(s.w / V), rows(larger(1, smaller(s.h, 4096 / (vectors * V)))) {}
+  // Rows of any length would need padding: on a Xeon with AVX-512 that took 0.084 ms for 1x128x28x28, transposing 0.042;
+  // for 32x32 whole vectors take 0.048 and transposing 0.071.
+  static bool fits(const Shape& s, const Taps& taps) {
+    return taps.kh == 3 && taps.kw == 3 && !taps.dilated() && !s.channels_last && s.w % V == 0;
   }
   int64_t da_floats() const { return (rows + 4) * vectors * V; }
   int64_t floats() const { return da_floats() + kTaps * V * V; }
@@ -137,10 +170,9 @@ struct Rows3x3 {
 // acc += an x row of w values times the da rows of the strip below it, beside it (at `da`) and above it.
 template <typename T>
 VEC_INLINE void correlate_row(Vec (&acc)[Rows3x3::kTaps], const T* x, int64_t w, const float* da, int64_t row) {
-  Vec left = splat(0.f), here = w >= V ? load(x) : load_n(x, static_cast<int>(w));
+  Vec left = splat(0.f), here = load(x);
   for (int64_t c = 0; c < w; c += V) {
-    const int64_t rest = w - c - V;
-    const Vec right = rest >= V ? load(x + c + V) : rest > 0 ? load_n(x + c + V, static_cast<int>(rest)) : splat(0.f);
+    const Vec right = c + V < w ? load(x + c + V) : splat(0.f);
     const Vec values[3] = {last_and_first(left, here), here, second_and_on(here, right)};
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++) {
@@ -173,11 +205,11 @@ inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& pla
     for (int t = 0; t < Rows3x3::kTaps; t++) sums[t * V] += acc[t], acc[t] = splat(0.f);
     products = 0;
   };
-  const auto da_of = [&](int64_t at, auto full, int count) {
-    Vec g = load_some(from_dy + at, full, count);
+  const auto da_of = [&](int64_t at) {
+    Vec g = load(from_dy + at);
     prefetch(from_dy + at, hw);
     if (from_a != nullptr) {
-      g = gradient<A>(g, load_some(from_a + at, full, count), f, centred);
+      g = gradient<A>(g, load(from_a + at), f, centred);
       prefetch(from_a + at, hw);
     }
     return g;
@@ -186,15 +218,8 @@ inline double correlate_channel(const DepthwiseWeightGrad& p, const Rows3x3& pla
     const int64_t y1 = smaller(y0 + plan.rows, s.h);
     for (int64_t y = y0; y < y1; y++) {
       float* to = da + (y - y0 + 2) * row;
-      int64_t c = 0;
-      for (; c + V <= s.w; c += V) {
-        const Vec g = da_of(y * s.w + c, Int<V>{}, V);
-        *reinterpret_cast<Vec*>(to + c) = g;
-        bias.add(g);
-      }
-      if (c < s.w) {
-        const int count = static_cast<int>(s.w - c);
-        const Vec g = keep(da_of(y * s.w + c, Int<0>{}, count), count);
+      for (int64_t c = 0; c < s.w; c += V) {
+        const Vec g = da_of(y * s.w + c);
         *reinterpret_cast<Vec*>(to + c) = g;
         bias.add(g);
       }
@@ -241,7 +266,7 @@ inline void correlate_channels(const DepthwiseWeightGrad& p, int64_t c0, int64_t
 
 int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const Shape& s = p.shape;
-  const Plan plan(s, p.kh, p.kw, false);
+  const Plan plan(s, taps_of(p), false, true, kernel_rows(smallest_line(p.kw)), kLineTaps);
   const int taps = p.kh * p.kw;
   const bool sums = p.sums.dy != nullptr;
   const int64_t stride = padded(s.c);
@@ -256,7 +281,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const int64_t plane_floats = plan.plane_floats(), da_floats = plan.rows * s.w * V;
   // With strips of this size da and k rows of x stay in L1. A few strips make one partial sum; dw is the sum of those.
   const int64_t strip_rows = larger(1, 256 / s.w), strips_of_sum = larger(1, 1024 / (strip_rows * s.w));
-  const bool along_rows = Rows3x3::fits(s, p.kh, p.kw);
+  const bool along_rows = Rows3x3::fits(s, plan);
   const int64_t own_floats = along_rows ? Rows3x3(s).floats() : plane_floats + da_floats + kStripFloats + taps * V;
   int failed = 0;
   const int threads = depthwise_threads(s, taps, p.threads);
@@ -298,24 +323,29 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       for (int64_t n = n0; n < n1; n++) {
         for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
           const int64_t y1 = smaller(y0 + plan.rows, s.h);
-          const Window window = open_window(plan, s, plane, y0, y1);
+          const Window window(plan, s, y0, y1);
+          if (plan.row_tiles > 1) {
+            // below the image there may be rows of another tile
+            zero(plane + window.at(plan, window.last, -plan.before), plan.margin * plan.columns * V);
+          }
           with_dtype(s.dtype, [&](auto tag) {
             using T = decltype(tag);
             gather(s, static_cast<const T*>(p.x), n, c0, count, window.first * s.w, window.last * s.w,
-                   window.row(plan, s, plane, y0, window.first));
+                   window.row(plan, s, plane, window.first));
             with_activation(p.activation, [&](auto act) {
               gather_gradient<T, decltype(act)::value>(s, static_cast<const T*>(p.dy), static_cast<const T*>(p.a),
                                                        affine, sums, n, c0, count, y0 * s.w, y1 * s.w, strip,
                                                        dense(da));
             });
           });
-          for (int64_t y = 0; y < y1 - y0; y += strip_rows) {
-            const int64_t rows = smaller(strip_rows, y1 - y0 - y);
-            correlate_strip(plane + y * plan.columns * V, plan.columns, da + y * s.w * V, rows, s.w, p.kh, p.kw, some);
+          for (int64_t y = y0; y < y1; y += strip_rows) {
+            const int64_t end = smaller(y + strip_rows, y1);
+            const float* of_strip = da + (y - y0) * s.w * V;
+            correlate_strip(plan, s, window, plane, of_strip, y, end, some);
             if (++strips % strips_of_sum == 0) add_some();
             if (p.db.data == nullptr) continue;
-            const Vec* g = reinterpret_cast<const Vec*>(da + y * s.w * V);
-            for (int64_t i = 0; i < rows * s.w; i++) bias_sum.add(g[i]);
+            const Vec* g = reinterpret_cast<const Vec*>(of_strip);
+            for (int64_t i = 0; i < (end - y) * s.w; i++) bias_sum.add(g[i]);
           }
         }
       }

@@ -60,6 +60,7 @@ struct DepthwiseForward {
   Statistics statistics;
   void* y;
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct DepthwiseInputGrad {
@@ -74,6 +75,7 @@ struct DepthwiseInputGrad {
   bool residual;
   void* dx;
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct DepthwiseWeightGrad {
@@ -87,6 +89,7 @@ struct DepthwiseWeightGrad {
   Sums sums;
   MutableParam dw, db;  // db.data may be null
   int threads;
+  int dilation_h = 1, dilation_w = 1;
 };
 
 struct Normalize {

@@ -38,7 +38,7 @@ struct MixerStage {
   MixerStage(const MixerForward& p, char*& memory)
       : depthwise(of_one_image(p.depthwise)),
         pointwise(of_planes(p.pointwise)),
-        plan(depthwise.shape, depthwise.kh, depthwise.kw, false),
+        plan(depthwise.shape, taps_of(depthwise), false),
         lower(depthwise, memory),
         upper(pointwise, memory) {}
 };
@@ -55,9 +55,9 @@ inline void mixer_depthwise(const MixerStage& stage, int64_t i, const float* x, 
   const Item item(plan, s, i % plan.row_tiles * plan.blocks + i / plan.row_tiles, 1);
   const float* from = x + item.c0 / V * stride;
   float* to = z + item.c0 / V * stride;
-  const Window window = open_window(plan, s, plane, item.y0, item.y1);
+  const Window window(plan, s, item.y0, item.y1);
   for (int64_t y = window.first; y < window.last; y++) {
-    __builtin_memcpy(window.row(plan, s, plane, item.y0, y).p, from + y * row, static_cast<size_t>(row) * 4);
+    __builtin_memcpy(window.row(plan, s, plane, y).p, from + y * row, static_cast<size_t>(row) * 4);
   }
   const Affine affine = affine_at(stage.lower.table, stage.lower.stride, item.c0);
   const Vec bias = load(stage.lower.biases + item.c0);
@@ -66,8 +66,7 @@ inline void mixer_depthwise(const MixerStage& stage, int64_t i, const float* x, 
     for (int64_t r0 = item.y0; r0 < item.y1; r0 += plan.strip_rows) {
       const int64_t r1 = smaller(r0 + plan.strip_rows, item.y1);
       for (int64_t r = r0; r < r1; r++) {
-        convolve_row(plan, s, plane + (r - item.y0) * plan.columns * V, r,
-                     stage.lower.weights + item.c0 * stage.lower.taps, bias, to + r * row);
+        convolve_row(plan, s, window, plane, r, stage.lower.weights + item.c0 * stage.lower.taps, bias, to + r * row);
       }
       const Vec* residual = reinterpret_cast<const Vec*>(from + r0 * row);
       Vec* v = reinterpret_cast<Vec*>(to + r0 * row);
@@ -162,7 +161,7 @@ int mixer_forward(const MixerForward* layers, int64_t count) {
     const DepthwiseForward p = MixerStage::of_one_image(layers[i].depthwise);
     bytes += MixerStage::bytes(layers[i]);
     most_blocks = larger(most_blocks, blocks_of(layers[i].pointwise.shape.c));
-    plane_floats = larger(plane_floats, Plan(p.shape, p.kh, p.kw, false).plane_floats());
+    plane_floats = larger(plane_floats, Plan(p.shape, taps_of(p), false).plane_floats());
     work += p.kh * p.kw + layers[i].pointwise.shape.c;
   }
   // A tile may overrun a block's end. And blocks must not be a multiple of 4 KB apart: they would share L1's sets.

@@ -41,7 +41,7 @@ void* output(Address address, int64_t elements, int dtype) {
 }
 
 void depthwise_forward(Address x, Address y, SHAPE, int kh, int kw, PARAM(weight), PARAM(bias), int activation, NORM,
-                       bool residual, int threads) {
+                       bool residual, int threads, int dilation_h, int dilation_w) {
   check(kernels().depthwise_forward({SHAPE_VALUE,
                                      kh,
                                      kw,
@@ -53,7 +53,9 @@ void depthwise_forward(Address x, Address y, SHAPE, int kh, int kw, PARAM(weight
                                      residual,
                                      {},
                                      output(y, n * c * h * w, dtype),
-                                     threads}));
+                                     threads,
+                                     dilation_h,
+                                     dilation_w}));
 }
 
 void depthwise_train(Address x, Address a, SHAPE, int kh, int kw, PARAM(weight), PARAM(bias), int activation,
@@ -73,15 +75,16 @@ void depthwise_train(Address x, Address a, SHAPE, int kh, int kw, PARAM(weight),
 }
 
 void depthwise_input_grad(Address dy, Address a, Address dx, SHAPE, int kh, int kw, PARAM(weight), int activation, NORM,
-                          SUMS, bool residual, int threads) {
+                          SUMS, bool residual, int threads, int dilation_h, int dilation_w) {
   check(kernels().depthwise_input_grad({SHAPE_VALUE, kh, kw, at(dy), at(a), PARAM_VALUE(weight), activation, NORM_VALUE,
-                                        SUMS_VALUE, residual, output(dx, n * c * h * w, dtype), threads}));
+                                        SUMS_VALUE, residual, output(dx, n * c * h * w, dtype), threads, dilation_h,
+                                        dilation_w}));
 }
 
 void depthwise_weight_grad(Address dy, Address a, Address x, SHAPE, int kh, int kw, int activation, NORM, SUMS,
-                           PARAM(dw), PARAM(db), int threads) {
+                           PARAM(dw), PARAM(db), int threads, int dilation_h, int dilation_w) {
   check(kernels().depthwise_weight_grad({SHAPE_VALUE, kh, kw, at(dy), at(a), at(x), activation, NORM_VALUE, SUMS_VALUE,
-                                         PARAM_VALUE(dw), PARAM_VALUE(db), threads}));
+                                         PARAM_VALUE(dw), PARAM_VALUE(db), threads, dilation_h, dilation_w}));
 }
 
 void normalize(Address a, Address residual, Address y, SHAPE, int activation, NORM, int threads) {

@@ -4,7 +4,7 @@
 constexpr int V = 16;
 // These tiles fill the 32 registers: 16 accumulators, up to 9 weights and one input.
 constexpr int kMaxTile = 16, kMaxTaps = 9, kGradTile = 16;
-constexpr int kTiles[] = {4, 8, 10, 12, 14, 16};
+constexpr int kTiles[] = {4, 6, 8, 10, 12, 14, 16};
 typedef float Vec __attribute__((vector_size(64), aligned(64), may_alias));
 typedef int32_t IVec __attribute__((vector_size(64), aligned(64), may_alias));
 

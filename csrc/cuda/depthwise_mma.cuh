@@ -2,8 +2,8 @@
 // Depthwise convolution on tensor cores, the engine of depthwise_forward.cu and depthwise_input_grad.cu.
 // For each kernel row i, 16 x 8 outputs are D += A_i T_i. A_i is 16 rows of the input tile, of any images: small images
 // share a block. T_i is a band: T_i[p][q] = w[i][p - q - (8 S - 4 - left)]. Output columns [8 t - 4, 8 t + 3] need the
-// blocks of 8 columns t - S .. t + S - 1 (S = 1, 2, 3 for kw <= 9, 25, 41), which are aligned for 16-byte copies and
-// need no column halo. SINGLE (W <= 32): one tile holds the half tiles of both edges; its left half takes the last
+// blocks of 8 columns t - S .. t + S - 1 (S = 1 .. 5 for kw <= 9, 25, 41, 57, 73), which are aligned for 16-byte copies
+// and need no column halo. SINGLE (W <= 32): one tile holds the half tiles of both edges; its left half takes the last
 // blocks, its right half the first.
 // Contiguous: a block of 4 warps owns a channel, a warp 16 rows x 8 NT columns at a time; 3 stages of asynchronous
 // copies. channels_last: a warp owns 1 or 2 channels; 8x8 transposes in registers make per-channel planes and undo

@@ -10,6 +10,12 @@
 namespace convmixer {
 namespace mma {
 
+// The largest kernels. A tile of 16 rows has the rows of the kernel beside it, three times: of 63 x 63 94 KB. In
+// channels_last every channel of a block has a tile; for larger kernels the caller makes the tensor contiguous, which
+// takes a few percent of their time. By the products of a tile, S for each kernel row, 51 x 51 should take 2.2 times as
+// long as 31 x 31 and 63 x 63 3.4 times, for 2.7 and 4.1 times as many taps.
+constexpr int kLargestChannelsLast = 31, kLargestContiguous = 63;
+
 // S: 16-column steps of the window. KH: kernel rows whose Toeplitz fragments are kept in registers; 0: any number of
 // rows, with fragments read from shared memory. NT: tiles of 8 columns that a warp computes at a time.
 struct Variant {
@@ -19,13 +25,14 @@ struct Variant {
 
 // False if no tensor-core kernel fits (float32, shared memory, grid).
 inline bool make_plan(const Shape& s, int kh, int kw, bool grad, bool transforms, Plan& q, Variant& v) {
-  if (s.dtype == kFloat32 || kh > 31 || kw > 31 || s.n > 1 << 28 || s.c > 1 << 28) return false;
+  const int largest = s.channels_last ? kLargestChannelsLast : kLargestContiguous;
+  if (s.dtype == kFloat32 || kh > largest || kw > largest || s.n > 1 << 28 || s.c > 1 << 28) return false;
   q = Plan();
   q.n = static_cast<int>(s.n), q.c = static_cast<int>(s.c), q.h = s.h, q.w = s.w, q.kh = kh, q.kw = kw;
   q.total = s.n * s.c * s.h * s.w;
   q.top = grad ? kh / 2 : (kh - 1) / 2;
   q.left = grad ? kw / 2 : (kw - 1) / 2;
-  v.s = kw <= 9 ? 1 : kw <= 25 ? 2 : 3;
+  v.s = kw <= 9 ? 1 : (kw + 22) / 16;
   const int blocks = (s.w + 7) / 8;
   v.kh = kw > 9 || kh > 9 ? 0 : kh <= 7 && blocks > 2 ? 7 : 9;
   const int kernel_rows = v.kh > 0 ? v.kh : kh;
@@ -147,9 +154,11 @@ int launch_layout(const Args& p, const Variant& v, bool channels_last, cudaStrea
                            32 * kChannelsLastWarps, stream);
     }
   }
-  if (channels_last) {
-    return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 8>, p, (p.plan.c + 7) / 8, p.plan.splits,
-                         32 * kChannelsLastWarps, stream);
+  if constexpr (S <= 3) {
+    if (channels_last) {
+      return launch_kernel(channels_last_kernel<T, GRAD, S, KH, NT, SINGLE, 8>, p, (p.plan.c + 7) / 8, p.plan.splits,
+                           32 * kChannelsLastWarps, stream);
+    }
   }
   const int64_t blocks = ceil_div(static_cast<int64_t>(p.plan.c) * p.plan.items, p.plan.run);
   return launch_kernel(contiguous_kernel<T, GRAD, S, KH, NT, SINGLE>, p, blocks, 1, 32 * kContiguousWarps, stream);
@@ -182,7 +191,9 @@ int launch(Args& p, const Variant& v, bool channels_last, cudaStream_t stream) {
   if (v.kh == 7) return launch_small<T, GRAD, 7>(p, v, channels_last, stream);
   if (v.s == 1) return launch_large<T, GRAD, 1>(p, v, channels_last, stream);
   if (v.s == 2) return launch_large<T, GRAD, 2>(p, v, channels_last, stream);
-  return launch_large<T, GRAD, 3>(p, v, channels_last, stream);
+  if (v.s == 3) return launch_large<T, GRAD, 3>(p, v, channels_last, stream);
+  if (v.s == 4) return launch_large<T, GRAD, 4>(p, v, channels_last, stream);
+  return launch_large<T, GRAD, 5>(p, v, channels_last, stream);
 }
 
 }  // namespace mma

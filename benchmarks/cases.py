@@ -17,11 +17,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+import convmixer.reference
+from benchmarks.networks import NETWORKS, Network
 
 KERNELS = (3, 5, 7, 9, 13, 31)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,11 +46,12 @@ POINTWISE = (
     "pointwise_backward",
     "pointwise_step",
 )
+CONVOLUTION = ("depthwise_conv", "depthwise_conv_step")
 NORM = ("normalize", "norm_backward")
 LAYER = ("layer_eval", "layer_step")
 #: Single kernels of ours that are only a part of what eager PyTorch computes in one call.
 PARTS = ("depthwise_train_kernel", "depthwise_input_grad_kernel", "pointwise_train_kernel")
-OPERATORS = (*DEPTHWISE, *POINTWISE, *NORM, *LAYER, *PARTS)
+OPERATORS = (*DEPTHWISE, "depthwise_conv_step", *POINTWISE, *NORM, *LAYER, *PARTS)
 MODEL_MODES = ("model_eval", "model_step")
 
 
@@ -70,19 +74,20 @@ class Preset:
     def label(self) -> str:
         return f"ConvMixer-{self.dim}/{self.depth}, {self.image_size}x{self.image_size}"
 
-    def build(self, constructor: Callable[..., nn.Sequential]) -> nn.Sequential:
-        """The model by `convmixer.ConvMixer` or `convmixer.reference.ConvMixer`, on the CPU in float32."""
+    def make(self) -> nn.Sequential:
+        """The reference model in float32."""
         sizes = (self.dim, self.depth, self.kernel_size, self.patch_size, self.n_classes)
-        return constructor(*sizes, activation=self.activation)
+        return convmixer.reference.ConvMixer(*sizes, activation=self.activation)
 
 
 #: By the name that --models takes.
-PRESETS = {
+PRESETS: dict[str, Preset | Network] = {
     "256/8@32": Preset(256, 8, 9, 2, 32, "gelu", 10, batch=32, quick_batch=16, quick_training=True),
     "256/8@224": Preset(256, 8, 9, 7, 224, "gelu", 1000, batch=8, quick_batch=2, quick_training=True),
     "768/32@224": Preset(768, 32, 7, 7, 224, "relu", 1000, batch=4, quick_batch=1, quick_training=False),
     "1024/20@224": Preset(1024, 20, 9, 14, 224, "gelu", 1000, batch=4, quick_batch=1, quick_training=False),
     "1536/20@224": Preset(1536, 20, 9, 7, 224, "gelu", 1000, batch=2, quick_batch=1, quick_training=False),
+    **NETWORKS,
 }
 _TINY_PRESET = Preset(64, 2, 5, 2, 12, "gelu", 10, batch=2, quick_batch=2, quick_training=True)
 
@@ -94,20 +99,31 @@ class OpCase:
     op: str
     family: str  # the network that has this shape, or "sweep"
     shape: tuple[int, int, int, int]  # N, C, H, W
-    kernel: int = 9
+    kernel: int | tuple[int, int] = 9  # odd; a pair is (height, width)
     channels_out: int | None = None  # of a 1x1 convolution; None for C
     dtype: str = "float32"
     layout: str = "contiguous"
     quick: bool = False
     compiled: bool = False  # timed under torch.compile too, which takes a compiler 10 to 60 s a case
+    dilation: int = 1  # of a convolution alone
 
     @property
     def name(self) -> str:
         """Unique, and what --filter sees."""
         size = "x".join(map(str, self.shape))
-        kernel = f" k{self.kernel}" if self.has_depthwise else ""
+        kernel = f" k{self.kernel_name}" if self.has_depthwise else ""
         out = f"->{self.channels_out}" if self.channels_out is not None else ""
         return f"{self.op}{kernel} {size}{out} {self.dtype} {self.layout}"
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.kernel if isinstance(self.kernel, tuple) else (self.kernel, self.kernel)
+
+    @property
+    def kernel_name(self) -> int | str:
+        """9, 51x5, or 7d3 with a dilation of 3."""
+        plain = self.kernel if isinstance(self.kernel, int) else "x".join(map(str, self.kernel))
+        return plain if self.dilation == 1 else f"{plain}d{self.dilation}"
 
     @property
     def has_depthwise(self) -> bool:
@@ -128,7 +144,7 @@ class OpCase:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """Inference or the training step of one published ConvMixer."""
+    """Inference or the training step of one published network."""
 
     op: str  # model_eval, model_step
     model: str  # of PRESETS
@@ -144,7 +160,7 @@ class ModelCase:
         return f"{self.op} {self.model} batch {self.batch} {self.dtype} {self.layout}"
 
     @property
-    def preset(self) -> Preset:
+    def preset(self) -> Preset | Network:
         return PRESETS.get(self.model, _TINY_PRESET)
 
     @property
@@ -166,7 +182,13 @@ def from_json(fields: dict[str, object]) -> Case:
     """What to_json wrote, after a round trip through JSON."""
     if "model" in fields:
         return ModelCase(**fields)
-    return OpCase(**{**fields, "shape": tuple(fields["shape"])})
+    kernel = fields["kernel"]
+    fields = {
+        **fields,
+        "shape": tuple(fields["shape"]),
+        "kernel": tuple(kernel) if isinstance(kernel, list) else kernel,
+    }
+    return OpCase(**fields)
 
 
 @dataclass(frozen=True)
@@ -197,11 +219,32 @@ _SHAPES = (
     _Shape("RepLKNet-31B", 512, 14, 27, {"cpu": 4, "cuda": 64}),
     _Shape("RepLKNet-31B", 1024, 7, 13, {"cpu": 8, "cuda": 64}),
 )
+#: Convolutions of other networks at 224 x 224 pixels: family, channels, side, kernel, dilation.
+_NETWORKS = (
+    ("ConvNeXt-T", 96, 56, 7, 1),
+    ("ConvNeXt-T", 384, 14, 7, 1),
+    ("InceptionNeXt-T", 12, 56, (1, 11), 1),
+    ("InceptionNeXt-T", 12, 56, (11, 1), 1),
+    ("InceptionNeXt-T", 48, 14, (11, 1), 1),
+    ("UniRepLKNet-T", 160, 28, 13, 1),
+    ("RepLKNet-31B", 128, 56, 31, 1),
+    ("RepLKNet-31B", 512, 14, 27, 1),
+    ("SLaK-T", 124, 56, (51, 5), 1),
+    ("SLaK-T", 124, 56, (5, 51), 1),
+    ("SLaK-T", 499, 14, (47, 5), 1),
+    # SLaK-T's kernel before its decomposition
+    ("SLaK-T", 124, 56, 51, 1),
+    ("VAN-B1", 64, 56, 7, 3),
+    ("VAN-B1", 320, 14, 7, 3),
+)
+_NETWORK_BATCH = {"cpu": 4, "cuda": 64}
 _SWEEP = {"cpu": (1, 768, 32, 32), "cuda": (64, 768, 32, 32)}
 _BATCHES = {"cpu": (1, 8, 128), "cuda": (1, 32, 1024)}
 _MODEL_BATCHES = {
-    "cpu": {"256/8@32": 32, "256/8@224": 4, "768/32@224": 2, "1024/20@224": 2, "1536/20@224": 2},
-    "cuda": {"1536/20@224": 32, "256/8@32": 256, "768/32@224": 32, "256/8@224": 128, "1024/20@224": 64},
+    "cpu": {"256/8@32": 32, "256/8@224": 4, "768/32@224": 2, "1024/20@224": 2, "1536/20@224": 2}
+    | {"ConvNeXt-T": 4, "RepLKNet-31B": 2, "SLaK-T": 2},
+    "cuda": {"1536/20@224": 32, "256/8@32": 256, "768/32@224": 32, "256/8@224": 128, "1024/20@224": 64}
+    | {"ConvNeXt-T": 64, "RepLKNet-31B": 32, "SLaK-T": 32},
 }
 
 
@@ -226,6 +269,11 @@ def _operators(device_type: str) -> Iterator[OpCase]:
         if mixer:
             for layout, op in itertools.product(LAYOUTS, LAYER):
                 yield replace(block, op=op, layout=layout, quick=first, compiled=first and layout == "contiguous")
+    for family, channels, side, kernel, dilation in _NETWORKS:
+        shape = (_NETWORK_BATCH[device_type], channels, side, side)
+        for op, layout in itertools.product(CONVOLUTION, LAYOUTS):
+            compiled = side == 56 and layout == "contiguous"
+            yield OpCase(op, family, shape, kernel, layout=layout, compiled=compiled, dilation=dilation)
     size = (base.batches[device_type], base.channels, base.side, base.side)
     # the kernels that no other axis has, and what a user runs in bfloat16
     quick = {"float32": (*POINTWISE, *NORM, *PARTS, "depthwise_conv", "depthwise_train")}
@@ -282,7 +330,8 @@ def _models(device_type: str) -> Iterator[ModelCase]:
             yield ModelCase(op, model, batches[model], "bfloat16", layout, quick=True, compiled=compiled)
     for (model, batch), op in itertools.product(batches.items(), MODEL_MODES):
         first = model == "256/8@32"
-        yield ModelCase(op, model, batch, quick=first and device_type == "cpu", compiled=first)
+        family = model if model in NETWORKS else "ConvMixer"
+        yield ModelCase(op, model, batch, quick=first and device_type == "cpu", compiled=first, family=family)
 
 
 def cases(device_type: str = "cpu") -> list[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def expect(workload: Workload) -> Expected:
 
 def _sampled_channels(case: OpCase, device: torch.device) -> Tensor | None:
     n, c, h, w = case.shape
-    work = n * c * h * w * case.kernel**2 * OPERATORS[case.op].convolutions
+    work = n * c * h * w * math.prod(case.kernel_size) * OPERATORS[case.op].convolutions
     fewer = n * max(c, case.out) * h * w // _LARGEST_COMPARED
     if not case.has_pointwise:
         fewer = max(fewer, work // _LARGEST_EXACT)

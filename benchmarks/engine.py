@@ -102,7 +102,7 @@ def case_fields(case: Case) -> Row:
     fields = {"case": case.name, "op": case.op, "family": case.family, "dtype": case.dtype, "layout": case.layout}
     if isinstance(case, ModelCase):
         return fields | {"model": case.model, "label": case.preset.label, "batch": case.batch}
-    return fields | {"shape": list(case.shape), "channels_out": case.out, "kernel": case.kernel}
+    return fields | {"shape": list(case.shape), "channels_out": case.out, "kernel": case.kernel_name}
 
 
 def make_workload(case: Case, device: torch.device, rotate: bool = True) -> Workload:

@@ -40,7 +40,7 @@ def outcome(name: str) -> dict[str, object]:
 def _pair(name: str, batch: int, dtype: str, device: str) -> tuple[Workload, nn.Sequential]:
     """The reference with random weights, images and a cotangent; and ours with the same weights."""
     workload = engine.make_workload(ModelCase("model_step", name, batch, dtype), torch.device(device))
-    return workload, ours_like(workload.case.preset, workload.reference)
+    return workload, ours_like(workload.reference)
 
 
 def _step(model: nn.Module, images: Tensor, cotangent: Tensor) -> None:

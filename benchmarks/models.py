@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import convmixer
-import convmixer.reference
 import convmixer_kernels
 from benchmarks import timing
-from benchmarks.cases import Preset
+from benchmarks.cases import Network, Preset
 
 #: Of ImageNet, per channel (R, G, B), as every ConvMixer checkpoint expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -25,7 +25,7 @@ _SMALLEST_CROP = 0.5
 
 
 def random_reference(
-    preset: Preset,
+    preset: Preset | Network,
     images: Tensor,  # (N, 3, H, W), float32
     seed: int = 0,
 ) -> nn.Sequential:
@@ -35,7 +35,7 @@ def random_reference(
     depth: so its weight and bias are random too, and the running statistics are those of one pass over the images.
     """
     torch.manual_seed(seed)
-    model = preset.build(convmixer.reference.ConvMixer)
+    model = preset.make()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -49,11 +49,10 @@ def random_reference(
     return model
 
 
-def ours_like(preset: Preset, reference: nn.Sequential) -> nn.Sequential:
-    """This package's model with the weights of `reference`, on its device and in its dtype."""
-    parameter = next(reference.parameters())
-    model = preset.build(convmixer.ConvMixer).to(parameter.device, parameter.dtype)
-    model.load_state_dict(reference.state_dict(), strict=True)
+def ours_like(reference: nn.Module) -> nn.Module:
+    """A copy of `reference` on the kernels; of a ConvMixer it is what convmixer.ConvMixer makes."""
+    model = copy.deepcopy(reference)
+    convmixer.accelerate(model)
     return model
 
 

@@ -48,6 +48,7 @@ class Inputs:
     mean: Tensor  # (C_out,) of gelu(a)
     var: Tensor  # (C_out,)
     blocks: tuple[Parameters, ...]  # the depthwise one, the pointwise one, or both
+    dilation: int = 1  # of a convolution alone
 
     @property
     def parameters(self) -> Parameters:
@@ -64,7 +65,7 @@ class Inputs:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         activations = (function(t) for t in (self.x, self.a, self.dy, self.da, self.mean, self.var))
-        return Inputs(*activations, tuple(Parameters(*map(function, block)) for block in self.blocks))
+        return Inputs(*activations, tuple(Parameters(*map(function, block)) for block in self.blocks), self.dilation)
 
     def double(self) -> Inputs:
         """The same numbers in float64; da is derived again."""
@@ -102,14 +103,15 @@ def make_inputs(case: OpCase, device: torch.device, count: int) -> list[Inputs]:
     def one(blocks: Sequence[Parameters]) -> Inputs:
         x, a, dy = (normal(n, channels, h, w).to(dtype) for channels in (c, case.out, case.out))
         var, mean = torch.var_mean(F.gelu(a.double()), (0, 2, 3), correction=0)
-        inputs = Inputs(x, a, dy, a, mean.float(), var.float(), tuple(blocks))
+        inputs = Inputs(x, a, dy, a, mean.float(), var.float(), tuple(blocks), case.dilation)
         if case.op.endswith("weight_grad"):
             inputs.da = _da(inputs).to(dtype)
         return inputs.in_layout(case.layout)
 
     blocks = []
     if case.has_depthwise or not case.has_pointwise:
-        blocks.append(block(normal(c, 1, case.kernel, case.kernel) / case.kernel))
+        height, width = case.kernel_size
+        blocks.append(block(normal(c, 1, height, width) / (height * width) ** 0.5))
     if case.has_pointwise:
         blocks.append(block(normal(case.out, c, 1, 1) / c**0.5))
     return [one(blocks) for _ in range(count)]
@@ -125,8 +127,10 @@ def _da(inputs: Inputs) -> Tensor:
 # Eager PyTorch: also what torch.compile compiles and, in float64, the truth.
 
 
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return eager_convolution(x, weight, bias, groups=x.shape[1] // weight.shape[1], padding=weight.shape[2] // 2)
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Tensor:
+    padding = tuple(dilation * (k // 2) for k in weight.shape[2:])
+    groups = x.shape[1] // weight.shape[1]
+    return eager_convolution(x, weight, bias, groups=groups, padding=padding, dilation=(dilation, dilation))
 
 
 def _blocks(x: Tensor, *tensors: Tensor, training: bool = False) -> Tensor:
@@ -182,8 +186,8 @@ def _weight_grad(da: Tensor, x: Tensor, weight: Tensor) -> Results:
     return _convolution_backward(da, x, weight, [False, True, True])[1:]
 
 
-def _statistics(x: Tensor, weight: Tensor, bias: Tensor) -> Results:
-    a = _convolution(x, weight, bias)
+def _statistics(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Results:
+    a = _convolution(x, weight, bias, dilation)
     var, mean = torch.var_mean(F.gelu(a).to(torch.promote_types(a.dtype, torch.float32)), (0, 2, 3), correction=0)
     return a, mean, var
 
@@ -198,6 +202,9 @@ def _norm_backward(dy: Tensor, a: Tensor, norm_weight: Tensor, mean: Tensor, rst
 
 
 def _our_block(inputs: Inputs, training: bool, backend: str, x: Tensor, *tensors: Tensor) -> Tensor:
+    if len(tensors) == 3:
+        *parameters, dilation = tensors
+        return ck.depthwise_conv2d(x, *parameters, dilation=dilation, backend=backend)
     public = ck.mixer_layer
     if len(inputs.blocks) == 1:
         public = ck.depthwise_block if inputs.parameters.weight.shape[1] == 1 else ck.pointwise_block
@@ -284,8 +291,11 @@ def _recorded(function: Callable[..., Tensor], arguments: Results, dy: Tensor | 
     Each caller gets running statistics of its own, since a forward changes them; without dy they are results too.
     """
     statistics = {i for i in range(1, len(arguments)) if i % 6 in (5, 0)}
-    made = [t.clone() if i in statistics else t.detach().requires_grad_() for i, t in enumerate(arguments)]
-    leaves = [t for i, t in enumerate(made) if i not in statistics]
+    made = [
+        t if isinstance(t, int) else t.clone() if i in statistics else t.detach().requires_grad_()
+        for i, t in enumerate(arguments)
+    ]
+    leaves = [t for t in made if isinstance(t, Tensor) and t.requires_grad]
 
     def forward() -> Results:
         return function(*made), *(made[i] for i in sorted(statistics))
@@ -302,7 +312,7 @@ def _all(inputs: Inputs) -> Results:
 
 
 def _convolution_arguments(inputs: Inputs) -> Results:
-    return inputs.x, *inputs.parameters[:2]
+    return inputs.x, *inputs.parameters[:2], inputs.dilation
 
 
 def _chain_arguments(inputs: Inputs) -> Results:
@@ -381,7 +391,11 @@ OPERATORS = {
     "depthwise_conv": Operator(
         "The depthwise convolution + bias alone.",
         _convolution, _convolution_arguments, ("y",), (1, 1), 1, 0,
-        lambda backend, i, _: ck.depthwise_conv2d(i.x, *i.parameters[:2], backend=backend),
+        lambda backend, i, _: ck.depthwise_conv2d(i.x, *i.parameters[:2], dilation=i.dilation, backend=backend),
+    ),
+    "depthwise_conv_step": Operator(
+        "The depthwise convolution + bias alone, with its whole backward: the gradients of x, weight and bias.",
+        _convolution, _convolution_arguments, ("y", "dx", "dw", "db"), (3, 3), 3, 0, training=True, step=True,
     ),
     **_of_both_blocks("depthwise", "convolution", ", + x", 1),
     **_of_both_blocks("pointwise", "1x1 convolution", "", 0),

@@ -121,11 +121,10 @@ def _ours(choice: str, workload: Workload) -> Prepared:
     module = dispatch.load(backend)
     case = workload.case
     if isinstance(case, ModelCase):
-        preset, images = case.preset, workload.images
-        x, weight = images.new_empty(1, preset.dim, 8, 8), images.new_empty(preset.dim, 1, *[preset.kernel_size] * 2)
+        x, weight = workload.images.new_empty(1, 8, 8, 8), workload.images.new_empty(8, 1, 9, 9)
         if (reason := module.can_run("depthwise", x, weight)) is not None:
             raise Absent(reason)
-        model = models.ours_like(preset, workload.reference)
+        model = models.ours_like(workload.reference)
         return _model(workload, model, case.layout, lambda: convmixer_kernels.use_backend(backend))
     for block in workload.inputs[0].blocks:
         kind = "depthwise" if block.weight.shape[1] == 1 else "pointwise"
@@ -157,7 +156,7 @@ def gemms_of(case: Case, capability: tuple[int, int]) -> tuple[str, ...]:
     if case.op == "layer_eval":
         # if the device is too small for the layer in one kernel, "layer" is "fused" once more
         both = ("fused", "torch", "wgmma") if hopper else ("fused", "torch")
-        return (*both, "layer") if narrow and near and c <= 256 and case.kernel <= 9 else both
+        return (*both, "layer") if narrow and near and c <= 256 and max(case.kernel_size) <= 9 else both
     if case.op not in ("pointwise_eval", "pointwise_train", "pointwise_train_kernel"):
         # the weight gradient
         return ("wgmma",) if hopper and near and plane % 64 == 0 and case.op != "pointwise_input_grad" else ()

@@ -63,7 +63,7 @@ def _plain_logarithm(axis, base: float = 10) -> None:
 
 def roofline(document: Mapping[str, object], path: Path, machine: str) -> None:
     """Every float32 operator with FLOPs: what ours and the best peer reach, below the copy, FMA and matrix product lines."""
-    rows = [row for row in document["results"] if row["flops"] and row["dtype"] == "float32" and tables.ours(row)]
+    rows = [row for row in document["results"] if row.get("flops") and row["dtype"] == "float32" and tables.ours(row)]
     if not rows:
         raise ValueError("the results hold no operator in float32 with a convolution that was timed")
     peaks = document["sessions"][-1]["peaks"]

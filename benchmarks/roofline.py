@@ -10,7 +10,9 @@ to rebuild what the second block read. ops.py lists the passes of an operator.
 
 from __future__ import annotations
 
-from benchmarks.cases import DTYPES, Case, ModelCase, OpCase, Preset
+import math
+
+from benchmarks.cases import DTYPES, Case, ModelCase, Network, OpCase, Preset
 from benchmarks.machine import Peaks
 from benchmarks.ops import OPERATORS
 
@@ -24,7 +26,10 @@ def floor(case: Case, device_type: str, peaks: Peaks) -> dict[str, object]:
 
     On a CPU depthwise convolutions and erfs run at the multiply-add peak, and so do matrix products, or at the measured product's
     pace if a 16-bit one is faster. On a GPU erfs run beside the rest, and 16-bit depthwise convolutions on tensor cores: neither counts.
+    Networks other than ConvMixer have no floor: the row is empty.
     """
+    if isinstance(case, ModelCase) and isinstance(case.preset, Network):
+        return {}
     if isinstance(case, ModelCase):
         size = model_bytes(case.preset, case.batch, case.training, DTYPES[case.dtype].itemsize)
         flops = 2 * multiply_adds(case.preset, case.batch, case.training)
@@ -40,14 +45,14 @@ def _matrix_peak(dtype: str, device_type: str, peaks: Peaks) -> float:
     return max(peaks.gemm[dtype], peaks.fma) if device_type == "cpu" else peaks.gemm[dtype]
 
 
-def taps_inside(height: int, width: int, kernel: int) -> float:
-    """The share of a depthwise convolution's taps that meet the image and not its padding."""
+def taps_inside(size: tuple[int, int], kernel: tuple[int, int], dilation: int = 1) -> float:
+    """The share of a depthwise convolution's taps that meet the image and not its padding; kernels are odd."""
 
-    def inside(size: int) -> int:
-        before = (kernel - 1) // 2
-        return sum(min(i, before) + 1 + min(size - 1 - i, kernel - 1 - before) for i in range(size))
+    def inside(side: int, taps: int) -> int:
+        reach = taps // 2
+        return sum(min(i // dilation, reach) + 1 + min((side - 1 - i) // dilation, reach) for i in range(side))
 
-    return inside(height) * inside(width) / (height * width * kernel**2)
+    return math.prod(map(inside, size, kernel)) / (math.prod(size) * math.prod(kernel))
 
 
 def operator_bytes(case: OpCase) -> int:
@@ -61,7 +66,7 @@ def operator_flops(case: OpCase) -> tuple[int, int]:
     """Of the depthwise and of the pointwise convolutions."""
     n, c, h, w = case.shape
     pixels, convolutions = n * h * w, OPERATORS[case.op].convolutions
-    depthwise = 2 * convolutions * pixels * c * case.kernel**2 if case.has_depthwise else 0
+    depthwise = 2 * convolutions * pixels * c * math.prod(case.kernel_size) if case.has_depthwise else 0
     return depthwise, 2 * convolutions * pixels * c * case.out if case.has_pointwise else 0
 
 
@@ -74,7 +79,7 @@ def _operator_arithmetic(case: OpCase, device_type: str, peaks: Peaks) -> float:
         channels = (c if case.has_depthwise else 0) + (case.out if case.has_pointwise else 0) or c
         seconds += 2 * _GELU_MULTIPLY_ADDS * OPERATORS[case.op].activations * n * h * w * channels / peaks.fma
     if on_cpu or case.dtype == "float32":
-        seconds += depthwise * taps_inside(h, w, case.kernel) / peaks.fma
+        seconds += depthwise * taps_inside((h, w), case.kernel_size, case.dilation) / peaks.fma
     return seconds
 
 
@@ -105,7 +110,7 @@ def _model_arithmetic(case: ModelCase, device_type: str, peaks: Peaks) -> float:
     """Everything at the best matrix product; on a GPU a 16-bit depthwise convolution counts too: tensor cores have to do it."""
     preset, size = case.preset, case.preset.image_size // case.preset.patch_size
     depthwise = _pixels(preset, case.batch) * preset.dim * preset.depth * preset.kernel_size**2
-    outside = (3 if case.training else 1) * depthwise * (1 - taps_inside(size, size, preset.kernel_size))
+    outside = (3 if case.training else 1) * depthwise * (1 - taps_inside((size, size), (preset.kernel_size,) * 2))
     slots = multiply_adds(preset, case.batch, case.training) - outside
     if preset.activation == "gelu" and device_type == "cpu":
         slots += _GELU_MULTIPLY_ADDS * activations(preset, case.batch) * (2 if case.training else 1)

@@ -128,7 +128,7 @@ def convolution(
     weight: Tensor,  # (C_out, C / groups, kH, kW)
     bias: Tensor | None,  # (C_out,)
     groups: int,
-    padding: str | int = "same",
+    padding: str | int | tuple[int, ...] = "same",
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """F.conv2d in x's dtype; differentiable as often as F.conv2d."""

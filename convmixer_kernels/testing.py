@@ -75,7 +75,7 @@ def eager_convolution(
     weight: Tensor,  # (C_out, C / groups, kH, kW)
     bias: Tensor | None,  # (C_out,)
     groups: int,
-    padding: str | int = "same",
+    padding: str | int | tuple[int, ...] = "same",
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """F.conv2d with these arguments, with autocast, which always returns."""

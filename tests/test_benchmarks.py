@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -283,20 +284,27 @@ def test_counters_equal_numbers_by_hand():
 
 def test_taps_inside_the_image():
     """Against a convolution of ones, which counts them."""
-    for height, width, kernel in ((5, 7, 3), (4, 4, 9), (6, 3, 4), (1, 1, 31), (8, 8, 1)):
-        ones = torch.ones(1, 1, height, width)
-        counted = torch.nn.functional.conv2d(ones, torch.ones(1, 1, kernel, kernel), padding="same").sum()
-        share = roofline.taps_inside(height, width, kernel)
-        assert share * height * width * kernel**2 == pytest.approx(counted.item())
+    for size, kernel, dilation in (
+        ((5, 7), (3, 3), 1),
+        ((4, 4), (9, 5), 1),
+        ((1, 1), (31, 31), 1),
+        ((8, 8), (1, 1), 1),
+        ((9, 6), (7, 3), 3),
+        ((5, 8), (1, 11), 2),
+    ):
+        ones = torch.ones(1, 1, *size)
+        counted = torch.nn.functional.conv2d(ones, torch.ones(1, 1, *kernel), padding="same", dilation=dilation).sum()
+        share = roofline.taps_inside(size, kernel, dilation)
+        assert share * math.prod(size) * math.prod(kernel) == pytest.approx(counted.item())
 
 
 def test_published_models_have_the_published_parameters(monkeypatch):
-    """Tables 1 and 2 of the paper: 21.1 M and 51.6 M parameters; 256/8 with patch 2 on CIFAR-10 0.71 M."""
+    """ConvMixer's tables 1 and 2: 21.1 M and 51.6 M parameters; 256/8 with patch 2 on CIFAR-10 0.71 M; the other networks' papers."""
     monkeypatch.undo()
-    published = {"256/8@32": 0.71, "768/32@224": 21.1, "1536/20@224": 51.6}
+    published = {"256/8@32": 0.71, "768/32@224": 21.1, "1536/20@224": 51.6, "ConvNeXt-T": 28.59, "RepLKNet-31B": 79.86}
     for name, millions in published.items():
         with torch.device("meta"):
-            model = cases.PRESETS[name].build(models.convmixer.reference.ConvMixer)
+            model = cases.PRESETS[name].make()
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 

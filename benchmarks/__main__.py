@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks import cases, engine, machine, models, peers, tables, timing
 from benchmarks.cases import DTYPES, LAYOUTS, PRESETS, Case, ModelCase
 
 #: What `python -m benchmarks NAME` runs instead of the models.
-COMMANDS = ("ops", "grid", "host", "compare", "report")
+COMMANDS = ("ops", "networks", "grid", "host", "compare", "report")
 #: Measured without --models; 1024/20 lies between the last two.
 MODELS = ("256/8@32", "256/8@224", "768/32@224", "1536/20@224")
 INTERRUPTED = 130
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     name, command, rest = "models", _models, arguments
     if arguments and arguments[0] in COMMANDS:
         name, *rest = arguments
-        command = _ops if name == "ops" else importlib.import_module(f"benchmarks.{name}").main
+        own = {"ops": _ops, "networks": partial(_ops, kind="networks")}
+        command = own[name] if name in own else importlib.import_module(f"benchmarks.{name}").main
     try:
         return command(rest)
     except ModuleNotFoundError as error:
@@ -106,8 +108,11 @@ def _models(arguments: Sequence[str]) -> int:
     return _tell_wrong(document)
 
 
-def _ops(arguments: Sequence[str]) -> int:
-    parser = _parser("python -m benchmarks ops", "every operator and model beside its floor and its peers.")
+def _ops(arguments: Sequence[str], kind: str = "operators") -> int:
+    name, what = (
+        ("ops", "operator and model") if kind == "operators" else (kind, "convolution and model but ConvMixer's")
+    )
+    parser = _parser(f"python -m benchmarks {name}", f"every {what} beside its floor and its peers.")
     fit = (
         "cases that fit one: words are shell patterns of words of the name or network: 'depthwise_eval k9', 'RepLKNet*'"
     )
@@ -121,7 +126,8 @@ def _ops(arguments: Sequence[str]) -> int:
     for name in options.implementations or ():
         if name not in known:
             parser.error(f"--implementations: known here are {', '.join(known)}; got {name!r}")
-    chosen = cases.select(cases.cases(device.type), options.quick, options.filter)
+    every = cases.cases(device.type) if kind == "operators" else cases.networks(device.type)
+    chosen = cases.select(every, options.quick, options.filter)
     if not chosen:
         parser.error("no case fits --filter; --list shows them all")
     if options.tiny:
@@ -130,7 +136,7 @@ def _ops(arguments: Sequence[str]) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     asked = {name: getattr(options, name) for name in ("implementations", "compile_all", "tiny")}
-    document = _document("operators", options, device, **asked)
+    document = _document(kind, options, device, **asked)
     if device.type == "cpu" and not options.tiny:
         machine.confine(torch.get_num_threads())
     seconds = engine.GPU_SECONDS if device.type == "cuda" else QUICK_SECONDS if options.quick else SECONDS

@@ -347,6 +347,13 @@ def cases(device_type: str = "cpu") -> list[Case]:
     return list(found.values())
 
 
+def networks(device_type: str = "cpu") -> list[Case]:
+    """The convolutions and models of networks other than ConvMixer."""
+    families = {family for family, *_ in _NETWORKS}
+    found = [case for case in cases(device_type) if case.family in families]
+    return [case for case in found if case.op in (*CONVOLUTION, *MODEL_MODES)]
+
+
 def select(all_cases: list[Case], quick: bool, patterns: list[str]) -> list[Case]:
     """The cases that the options of a run name.
 

@@ -200,5 +200,6 @@ def _line(panel, rows: Sequence[Row], choose, color: str, marker: str, label: st
 PICTURES = {
     "models": {"speedup.png": speedups},
     "operators": {"operators.png": speedups, "kernel-size.png": kernel_sizes, "roofline.png": roofline},
+    "networks": {},
     "gpu": {},
 }

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from benchmarks import plots, tables
 
 RESULTS = Path("benchmarks/results")
-KINDS = ("models", "operators", "gpu")
+KINDS = ("models", "operators", "networks", "gpu")
 
 
 def fill(path: Path, blocks: Mapping[str, str]) -> None:
@@ -48,7 +50,7 @@ def load(named: Sequence[Path]) -> dict[str, Mapping[str, object]]:
 def _short(documents: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
     """README.md's tables. A run that was cut off before their rows leaves the table as it is."""
     blocks = {}
-    for name, kinds, device_type in (("cpu", KINDS[:2], "cpu"), ("gpu", KINDS[2:], "cuda")):
+    for name, kinds, device_type in (("cpu", KINDS[:3], "cpu"), ("gpu", KINDS[3:], "cuda")):
         found = [documents[kind] for kind in kinds if kind in documents]
         try:
             blocks |= {name: tables.small(found, device_type)} if found else {}
@@ -57,11 +59,27 @@ def _short(documents: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
     return blocks
 
 
+def write_page(path: Path) -> None:
+    """docs/performance.md as one HTML file that holds its pictures."""
+    import markdown
+
+    def embedded(found: re.Match[str]) -> str:
+        picture = base64.b64encode(Path("docs", found[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    body = markdown.markdown(Path("docs/performance.md").read_text(), extensions=["tables", "fenced_code"])
+    body = re.sub(r'src="([^":]+\.png)"', embedded, body)
+    style = "body{font-family:sans-serif;margin:2em} table{border-collapse:collapse} td,th{padding:.2em .8em} img{max-width:100%}"
+    head = f'<!doctype html><meta charset="utf-8"><title>convmixer-kernels: performance</title><style>{style}</style>'
+    path.write_text(f"{head}\n{body}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 2 if a file could not be read, drawn or written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.partition(": ")[2])
     instead = "JSON files, each instead of the newest of its kind in benchmarks/results"
     parser.add_argument("results", type=Path, nargs="*", help=instead)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write docs/performance.md as one HTML file")
     options = parser.parse_args(arguments)
     try:
         documents = load(options.results)
@@ -73,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
                 draw(document, Path("docs", name), tables.machine(document))
         fill(Path("docs/performance.md"), blocks)
         fill(Path("README.md"), short)
+        if options.page is not None:
+            write_page(options.page)
     except (OSError, ValueError) as error:
         print(f"benchmarks report: {error}", file=sys.stderr)
         return 2

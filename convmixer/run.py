@@ -12,11 +12,13 @@ from convmixer_kernels.primitives import MixerEval, Norm
 from convmixer_kernels.recognize import BlockModules
 from convmixer_kernels.run import (
     NormCall,
+    StopRecomputation,
     after_refusal,
-    begin_norm,
+    call_block,
+    norm_call,
     operator_accepts_blocks,
     operator_accepts_input,
-    run_block,
+    step_counters,
     weight_and_bias,
 )
 
@@ -31,14 +33,17 @@ def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W)
     entry, tensors = _known(x, blocks)
     if entry is None and not operator_accepts_blocks(x, blocks):
         return None
-    norms = begin_norm(blocks[0].norm), begin_norm(blocks[1].norm)
+    norms = norm_call(blocks[0].norm), norm_call(blocks[1].norm)
     try:
-        if entry is not None:
-            return functional.run_known_layer(entry, x, tensors)
-        return _run_blocks(x, blocks, norms)
-    except (TypeError, ValueError, RuntimeError) as error:
+        y = functional.run_known_layer(entry, x, tensors) if entry is not None else _run_blocks(x, blocks, norms)
+    except StopRecomputation:
+        step_counters(*norms)
+        raise
+    except (TypeError, ValueError) as error:
         tensors = (*layer.parameters(), *layer.buffers())
         return after_refusal("mixer_layer", error, x, norms, tensors, partial(nn.Sequential.forward, layer))
+    step_counters(*norms)
+    return y
 
 
 def _known(
@@ -100,8 +105,8 @@ def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tup
         checks.check_pointwise_convolution(op, "", x, weight, bias)
         checks.check_norm(op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0])
         checks.check_options(op, pointwise.activation, *norms[1].settings)
-        z = run_block(functional.depthwise_block, x, depthwise, norms[0])
-        return run_block(functional.pointwise_block, z, pointwise, norms[1])
+        z = call_block(functional.depthwise_block, x, depthwise, norms[0])
+        return call_block(functional.pointwise_block, z, pointwise, norms[1])
     training, momentum, eps = norms[0].settings
     return functional.mixer_layer(
         x,

@@ -18,7 +18,7 @@ _WATCHED = [
         (nn.Conv2d, ("__call__", "forward", "_conv_forward")),
         (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
         *((module, ("__call__", "forward")) for module in (nn.GELU, nn.ReLU, nn.Identity)),
-        (nn.Sequential, ("__call__", "__iter__", "forward")),
+        (nn.Sequential, ("__call__", "__getitem__", "__iter__", "forward")),
         (F, ("conv2d", "batch_norm", "gelu", "relu")),
         (torch, ("batch_norm", "relu", "relu_")),
         (Tensor, ("__add__",)),

@@ -14,10 +14,10 @@ from convmixer_kernels.run import (
     NormCall,
     StopRecomputation,
     after_refusal,
-    call_block,
-    norm_call,
+    begin_norm,
     operator_accepts_blocks,
     operator_accepts_input,
+    run_block,
     step_counters,
     weight_and_bias,
 )
@@ -33,7 +33,7 @@ def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W)
     entry, tensors = _known(x, blocks)
     if entry is None and not operator_accepts_blocks(x, blocks):
         return None
-    norms = norm_call(blocks[0].norm), norm_call(blocks[1].norm)
+    norms = begin_norm(blocks[0].norm), begin_norm(blocks[1].norm)
     try:
         y = functional.run_known_layer(entry, x, tensors) if entry is not None else _run_blocks(x, blocks, norms)
     except StopRecomputation:
@@ -105,8 +105,8 @@ def _run_blocks(x: Tensor, blocks: tuple[BlockModules, BlockModules], norms: tup
         checks.check_pointwise_convolution(op, "", x, weight, bias)
         checks.check_norm(op, "", x, weight.shape[0], *norms[1].tensors, norms[1].settings[0])
         checks.check_options(op, pointwise.activation, *norms[1].settings)
-        z = call_block(functional.depthwise_block, x, depthwise, norms[0])
-        return call_block(functional.pointwise_block, z, pointwise, norms[1])
+        z = run_block(functional.depthwise_block, x, depthwise, norms[0])
+        return run_block(functional.pointwise_block, z, pointwise, norms[1])
     training, momentum, eps = norms[0].settings
     return functional.mixer_layer(
         x,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .recognize import CONVOLUTIONS, SEQUENTIALS, changed_for_all
-from .run import run_block, run_children, run_convolution
+from .run import run_as_block, run_children, run_convolution
 
 #: Name of an activation -> what makes its module.
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -131,7 +131,7 @@ class DepthwiseBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
         if not torch.jit.is_scripting():
-            y = run_block("depthwise", (self.conv, self.act, self.norm), x, self.residual)
+            y = run_as_block("depthwise", (self.conv, self.act, self.norm), x, self.residual)
             if y is not None:
                 return y
         h = self.norm(self.act(self.conv(x)))
@@ -173,7 +173,7 @@ class PointwiseBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
         if not torch.jit.is_scripting():
-            y = run_block("pointwise", (self.conv, self.act, self.norm), x)
+            y = run_as_block("pointwise", (self.conv, self.act, self.norm), x)
             if y is not None:
                 return y
         return self.norm(self.act(self.conv(x)))

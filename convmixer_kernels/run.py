@@ -85,7 +85,7 @@ class NormCall(NamedTuple):
     counter: Tensor | None  # num_batches_tracked, to be stepped
 
 
-def norm_call(norm: nn.BatchNorm2d) -> NormCall:
+def begin_norm(norm: nn.BatchNorm2d) -> NormCall:
     """The first half of nn.BatchNorm2d.forward. The momentum may depend on the counter, which step_counters moves."""
     parameters, buffers = norm._parameters, norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
@@ -109,14 +109,14 @@ def step_counters(*norms: NormCall) -> None:
             norm.counter.add_(1)
 
 
-def call_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, norm: NormCall, **options) -> Tensor:
+def run_block(operator: Callable[..., Tensor], x: Tensor, block: BlockModules, norm: NormCall, **options) -> Tensor:
     """The block's operator, functional.depthwise_block or functional.pointwise_block."""
     training, momentum, eps = norm.settings
     tensors = (*weight_and_bias(block), *norm.tensors)
     return operator(x, *tensors, training=training, momentum=momentum, eps=eps, activation=block.activation, **options)
 
 
-def run_block(
+def run_as_block(
     kind: str,  # "depthwise" or "pointwise"
     modules: Sequence[nn.Module],  # a convolution, an activation, a norm
     x: Tensor,  # (N, C, H, W)
@@ -133,9 +133,9 @@ def run_block(
     tensors = (*conv._parameters.values(), *norm._parameters.values())
     if not _gains(op, x, conv, conv._parameters["weight"], tensors):
         return None
-    call = norm_call(norm)
+    call = begin_norm(norm)
     try:
-        y = call_block(getattr(functional, op), x, block, call, **options)
+        y = run_block(getattr(functional, op), x, block, call, **options)
     except StopRecomputation:
         step_counters(call)
         raise
@@ -164,7 +164,7 @@ def run_children(children: Sequence[nn.Module], x: Tensor) -> Tensor:
 def run_next(children: Sequence[nn.Module], at: int, x: Tensor) -> tuple[Tensor, int]:
     """The output of the child at this place, or of the block that begins there, and the number of children that this took."""
     if type(children[at]) in CONVOLUTIONS and at + 3 <= len(children):
-        y = run_block(block_kind(children[at]), children[at : at + 3], x)
+        y = run_as_block(block_kind(children[at]), children[at : at + 3], x)
         if y is not None:
             return y, 3
     return children[at](x), 1

@@ -141,6 +141,32 @@ def _reason(module: ModuleType, primitive: str, x: Tensor, weights: tuple[Tensor
     return None
 
 
+def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
+    """The backend `name` for a registered operator, or an automatic choice if it is AUTOMATIC. Raises as :func:`choose`."""
+    return choose(op, None if name == AUTOMATIC else name, primitive, x, weights)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the `with` block on the backend `name`; a `backend` argument still wins.
+
+    The choice belongs to the current thread (or asyncio task); a backward pass runs where its forward ran.
+
+    Raises:
+        ValueError: an unknown name. Whether the backend can run is decided, and raised, at each call.
+    """
+    token = _chosen.set(_known("use_backend: name", name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def available_backends() -> list[str]:
+    """The backends that can run on this machine, "reference" always among them."""
+    return [name for name in BACKENDS if load(name).build_info()["available"]]
+
+
 #: Of a kernel's extent, dilation included: larger ones run at the speed of torch operations.
 LARGEST_KERNEL = 31
 
@@ -191,29 +217,3 @@ def gains(op: str, form: Form) -> bool:
 def has_kernels(device_type: str) -> bool:
     """Whether a backend other than torch's operations can run on this machine for tensors on such a device."""
     return any(load(name).build_info()["available"] for name in automatic_order(device_type) if name != "reference")
-
-
-def resolve(op: str, name: str, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:
-    """The backend `name` for a registered operator, or an automatic choice if it is AUTOMATIC. Raises as :func:`choose`."""
-    return choose(op, None if name == AUTOMATIC else name, primitive, x, weights)
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run every operator inside the `with` block on the backend `name`; a `backend` argument still wins.
-
-    The choice belongs to the current thread (or asyncio task); a backward pass runs where its forward ran.
-
-    Raises:
-        ValueError: an unknown name. Whether the backend can run is decided, and raised, at each call.
-    """
-    token = _chosen.set(_known("use_backend: name", name))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def available_backends() -> list[str]:
-    """The backends that can run on this machine, "reference" always among them."""
-    return [name for name in BACKENDS if load(name).build_info()["available"]]

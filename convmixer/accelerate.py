@@ -298,5 +298,8 @@ def _gains(op: str, conv: nn.Conv2d) -> list[bool]:
 
 def _no_gain(conv: nn.Conv2d) -> str:
     height, width = conv.weight.shape[2:]
-    where = f"on {conv.weight.device.type} in {str(conv.weight.dtype).removeprefix('torch.')}"
+    device = conv.weight.device.type
+    if device != "meta" and not dispatch.has_kernels(device):
+        return f"no kernels for {device} tensors are installed here (python -m convmixer_kernels says why)"
+    where = f"on {device} in {str(conv.weight.dtype).removeprefix('torch.')}"
     return f"no kernel was measured to be faster than torch's own for {height}x{width} {where}"

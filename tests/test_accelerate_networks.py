@@ -479,6 +479,12 @@ def test_where_nothing_gains(monkeypatch):
         ("conv", "no kernel was measured to be faster than torch's own for 3x3 on cpu in float32"),
         ("block.0", "no kernel was measured to be faster than torch's own for 1x1 on cpu in float32"),
     ]
+    monkeypatch.setattr("convmixer_kernels.dispatch.has_kernels", lambda device: False)
+    report = accelerate(depthwise(3))
+    assert report.skipped == [
+        ("", "no kernels for cpu tensors are installed here (python -m convmixer_kernels says why)")
+    ]
+    monkeypatch.setattr("convmixer_kernels.dispatch.has_kernels", lambda device: True)
     monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda op, form: form.contiguous)
     report = accelerate(nn.ModuleDict({"conv": depthwise(3)}))
     assert report.convolutions == 1

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -194,8 +195,7 @@ def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W
     try:
         return functional.depthwise_conv2d(x, weight, bias, **options)
     except (TypeError, ValueError) as error:
-        tensors = (weight,) if bias is None else (weight, bias)
-        return after_refusal("depthwise_conv2d", error, x, (), tensors, lambda x: conv._conv_forward(x, weight, bias))
+        return after_refusal("depthwise_conv2d", error, x, (), (weight, bias), partial(nn.Conv2d.forward, conv))
 
 
 def _gains(op: str, x: Tensor, conv: nn.Conv2d, weight: Tensor, tensors: Iterable[Tensor | None]) -> bool:

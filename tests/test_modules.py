@@ -189,6 +189,16 @@ def test_hooks_of_a_convolution_fire_beside_its_operator(calls):
     assert (calls, len(seen)) == (["depthwise_conv2d"], 1)
 
 
+@EVERY
+def test_what_is_replaced_in_torch_is_called(calls, monkeypatch, name):
+    ours, plain = (m.eval() for m in pair(name))
+    forward, seen = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: seen.append(1) or 2 * forward(self, x))
+    assert torch.equal(plain(features()), ours(features()))
+    assert len(seen) == 2 * sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    assert calls == []
+
+
 def weight_norm(conv):
     parametrizations.weight_norm(conv)
 

@@ -118,8 +118,8 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, bool, timing.Tim
             ).values()
         size = "x".join(map(str, shape))
         kernel = (1, 1) if op.startswith("pointwise") else kernel
-        form = dispatch.Form("cpu", x.dtype, x.is_contiguous(), shape, kernel, backward)
-        runs = OPERATORS[op] is None or dispatch.gains(OPERATORS[op], form)
+        form = "cpu", x.dtype, x.is_contiguous(), shape, kernel, backward
+        runs = OPERATORS[op] is None or dispatch.gains(OPERATORS[op], *form)
         k = "x".join(map(str, kernel))
         yield f"{op:<14} k{k:<5} {size:<14} {dtype} {layout:<13} {threads} threads", runs, theirs, mine
 

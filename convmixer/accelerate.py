@@ -289,9 +289,9 @@ def _gains(op: str, conv: nn.Conv2d) -> list[bool]:
     elif not dispatch.has_kernels(device):
         return [False]
     dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    large = dispatch.Form(device, dtype, True, (64, weight.shape[0], 56, 56), kernel, False, dilation=conv.dilation)
+    shape = (64, weight.shape[0], 56, 56)
     return [
-        dispatch.gains(op, large._replace(contiguous=contiguous, backward=backward))
+        dispatch.gains(op, device, dtype, contiguous, shape, kernel, backward, dilation=conv.dilation)
         for contiguous, backward in itertools.product((True, False), repeat=2)
     ]
 

@@ -19,7 +19,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,26 +170,19 @@ def available_backends() -> list[str]:
 LARGEST_KERNEL = 31
 
 
-class Form(NamedTuple):
-    """All of a call that decides whether an operator is faster than eager PyTorch."""
-
-    device: str  # a device type
-    dtype: torch.dtype  # of the result
-    contiguous: bool  # or channels_last
-    shape: Sequence[int]  # of x, (N, C, H, W)
-    kernel: tuple[int, int]
-    backward: bool  # whether a backward follows
-    graph: bool = False  # whether the host's time does not count: torch.compile, a CUDA graph
-    dilation: tuple[int, int] = (1, 1)
-
-
-def gains(op: str, form: Form) -> bool:
-    """Whether an operator was measured to be no slower than the modules that it replaces. If not, they run.
-
-    Args:
-        op: "depthwise_conv2d", "depthwise_block" or "pointwise_block".
-    """
-    device, dtype, contiguous, shape, (height, width), backward, graph, dilation = form
+def gains(
+    op: str,  # "depthwise_conv2d", "depthwise_block" or "pointwise_block"
+    device: str,  # a device type
+    dtype: torch.dtype,  # of the result
+    contiguous: bool,  # or channels_last
+    shape: Sequence[int],  # of x, (N, C, H, W)
+    kernel: tuple[int, int],
+    backward: bool,  # whether a backward follows
+    graph: bool = False,  # whether the host's time does not count: torch.compile, a CUDA graph
+    dilation: tuple[int, int] = (1, 1),
+) -> bool:
+    """Whether an operator was measured to be no slower than the modules that it replaces. If not, they run."""
+    height, width = kernel
     if max((height - 1) * dilation[0], (width - 1) * dilation[1]) >= LARGEST_KERNEL:
         return False
     wide, small_plane, smaller = dtype == torch.float32, shape[2] * shape[3] < 64, min(height, width)

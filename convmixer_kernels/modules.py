@@ -52,8 +52,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W)
         if not torch.jit.is_scripting():
             y = run_convolution(self, input)
-            if y is not None:
-                return y
+            return super().forward(input) if y is None else y
         return self._conv_forward(input, self.weight, self.bias)
 
 

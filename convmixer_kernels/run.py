@@ -136,20 +136,19 @@ def run_as_block(
     residual: bool = False,
 ) -> Tensor | None:  # (N, C_out, H, W)
     """norm(activation(conv(x))) (+ x) by its operator, or None if the modules must run."""
-    if gates.jit_tracing() or changed_for_all() is not None:
+    op, options = f"{kind}_block", {"residual": residual} if kind == "depthwise" else {}
+    # ranks that share statistics must all run the operator, whatever the size of their batches
+    shared = group_of(modules[2]) is not None and not gates.jit_tracing()
+    if not isinstance(modules[0], nn.Conv2d) or not (shared or _may_gain(op, modules[0], x)):
+        return None
+    if changed_for_all() is not None:
         return None
     block = recognize_block(kind, *modules)
-    if isinstance(block, str):
+    if isinstance(block, str) or not operator_accepts_input(x, empty=shared):
         return None
-    # ranks that share statistics must all run the operator, whatever the size of their batches
-    shared = group_of(block.norm) is not None
-    if not operator_accepts_input(x, empty=shared) or not operator_accepts_blocks(x, (block,), cast=True):
+    if not operator_accepts_blocks(x, (block,), cast=True):
         return None
-    op, options = f"{kind}_block", {"residual": residual} if kind == "depthwise" else {}
     conv, _, norm = block
-    tensors = (*conv._parameters.values(), *norm._parameters.values())
-    if not shared and not _gains(op, x, conv, conv._parameters["weight"], tensors):
-        return None
     call = begin_norm(norm)
     try:
         y = run_block(getattr(functional, op), x, block, call, **options)
@@ -164,7 +163,8 @@ def run_as_block(
                 h = module(h)
             return h + x if residual else h
 
-        return after_refusal(op, error, x, (call,), (*tensors, *norm._buffers.values()), forward)
+        tensors = (*conv._parameters.values(), *norm._parameters.values(), *norm._buffers.values())
+        return after_refusal(op, error, x, (call,), tensors, forward)
     step_counters(call)
     return y
 
@@ -219,42 +219,50 @@ TAKES_DILATION = "dilation" in (functional.depthwise_conv2d.__kwdefaults__ or {}
 
 def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C, H, W)
     """conv(x) by depthwise_conv2d, or None if nn.Conv2d's forward must run. The weight may be a parametrization's."""
-    if gates.jit_tracing() or not operator_accepts_input(x) or not torch_is_itself():
-        return None
-    weight, bias = conv.weight, conv.bias
-    if type(weight) not in PLAIN_TENSORS or not is_depthwise(conv, weight.shape):
-        return None
-    if type(conv)._conv_forward is not nn.Conv2d._conv_forward or "_conv_forward" in conv.__dict__:
-        return None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for t in (weight, bias):
-        if t is not None and (type(t) not in PLAIN_TENSORS or t.dtype not in (_DTYPES if autocast else (x.dtype,))):
-            return None
     dilated = conv.dilation != (1, 1)
-    if (dilated and not TAKES_DILATION) or not _gains("depthwise_conv2d", x, conv, weight, (weight, bias)):
+    if not _may_gain("depthwise_conv2d", conv, x) or (dilated and not TAKES_DILATION) or not operator_accepts_input(x):
         return None
+    if (
+        not torch_is_itself()
+        or type(conv)._conv_forward is not nn.Conv2d._conv_forward
+        or "_conv_forward" in conv.__dict__
+    ):
+        return None
+    # to read a weight may compute it and move a parametrization's state: once
+    weight, bias = conv.weight, conv.bias
+    dtypes = _DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    if not is_depthwise(conv, weight.shape) or any(
+        t is not None and (type(t) not in PLAIN_TENSORS or t.dtype not in dtypes) for t in (weight, bias)
+    ):
+        return conv._conv_forward(x, weight, bias)
     options = {"dilation": conv.dilation} if dilated else {}
     try:
         return functional.depthwise_conv2d(x, weight, bias, **options)
     except (TypeError, ValueError) as error:
-        tensors = (weight,) if bias is None else (weight, bias)
-        return after_refusal("depthwise_conv2d", error, x, (), tensors, lambda x: conv._conv_forward(x, weight, bias))
+        return after_refusal(
+            "depthwise_conv2d", error, x, (), (weight, bias), lambda x: conv._conv_forward(x, weight, bias)
+        )
 
 
-def _gains(op: str, x: Tensor, conv: nn.Conv2d, weight: Tensor, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether this call is expected to be no slower than the modules. A backend that was asked for by name always runs."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and dispatch.requested_backend(op, None) is not None:
-        return True
-    device = x.device.type
-    if not compiling and not dispatch.has_kernels(device):
+def _may_gain(op: str, conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether this call can be an operator's, and then is expected to be no slower than the modules.
+
+    The first question of each call: where eager is faster, any other would make it slower. It reads no weight. A backend that was
+    asked for by name always runs.
+    """
+    # a tracer or a compiler would take the sizes for constants
+    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or gates.jit_tracing() or gates.exporting():
         return False
-    backward = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
+    kernel, dilation = conv.kernel_size, conv.dilation
+    if not (type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2):
+        return False
+    device, compiling = x.device.type, torch.compiler.is_compiling()
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     graph = compiling or (device == "cuda" and torch.cuda.is_current_stream_capturing())
-    kernel = (weight.shape[2], weight.shape[3])
-    form = dispatch.Form(device, dtype, takes_contiguous(x), x.shape, kernel, backward, graph, conv.dilation)
-    return dispatch.gains(op, form)
+    form = device, dtype, takes_contiguous(x), x.shape, kernel, torch.is_grad_enabled(), graph, dilation
+    if dispatch.gains(op, *form) and (compiling or dispatch.has_kernels(device)):
+        return True
+    return not compiling and dispatch.requested_backend(op, None) is not None
 
 
 def weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:

@@ -472,7 +472,7 @@ def test_what_to_change_in_hand_written_layers():
 
 
 def test_where_nothing_gains(monkeypatch):
-    monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda op, form: False)
+    monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda *form, **more: False)
     report = accelerate(nn.ModuleDict({"conv": depthwise(3), "block": nn.Sequential(*block(conv=pointwise))}))
     assert report.accelerated == 0
     assert report.skipped == [
@@ -485,7 +485,7 @@ def test_where_nothing_gains(monkeypatch):
         ("", "no kernels for cpu tensors are installed here (python -m convmixer_kernels says why)")
     ]
     monkeypatch.setattr("convmixer_kernels.dispatch.has_kernels", lambda device: True)
-    monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda op, form: form.contiguous)
+    monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda *form, **more: form[3])
     report = accelerate(nn.ModuleDict({"conv": depthwise(3)}))
     assert report.convolutions == 1
     assert str(report).endswith(
@@ -515,7 +515,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from convmixer import accelerate
 from convmixer_kernels import dispatch, functional
-dispatch.gains = lambda op, form: True
+dispatch.gains = lambda *form, **more: True
 calls = []
 for name in ("mixer_layer", "depthwise_block", "pointwise_block", "depthwise_conv2d"):
     def counted(*a, f=getattr(functional, name), n=name, **k):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import cases, check, console, host, machine, models, roofline, tables, timing
+from benchmarks import cases, check, console, grid, host, machine, models, roofline, tables, timing
 from convmixer_kernels import prepared
 from convmixer_kernels.backends import cuda, torch_gemm
 
@@ -361,3 +361,17 @@ def test_the_host_benchmark_prepares_each_layer_once(capsys, monkeypatch):
     assert all(float(number) > 0 for line in lines[1:] for number in line[20:].split())
     assert (cuda._native, torch_gemm.input_grad) == before[:2]
     torch.set_num_threads(before[2])
+
+
+def test_the_grid_says_which_calls_modules_leave_to_torch(capsys, monkeypatch):
+    monkeypatch.setattr(grid, "SHAPES", [(2, 16, 9, 8)])
+    monkeypatch.setattr(grid.timing.Timing, "low", 0.0)  # a busy machine: no row of a test fails by its time
+    assert grid.main(["--threads", "1", "--kernels", "3", "1x5", "--repeats", "2"]) == 0
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header.endswith(f"torch {torch.__version__}")
+    assert len(rows) == 2 * 2 * len(grid.OPERATORS)
+    left = [row.split()[:2] for row in rows if row.endswith("left to torch")]
+    assert ["conv", "k3x3"] in left
+    assert ["conv_step", "k1x5"] in left
+    assert ["eval", "k3x3"] not in left
+    assert last == "eager is faster in 0 rows that modules do not leave to it"

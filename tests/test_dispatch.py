@@ -342,8 +342,8 @@ def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
     ids=str,
 )
 def test_where_an_operator_gains(op, changes, expected):
-    form = dispatch.Form("cpu", torch.float32, True, (8, 64, 28, 28), (7, 7), False)
-    assert dispatch.gains(op, form._replace(**changes)) is expected
+    form = {"device": "cpu", "dtype": torch.float32, "contiguous": True, "shape": (8, 64, 28, 28), "kernel": (7, 7)}
+    assert dispatch.gains(op, **{**form, "backward": False, **changes}) is expected
 
 
 def test_a_call_that_does_not_gain_is_torchs(calls, monkeypatch):

@@ -189,6 +189,16 @@ def test_hooks_of_a_convolution_fire_beside_its_operator(calls):
     assert (calls, len(seen)) == (["depthwise_conv2d"], 1)
 
 
+@EVERY
+def test_what_is_replaced_in_torch_is_called(calls, monkeypatch, name):
+    ours, plain = (m.eval() for m in pair(name))
+    forward, seen = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: seen.append(1) or 2 * forward(self, x))
+    assert torch.equal(plain(features()), ours(features()))
+    assert len(seen) == 2 * sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    assert calls == []
+
+
 def weight_norm(conv):
     parametrizations.weight_norm(conv)
 
@@ -218,6 +228,21 @@ def test_altered_convolutions(calls, alter, runs):
         alter(conv)
     assert_matches(ours, plain, features())
     assert calls == ["depthwise_conv2d"] * runs
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_a_spectral_norm_takes_one_step_a_call(monkeypatch, gains):
+    monkeypatch.setattr("convmixer_kernels.dispatch.gains", lambda *form, **more: gains)
+    ours, plain = pair("convolution")
+    for conv in (ours, plain):
+        spectral_norm(conv)
+    for x in (features(), features(2)):
+        assert_matches(ours, plain, x)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        ours(features().to(torch.bfloat16))
+    with pytest.raises(RuntimeError), torch.no_grad():
+        plain(features().to(torch.bfloat16))
+    assert torch.equal(ours.parametrizations.weight[0]._u, plain.parametrizations.weight[0]._u)
 
 
 def test_a_pruned_convolution(calls):
@@ -344,6 +369,26 @@ def test_checkpointing_counts_as_modules_do(name):
         checkpoint(module, features().requires_grad_(), use_reentrant=False).sum().backward()
     for key, buffer in plain.named_buffers():
         torch.testing.assert_close(ours.get_buffer(key), buffer)
+
+
+@EVERY
+def test_other_attributes_and_children(name):
+    """Attributes of other types than nn.Conv2d sets, and a child of another class: as torch treats them."""
+    for change in ({"kernel_size": 5}, {"dilation": 1}, {"dilation": (1,)}):
+        ours, plain = (m.eval() for m in pair(name))
+        for module in (ours, plain):
+            conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+            vars(conv).update(change)
+        try:
+            expected = plain(features())
+        except (TypeError, RuntimeError) as error:
+            with pytest.raises(type(error)):
+                ours(features())
+        else:
+            torch.testing.assert_close(ours(features()), expected)
+    if name == "depthwise":
+        ours.conv = nn.Identity()
+        assert ours(features()).shape == features().shape
 
 
 def test_functional_call_runs_the_operator(calls):

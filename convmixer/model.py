@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from convmixer_kernels import functional, gates
+from convmixer_kernels.modules import BlockSequential
 from convmixer_kernels.patches import torch_is_itself
 from convmixer_kernels.primitives import MixerEval
-from convmixer_kernels.recognize import changed_for_all, is_altered
-from convmixer_kernels.run import operator_accepts_input, run_norm
+from convmixer_kernels.recognize import SEQUENTIALS, changed_for_all, is_altered
+from convmixer_kernels.run import operator_accepts_input, run_children, run_next
 
 from . import reference
 from .run import fusible_layer, run_layer
@@ -26,7 +27,7 @@ class MixerLayer(nn.Sequential):
     """One layer of ConvMixer: an nn.Sequential of the reference's modules, run by one operator if that gives the same.
 
         z = norm_1(act(depthwise_conv(x))) + x        children: 0 Residual(fn = Sequential(conv, act, norm)),
-        y = norm_2(act(pointwise_conv(z)))                      1 conv, 2 act, 3 norm
+        y = norm_2(act(pointwise_conv(z)))                      1 conv, 2 act, 3 norm, or 1 Sequential of these three
 
     It runs its modules one by one, exactly as nn.Sequential does, whenever the operator might do something else:
 
@@ -55,8 +56,8 @@ class MixerLayer(nn.Sequential):
         return input
 
 
-class MixerSequential(nn.Sequential):
-    """An nn.Sequential that runs consecutive mixer layers in one call, in evaluation without gradients.
+class MixerSequential(BlockSequential):
+    """A BlockSequential that runs consecutive mixer layers in one call, in evaluation without gradients.
 
     The activations between those layers can then stay in a core's cache. The result has the bits of calling each layer. A layer
     that its operator cannot run, or that has a hook of its own, is called like every other child. An nn.SyncBatchNorm among the
@@ -71,6 +72,9 @@ class MixerSequential(nn.Sequential):
         for module in self:
             input = module(input)
         return input
+
+
+SEQUENTIALS.add(MixerSequential)
 
 
 def ConvMixer(
@@ -128,10 +132,7 @@ def ConvMixer(
 
 def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     if gates.recording():
-        for module in children:
-            y = run_norm(module, x) if type(module) is nn.SyncBatchNorm else None
-            x = module(x) if y is None else y
-        return x
+        return run_children(children, x)
     fuses = not torch.is_grad_enabled()
     # whether a call of a MixerLayer is its operator's call and no more: between two such calls nobody can change that
     direct = False
@@ -152,10 +153,9 @@ def _run_children(children: tuple[nn.Module, ...], x: Tensor) -> Tensor:
                         taken = len(layers)
             if y is None and direct and not is_altered(module):
                 y = run_layer(module, x)
-        elif type(module) is nn.SyncBatchNorm:
-            y = run_norm(module, x)
         if y is None:
-            y, direct = module(x), False
+            y, taken = run_next(children, at, x)
+            direct = False
         x = y
         at += taken
     return x

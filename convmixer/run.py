@@ -13,11 +13,13 @@ from convmixer_kernels.primitives import MixerEval, Norm
 from convmixer_kernels.recognize import BlockModules
 from convmixer_kernels.run import (
     NormCall,
+    StopRecomputation,
     after_refusal,
     begin_norm,
     operator_accepts_blocks,
     operator_accepts_input,
     run_block,
+    step_counters,
     weight_and_bias,
 )
 
@@ -37,12 +39,15 @@ def run_layer(layer: nn.Sequential, x: Tensor) -> Tensor | None:  # (N, C, H, W)
         return None
     norms = begin_norm(blocks[0].norm), begin_norm(blocks[1].norm)
     try:
-        if entry is not None:
-            return functional.run_known_layer(entry, x, tensors)
-        return _run_blocks(x, blocks, norms)
-    except (TypeError, ValueError, RuntimeError) as error:
+        y = functional.run_known_layer(entry, x, tensors) if entry is not None else _run_blocks(x, blocks, norms)
+    except StopRecomputation:
+        step_counters(*norms)
+        raise
+    except (TypeError, ValueError) as error:
         tensors = (*layer.parameters(), *layer.buffers())
         return after_refusal("mixer_layer", error, x, norms, tensors, partial(nn.Sequential.forward, layer))
+    step_counters(*norms)
+    return y
 
 
 def _known(

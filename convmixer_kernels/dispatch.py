@@ -14,11 +14,13 @@ import contextvars
 import functools
 import importlib
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import _load
@@ -179,3 +181,48 @@ def use_backend(name: str) -> Iterator[None]:
 def available_backends() -> list[str]:
     """The backends that can run on this machine, "reference" always among them."""
     return [name for name in BACKENDS if load(name).build_info()["available"]]
+
+
+#: Of a kernel's extent, dilation included: larger ones run at the speed of torch operations.
+LARGEST_KERNEL = 31
+
+
+def gains(
+    op: str,  # "depthwise_conv2d", "depthwise_block" or "pointwise_block"
+    device: str,  # a device type
+    dtype: torch.dtype,  # of the result
+    contiguous: bool,  # or channels_last
+    shape: Sequence[int],  # of x, (N, C, H, W)
+    kernel: tuple[int, int],
+    backward: bool,  # whether a backward follows
+    graph: bool = False,  # whether the host's time does not count: torch.compile, a CUDA graph
+    dilation: tuple[int, int] = (1, 1),
+) -> bool:
+    """Whether an operator was measured to be no slower than the modules that it replaces. If not, they run."""
+    height, width = kernel
+    if max((height - 1) * dilation[0], (width - 1) * dilation[1]) >= LARGEST_KERNEL:
+        return False
+    wide, small_plane, smaller = dtype == torch.float32, shape[2] * shape[3] < 64, min(height, width)
+    if device == "cpu":
+        # python -m benchmarks grid, on a Xeon with AMX (2 threads and 1), k = 1 to 31, 1x11, 11x1
+        if op == "pointwise_block":
+            return wide and not small_plane  # 16-bit: 0.5 to 1.6 times as fast
+        if contiguous:
+            return op == "depthwise_block" or not (wide and small_plane and not (backward and smaller >= 5))
+        if backward:
+            return smaller >= 5 or width >= 11  # the others 0.6 to 1.3 times as fast
+        if op == "depthwise_block":
+            return True
+        return smaller >= (9 if wide else 7)
+    # benchmarks/results/nvidia-h100-80gb-hbm3.json. What was not measured is left to torch: stripes, 3x3 to 6x6 in channels_last or
+    # in float32, float32 products (0.9 times as fast)
+    if not graph and math.prod(shape) < 1 << 21:
+        return False  # eager takes 10 to 40 us, which is less than a call of ours costs the host
+    if op == "pointwise_block":
+        return not wide
+    return smaller >= (3 if contiguous and not wide else 7)
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether a backend other than torch's operations can run on this machine for tensors on such a device."""
+    return any(load(name).build_info()["available"] for name in automatic_order(device_type) if name != "reference")

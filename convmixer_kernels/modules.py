@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The operators as nn.Modules, for your own networks; convmixer.ConvMixer keeps the reference's module tree instead."""
+"""The operators as nn.Modules, for your own networks; convmixer.ConvMixer keeps the reference's module tree instead.
+
+Each decides on each forward, from its modules as they are then, whether its operator gives the same as running them. If it might not
+(another norm, a hook, a parametrization of a block's child, torch.export, torch.jit, torch.fx, a tensor subclass), the modules run, and
+so do they if eager PyTorch was measured to be faster (dispatch.gains).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .primitives import ACTIVATIONS
+from .recognize import CONVOLUTIONS, SEQUENTIALS, changed_for_all
+from .run import run_as_block, run_children, run_convolution
+
+#: Name of an activation -> what makes its module.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
 
 
 class DepthwiseConv2d(nn.Conv2d):
     """nn.Conv2d(channels, channels, kernel_size, padding="same", groups=channels), run by depthwise_conv2d.
 
-    Same parameters, state_dict and initialisation; (N, C, H, W) -> (N, C, H, W).
+    Same parameters, state_dict and initialisation; (N, C, H, W) -> (N, C, H, W). Changed attributes (stride, padding) count as nn.Conv2d's.
 
     Args:
         channels: C.
@@ -36,55 +49,51 @@ class DepthwiseConv2d(nn.Conv2d):
             channels, channels, kernel_size, padding="same", groups=channels, bias=bias, device=device, dtype=dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        return functional.depthwise_conv2d(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # (N, C, H, W)
+        if not torch.jit.is_scripting():
+            y = run_convolution(self, input)
+            return super().forward(input) if y is None else y
+        return self._conv_forward(input, self.weight, self.bias)
+
+
+CONVOLUTIONS.add(DepthwiseConv2d)
+
+
+class BlockSequential(nn.Sequential):
+    """An nn.Sequential that runs each convolution, activation, norm among its children as one block, if an operator computes it.
+
+    convmixer.accelerate makes it of an nn.Sequential. A depthwise convolution needs stride 1 and padding "same", any other is 1x1; the
+    activation is GELU, ReLU or Identity, the norm an nn.BatchNorm2d.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if changed_for_all() is None:
+                return run_children(tuple(self._modules.values()), input)
+            return super().forward(input)
+        for module in self:
+            input = module(input)
+        return input
+
+
+SEQUENTIALS.add(BlockSequential)
 
 
 class _Block(nn.Module):
-    """The parameters and buffers of one block, with nn.Conv2d's and nn.BatchNorm2d's initialisation and meaning."""
+    """A convolution, an activation and a norm."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    norm_weight: nn.Parameter | None
-    norm_bias: nn.Parameter | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: str) -> None:
+    def __init__(self, conv: nn.Conv2d, activation: str, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            known = ", ".join(sorted(ACTIVATIONS))
+        if activation not in _ACTIVATIONS:
+            known = ", ".join(sorted(_ACTIVATIONS))
             raise ValueError(f"{type(self).__name__}: activation must be one of {known}, got {activation!r}")
-        self.activation, self.eps, self.momentum = activation, norm.eps, norm.momentum
-        self.weight, self.bias = conv.weight, conv.bias
-        self.norm_weight, self.norm_bias = norm.weight, norm.bias
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(norm, name))
-
-    def _run(self, operator: Callable[..., Tensor], x: Tensor, **options: bool) -> Tensor:
-        batch_statistics = self.training or self.running_mean is None
-        momentum = self.momentum
-        if momentum is None:
-            # nn.BatchNorm2d's cumulative average
-            tracked = self.training and self.num_batches_tracked is not None
-            momentum = 1.0 / float(self.num_batches_tracked + 1) if tracked else 0.0
-        tensors = (self.weight, self.bias, self.norm_weight, self.norm_bias, self.running_mean, self.running_var)
-        shared = {"training": batch_statistics, "momentum": momentum, "eps": self.eps, "activation": self.activation}
-        y = operator(x, *tensors, **shared, **options)
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return y
-
-    def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, activation={self.activation!r}, eps={self.eps}"
+        self.conv, self.act, self.norm = conv, _ACTIVATIONS[activation](), norm
 
 
 class DepthwiseBlock(_Block):
     """norm(act(conv(x))) + x with a depthwise convolution of padding "same": (N, C, H, W) -> (N, C, H, W).
 
-    Parameters weight (C, 1, kH, kW), bias, norm_weight, norm_bias (C,), buffers running_mean, running_var (C,),
-    num_batches_tracked.
+    Children: conv (DepthwiseConv2d), act, norm (nn.BatchNorm2d).
 
     Args:
         channels: C.
@@ -96,7 +105,7 @@ class DepthwiseBlock(_Block):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an unknown activation. Those of functional.depthwise_block in forward.
+        ValueError: an unknown activation. forward raises what its modules raise.
     """
 
     def __init__(
@@ -116,20 +125,25 @@ class DepthwiseBlock(_Block):
     ) -> None:
         conv = DepthwiseConv2d(channels, kernel_size, bias, device, dtype)
         norm = nn.BatchNorm2d(channels, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(conv, norm, activation)
+        super().__init__(conv, activation, norm)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        return self._run(functional.depthwise_block, x, residual=self.residual)
+        if not torch.jit.is_scripting():
+            y = run_as_block("depthwise", (self.conv, self.act, self.norm), x, self.residual)
+            if y is not None:
+                return y
+        h = self.norm(self.act(self.conv(x)))
+        return h + x if self.residual else h
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, residual={self.residual}"
+        return f"residual={self.residual}"
 
 
 class PointwiseBlock(_Block):
     """norm(act(conv1x1(x))): (N, C_in, H, W) -> (N, C_out, H, W).
 
-    Parameters weight (C_out, C_in, 1, 1), bias, norm_weight, norm_bias (C_out,), and DepthwiseBlock's buffers.
+    Children: conv (nn.Conv2d), act, norm (nn.BatchNorm2d).
 
     Args:
         in_channels: C_in.
@@ -154,7 +168,11 @@ class PointwiseBlock(_Block):
         out_channels = in_channels if out_channels is None else out_channels
         conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
         norm = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(conv, norm, activation)
+        super().__init__(conv, activation, norm)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C_in, H, W)
-        return self._run(functional.pointwise_block, x)
+        if not torch.jit.is_scripting():
+            y = run_as_block("pointwise", (self.conv, self.act, self.norm), x)
+            if y is not None:
+                return y
+        return self.norm(self.act(self.conv(x)))

@@ -19,7 +19,7 @@ _WATCHED = [
         (nn.BatchNorm2d, ("__call__", "forward", "_check_input_dim")),
         (nn.SyncBatchNorm, ("__call__", "forward", "_check_input_dim", "_check_non_zero_input_channels")),
         *((module, ("__call__", "forward")) for module in (nn.GELU, nn.ReLU, nn.Identity)),
-        (nn.Sequential, ("__call__", "__iter__", "forward")),
+        (nn.Sequential, ("__call__", "__getitem__", "__iter__", "forward")),
         (F, ("conv2d", "batch_norm", "gelu", "relu")),
         (torch, ("batch_norm", "relu", "relu_")),
         (Tensor, ("__add__",)),

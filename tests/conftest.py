@@ -80,10 +80,18 @@ def one_thread():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The names of the operators that mixer layers call, in order."""
+    """The names of the operators that modules call, in order."""
     from model_helpers import count_operators
 
     return count_operators(monkeypatch)
+
+
+@pytest.fixture
+def always_gains(monkeypatch):
+    """Small tensors run on the kernels too, where eager would be faster."""
+    from convmixer_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "gains", lambda *form, **more: True)
 
 
 @pytest.fixture(scope="session")

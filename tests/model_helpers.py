@@ -95,7 +95,7 @@ def assert_refused_alike(ours: nn.Module, ref: nn.Module, x: object) -> None:
 
 
 def count_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the operators that layers call from now on, in order: the fixture `calls`."""
+    """The names of the operators that modules call from now on, in order: the fixture `calls`."""
     seen: list[str] = []
 
     def counted(function, name):
@@ -105,7 +105,7 @@ def count_operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("mixer_layer", "depthwise_block", "pointwise_block"):
+    for name in ("mixer_layer", "depthwise_block", "pointwise_block", "depthwise_conv2d"):
         monkeypatch.setattr(functional, name, counted(getattr(functional, name), name))
     # a layer's later calls
     monkeypatch.setattr(functional, "run_known_layer", counted(functional.run_known_layer, "mixer_layer"))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from helpers import BLOCK_TENSORS, Case, make_inputs, run
-from model_helpers import DIM, cumulative_average, image, make_pair
+from model_helpers import DIM, cumulative_average, features, image, make_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,6 +109,21 @@ def freeze(model: nn.Sequential) -> None:
     model[:-1].requires_grad_(False)
 
 
+def blocks() -> nn.Sequential:
+    """The package's blocks as modules."""
+    torch.manual_seed(0)
+    return nn.Sequential(ck.DepthwiseBlock(DIM, 5), ck.PointwiseBlock(DIM), ck.DepthwiseBlock(DIM, 3, residual=False))
+
+
+def blocks_step(model: nn.Module, rows: slice, dtype=torch.float32) -> dict[str, Tensor]:
+    x, dy = features(BATCH).to(dtype)[rows].requires_grad_(), features(BATCH).to(dtype).flip(0)[rows]
+    y = model(x)
+    y.backward(dy)
+    results = {"output": y.detach(), "grad of x": x.grad}
+    results |= {f"grad of {i}": p.grad for i, p in enumerate(model.parameters())}
+    return results | {f"{name.split('.')[-1]} {i}": b for i, (name, b) in enumerate(model.named_buffers())}
+
+
 class _Messages:
     """The sizes of the all-reduces that Python sends; those of DDP's and FSDP's gradients go another way."""
 
@@ -162,6 +177,14 @@ def _first_layer() -> dict[str, Tensor]:
     assert sizes == [129, 161, 161, 129], sizes
     names = [f"d{block}_{name}" for block in ("depthwise", "pointwise") for name in BLOCK_TENSORS]
     return {name: t.grad for name, t in zip(names, leaves, strict=True) if t.grad is not None}
+
+
+def _blocks() -> dict[str, Tensor]:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(blocks())
+    with _Messages() as sizes:
+        results = blocks_step(model, _rows())
+    assert sizes == [MESSAGE] * 6, sizes
+    return results
 
 
 def _model(**changes) -> nn.Sequential:
@@ -328,7 +351,13 @@ _ONLY_THREE = {"model subgroup": _subgroup, "all empty": _all_empty, "refused": 
 def scenarios(world: int) -> dict[str, Callable]:
     """What `world` ranks run: all that uneven batches can change, and the rest once."""
     operators = {name: _operator for name in CASES if world == 2 or name != "layer cuda"}
-    return {**operators, "first layer": _first_layer, "model ddp": _ddp, **(_ONLY_TWO if world == 2 else _ONLY_THREE)}
+    return {
+        **operators,
+        "first layer": _first_layer,
+        "blocks": _blocks,
+        "model ddp": _ddp,
+        **(_ONLY_TWO if world == 2 else _ONLY_THREE),
+    }
 
 
 def main(path: str) -> None:

@@ -338,7 +338,7 @@ def test_the_host_benchmark_prepares_each_layer_once(capsys, monkeypatch):
 
 def test_the_grid_tells_where_eager_is_faster(monkeypatch, capsys):
     monkeypatch.setattr(grid, "SHAPES", [(1, 8, 6, 7)])
-    arguments = ["grid", "--threads", "1", "--kernels", "3", "--repeats", "1"]
+    arguments = ["grid", "--threads", "1", "--kernels", "3", "1x5", "--repeats", "1"]
     times = {"eager": timing.Timing(2.0, 1.0, 3.0, 1), "ours": timing.Timing(1.0, 1.0, 1.0, 1)}
     honest, results = timing.interleaved, []
 
@@ -352,10 +352,14 @@ def test_the_grid_tells_where_eager_is_faster(monkeypatch, capsys):
     monkeypatch.setattr(timing, "interleaved", interleaved)
     assert command.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(results) == len(lines) - 2 == 2 * len(grid.OPERATORS)
-    assert lines[-1] == "eager is faster in 0 rows"
+    assert len(results) == len(lines) - 2 == 2 * 2 * len(grid.OPERATORS)
+    assert lines[-1] == "eager is faster in 0 rows that modules do not leave to it"
+    left = [line.split()[:2] for line in lines if line.endswith("left to torch")]
+    assert ["conv", "k3x3"] in left
+    assert ["conv_step", "k1x5"] in left
+    assert ["eval", "k3x3"] not in left
     for eager, ours in results:
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
     times["ours"] = timing.Timing(5.0, 4.0, 6.0, 1)
     assert command.main(arguments) == 1
-    assert capsys.readouterr().out.count("SLOWER") == 2 * len(grid.OPERATORS)
+    assert capsys.readouterr().out.count("SLOWER") == 2 * 2 * len(grid.OPERATORS)

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Case, eager, make_inputs, ours
+from helpers import Case, eager, make_inputs, ours, skip_unless_it_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,8 +205,8 @@ def test_flops_are_known_whatever_is_imported_first(first):
 
 
 def test_profilers_see_evaluation_by_name():
-    x = torch.randn(2, 8, 6, 6)
-    model = convmixer.ConvMixer(8, 2, 3, 1, 4, in_chans=8).eval()
+    x = torch.randn(2, 8, 8, 9)
+    model = convmixer.ConvMixer(8, 2, 3, 2, 4, in_chans=8).eval()
     calls = {
         "depthwise_block": ck.DepthwiseBlock(8, 3).eval(),
         "pointwise_block": ck.PointwiseBlock(8).eval(),
@@ -249,9 +249,9 @@ def test_compile_full_graph():
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
     y.sum().backward()
     expected.sum().backward()
-    assert torch.equal(block.weight.grad, twin.weight.grad)
-    torch.testing.assert_close(block.running_var, twin.running_var)
-    assert block.num_batches_tracked == twin.num_batches_tracked == 1
+    assert torch.equal(block.conv.weight.grad, twin.conv.weight.grad)
+    torch.testing.assert_close(block.norm.running_var, twin.norm.running_var)
+    assert block.norm.num_batches_tracked == twin.norm.num_batches_tracked == 1
 
 
 def test_weight_changes_are_seen():
@@ -309,3 +309,57 @@ def test_one_warning_where_a_refused_module_left_a_slower_backend(monkeypatch):
         assert len(seen) == 1
     finally:
         dispatch._warn_if_nothing_faster.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "expected"),
+    [
+        ("depthwise_conv2d", {}, True),
+        ("depthwise_conv2d", {"kernel": (3, 3)}, True),
+        ("depthwise_conv2d", {"kernel": (3, 3), "contiguous": False}, False),
+        ("depthwise_conv2d", {"kernel": (3, 3), "contiguous": False, "backward": True}, False),
+        ("depthwise_conv2d", {"kernel": (5, 5), "contiguous": False, "backward": True}, True),
+        ("depthwise_conv2d", {"kernel": (11, 1), "contiguous": False, "backward": True}, False),
+        ("depthwise_conv2d", {"contiguous": False}, False),
+        ("depthwise_conv2d", {"contiguous": False, "dtype": torch.bfloat16}, True),
+        ("depthwise_conv2d", {"contiguous": False, "kernel": (9, 9)}, True),
+        ("depthwise_conv2d", {"shape": (8, 64, 7, 7)}, False),
+        ("depthwise_conv2d", {"shape": (8, 64, 7, 7), "backward": True}, True),
+        ("depthwise_conv2d", {"kernel": (33, 3)}, False),
+        ("depthwise_conv2d", {"kernel": (11, 11), "dilation": (1, 3)}, True),
+        ("depthwise_conv2d", {"kernel": (13, 13), "dilation": (1, 3)}, False),
+        ("depthwise_block", {"kernel": (3, 3), "contiguous": False}, True),
+        ("depthwise_block", {"kernel": (3, 3), "contiguous": False, "backward": True}, False),
+        ("pointwise_block", {"kernel": (1, 1)}, True),
+        ("pointwise_block", {"kernel": (1, 1), "dtype": torch.bfloat16}, False),
+        ("depthwise_conv2d", {"device": "cuda"}, False),
+        ("depthwise_conv2d", {"device": "cuda", "graph": True}, True),
+        ("depthwise_conv2d", {"device": "cuda", "shape": (64, 96, 56, 56), "contiguous": False}, True),
+        ("depthwise_conv2d", {"device": "cuda", "graph": True, "kernel": (3, 3), "dtype": torch.bfloat16}, True),
+        ("depthwise_conv2d", {"device": "cuda", "graph": True, "kernel": (3, 3), "contiguous": False}, False),
+        ("depthwise_conv2d", {"device": "cuda", "graph": True, "kernel": (1, 11)}, False),
+        ("pointwise_block", {"device": "cuda", "graph": True, "kernel": (1, 1), "dtype": torch.float16}, True),
+        ("pointwise_block", {"device": "cuda", "graph": True, "kernel": (1, 1)}, False),
+    ],
+    ids=str,
+)
+def test_where_an_operator_gains(op, changes, expected):
+    form = {"device": "cpu", "dtype": torch.float32, "contiguous": True, "shape": (8, 64, 28, 28), "kernel": (7, 7)}
+    assert dispatch.gains(op, **{**form, "backward": False, **changes}) is expected
+
+
+def test_a_call_that_does_not_gain_is_torchs(calls, monkeypatch):
+    skip_unless_it_runs("cpu", monkeypatch)
+    conv = ck.DepthwiseConv2d(16, 3)
+    x = torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(conv(x), torch.nn.Conv2d.forward(conv, x))
+        assert calls == []
+        conv(x.contiguous())
+        assert calls == ["depthwise_conv2d"]
+        with ck.use_backend("cpu"):  # a name binds
+            conv(x)
+        assert calls == ["depthwise_conv2d"] * 2
+        # a slice has the layout that its strides resemble
+        conv(torch.randn(2, 32, 12, 12).to(memory_format=torch.channels_last)[:, :16])
+    assert calls == ["depthwise_conv2d"] * 2

@@ -370,7 +370,9 @@ def test_blocks_as_modules(training):
 
 
 def _eager_module(op: str, block: torch.nn.Module, x: Tensor) -> Tensor:
-    return eager(Case(op, x.shape, training=block.training), x, [getattr(block, n) for n in BLOCK_TENSORS])
+    conv, norm = block.conv, block.norm
+    tensors = [conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    return eager(Case(op, x.shape, training=block.training), x, tensors)
 
 
 # Models.

@@ -253,7 +253,7 @@ def test_the_counter_of_a_module(kind, backend, monkeypatch, unmoved):
                 module(torch.randn(2, 8, 6, 5))
         check()
         module(torch.randn(2, 8, 6, 5))
-    assert module.num_batches_tracked == 1
+    assert module.norm.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

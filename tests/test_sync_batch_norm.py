@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import convmixer_kernels as ck
 from convmixer import accelerate
+from convmixer.reference import Residual
 from convmixer_kernels import distributed
 from convmixer_kernels.backends import triton
 from convmixer_kernels.primitives import Statistics
@@ -112,6 +113,24 @@ def _check_first_layer(ranks: list[dict[str, Tensor]]) -> None:
         assert_twice_eager(key, _joined([rank[key] for rank in ranks], key, False), baseline[key], exact[key])
 
 
+def _check_blocks(ranks: list[dict[str, Tensor]]) -> None:
+    modules = []
+    for block in sync_ranks.blocks():
+        block.conv.__class__ = nn.Conv2d
+        alone = nn.Sequential(block.conv, block.act, block.norm)
+        modules.append(Residual(alone) if getattr(block, "residual", False) else alone)
+    reference = nn.Sequential(*modules)
+    exact = sync_ranks.blocks_step(copy.deepcopy(reference).double(), slice(None), torch.float64)
+    baseline = sync_ranks.blocks_step(reference, slice(None))
+    assert ranks[0].keys() == exact.keys()
+    for key in exact:
+        mine = _joined([rank[key] for rank in ranks], key, False)
+        if mine.dtype.is_floating_point:
+            assert_twice_eager(f"blocks: {key}", mine, baseline[key], exact[key])
+        else:
+            assert torch.equal(mine, baseline[key]), key
+
+
 def _reference_step(name: str, double: bool) -> dict[str, Tensor]:
     """What one process gets from the reference's modules."""
     name = name.removeprefix("model ")
@@ -189,6 +208,8 @@ def test_ranks_get_what_one_process_gets_from_the_joined_batch(world, tmp_path, 
                     assert result == REFUSED
             elif name == "first layer":
                 _check_first_layer(results)
+            elif name == "blocks":
+                _check_blocks(results)
             elif name.startswith("model"):
                 _check_model(name, results)
 

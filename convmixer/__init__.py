@@ -5,8 +5,20 @@ from __future__ import annotations
 
 from convmixer_kernels import __version__
 
-from . import reference
+from . import presets, reference
 from .accelerate import Report, accelerate
+from .checkpoints import load, save
 from .model import ConvMixer, MixerLayer, MixerSequential
 
-__all__ = ["ConvMixer", "MixerLayer", "MixerSequential", "Report", "__version__", "accelerate", "reference"]
+__all__ = [
+    "ConvMixer",
+    "MixerLayer",
+    "MixerSequential",
+    "Report",
+    "__version__",
+    "accelerate",
+    "load",
+    "presets",
+    "reference",
+    "save",
+]

@@ -67,6 +67,11 @@ def require(name: str, what: str) -> ModuleType:
         raise DataError(f"{what} needs the package {package}: pip install '.[train]' ({first_line(error)})") from error
 
 
+def message(error: DataError) -> str:
+    """What a command prints; a worker process of a DataLoader puts its traceback before it."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 

@@ -162,8 +162,14 @@ class Test(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], parallel: Parallel, amp: str = "none") -> Test:
-    """Mean cross-entropy and accuracy over all images of all processes; those with the label -1 do not count."""
+    """Mean cross-entropy and accuracy over all images of all processes; those with the label -1 do not count.
+
+    All processes take the running statistics of the first, as DDP does in training: they are what a checkpoint holds.
+    """
     model.eval()
+    if parallel.world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=parallel.device)
     dtype = next(model.parameters()).dtype
     for x, labels in batches:

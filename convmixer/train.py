@@ -61,9 +61,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     steps = parser.add_argument_group(
         "training", "AdamW (weights only decay, not norms and biases) and one cycle of the rate"
     )
-    steps.add_argument(
-        "--batch-size", type=_positive, default=128, help="images of a step, over all processes (%(default)s)"
-    )
+    steps.add_argument("--batch-size", type=_positive, help="images of a step, over all processes (128; digits: 32)")
     steps.add_argument("--lr", type=float, default=0.01, help="highest learning rate (%(default)s)")
     steps.add_argument("--weight-decay", type=float, default=0.01, help="(%(default)s)")
     steps.add_argument("--label-smoothing", type=float, default=0.1, help="(%(default)s)")
@@ -110,6 +108,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
     if options.model and any(getattr(options, size) is not None for size in _DIGITS if size != "image_size"):
         parser.error("--model is a whole architecture: give it, or sizes")
+    if options.batch_size is None:
+        options.batch_size = 32 if options.data == images.DIGITS else 128
     return options
 
 
@@ -380,9 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise DataError("--amp fp16 scales gradients in one process: use --amp bf16 with --parallel fsdp")
             Training(options, parallel, stack).run()
         except DataError as error:
-            # a worker process puts its traceback before the message
-            message = str(error).strip().splitlines()[-1].removeprefix("convmixer.data.DataError: ")
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {images.message(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"interrupted: --resume goes on from {options.output / 'last.pt'}", file=sys.stderr)

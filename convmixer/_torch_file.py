@@ -51,6 +51,10 @@ _SKIPPED = re.compile(
 )
 
 
+class FileError(ValueError):
+    """What is wrong with a file, as a predicate of it: "is truncated: ..."."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor that a file claims to hold."""
 
@@ -73,8 +77,7 @@ class TorchFile:
     """A file of torch.save.
 
     Raises:
-        ValueError: it is no such file, or truncated, or claims more than it holds, or needs more than data; the message is a
-            predicate of the file: "is truncated: ...".
+        FileError: it is no such file, or truncated, or claims more than it holds, or needs more than data.
     """
 
     content: Any  # of dict, list, tuple, str, numbers, None and StoredTensor
@@ -117,60 +120,60 @@ class TorchFile:
         try:
             self._zip = zipfile.ZipFile(self._file)
         except zipfile.BadZipFile as error:
-            raise ValueError("is truncated or corrupt: a zip archive without the directory at its end") from error
+            raise FileError("is truncated or corrupt: a zip archive without the directory at its end") from error
         names = self._zip.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
-            raise ValueError("is a TorchScript archive, a program: save the model's state_dict with torch.save")
+            raise FileError("is a TorchScript archive, a program: save the model's state_dict with torch.save")
         if len(pickles) != 1:
-            raise ValueError("is a zip archive that torch.save did not write: it has no data.pkl")
+            raise FileError("is a zip archive that torch.save did not write: it has no data.pkl")
         for info in self._zip.infolist():
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise ValueError(f"has a compressed record, {info.filename}, which torch.save never writes")
+                raise FileError(f"has a compressed record, {info.filename}, which torch.save never writes")
             if info.file_size > self._size:
-                raise ValueError(
+                raise FileError(
                     f"is truncated or corrupt: record {info.filename} claims {info.file_size} bytes, the file has {self._size}"
                 )
         self._folder = pickles[0].removesuffix("data.pkl")
         if f"{self._folder}byteorder" in names and self._record("byteorder") != b"little":
-            raise ValueError("holds big-endian numbers, which this does not read")
+            raise FileError("holds big-endian numbers, which this does not read")
         if self._zip.getinfo(pickles[0]).file_size > _PICKLE_LIMIT:
-            raise ValueError("holds no state_dict: its data.pkl is too large for names and sizes")
+            raise FileError("holds no state_dict: its data.pkl is too large for names and sizes")
         self.content = self._interpret(io.BytesIO(self._record("data.pkl")))
 
     def _record(self, name: str) -> bytes:
         try:
             return self._zip.read(self._folder + name)
         except KeyError as error:
-            raise ValueError(f"is corrupt: it has no record {name}") from error
+            raise FileError(f"is corrupt: it has no record {name}") from error
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"is truncated or corrupt: record {name}: {error}") from error
+            raise FileError(f"is truncated or corrupt: record {name}: {error}") from error
 
     def _open_sequence(self, pickles: io.BytesIO) -> None:
         magic = self._interpret(pickles)
         if magic != _MAGIC:
-            raise ValueError("is a pickle that torch.save did not write")
+            raise FileError("is a pickle that torch.save did not write")
         version, system = self._interpret(pickles), self._interpret(pickles)
         if version != _LEGACY_VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise ValueError("was written by another version of torch.save, or on a big-endian machine")
+            raise FileError("was written by another version of torch.save, or on a big-endian machine")
         self.content = self._interpret(pickles)
         keys = self._interpret(pickles)
         at = pickles.tell()
         for key in keys if isinstance(keys, list) else ():
             if not isinstance(key, str) or key not in self._numel:
-                raise ValueError(f"is corrupt: it stores {key!r}, which none of its tensors uses")
+                raise FileError(f"is corrupt: it stores {key!r}, which none of its tensors uses")
             dtype, numel = self._numel[key]
             self._file.seek(at)
             stored = int.from_bytes(self._file.read(8), "little")
             if stored != numel and at + 8 <= self._size:
-                raise ValueError(f"is corrupt: storage {key} has {stored} elements, its tensors claim {numel}")
+                raise FileError(f"is corrupt: storage {key} has {stored} elements, its tensors claim {numel}")
             self._start[key] = at + 8
             at += 8 + numel * dtype.itemsize
             if at > self._size:
-                raise ValueError(f"is truncated: storage {key} ends at byte {at}, the file has {self._size}")
+                raise FileError(f"is truncated: storage {key} ends at byte {at}, the file has {self._size}")
         missing = sorted(self._numel.keys() - self._start.keys())
         if missing:
-            raise ValueError(f"is truncated or corrupt: storage {missing[0]} is not in it")
+            raise FileError(f"is truncated or corrupt: storage {missing[0]} is not in it")
 
     def _bytes(self, storage: str, size: int) -> bytes:
         if not self._start:
@@ -181,24 +184,24 @@ class TorchFile:
     def _claim_storage(self, pid: Any) -> tuple[torch.dtype, str]:
         """("storage", type, key, location, elements), and in the sequence of pickles also None."""
         if not (isinstance(pid, tuple) and 5 <= len(pid) <= 6 and pid[0] == "storage" and isinstance(pid[1], _Global)):
-            raise ValueError("is corrupt: a reference that names no storage")
+            raise FileError("is corrupt: a reference that names no storage")
         dtype, key, numel = _STORAGES.get(pid[1].name), pid[2], pid[4]
         if dtype is None or not isinstance(key, str) or type(numel) is not int or numel < 0:
-            raise ValueError(f"is corrupt, or holds numbers of a type that no ConvMixer has: {pid[1].name}")
+            raise FileError(f"is corrupt, or holds numbers of a type that no ConvMixer has: {pid[1].name}")
         if len(pid) == 6 and pid[5] is not None:
-            raise ValueError("holds views of storages, as torch.save wrote them before version 0.4: save it again")
+            raise FileError("holds views of storages, as torch.save wrote them before version 0.4: save it again")
         size = numel * dtype.itemsize
         if size > self._size:
-            raise ValueError(f"is truncated or corrupt: storage {key} claims {size} bytes, the file has {self._size}")
+            raise FileError(f"is truncated or corrupt: storage {key} claims {size} bytes, the file has {self._size}")
         if hasattr(self, "_folder"):
             try:
                 stored = self._zip.getinfo(f"{self._folder}data/{key}").file_size
             except KeyError as error:
-                raise ValueError(f"is corrupt: it has no record data/{key}") from error
+                raise FileError(f"is corrupt: it has no record data/{key}") from error
             if stored != size:
-                raise ValueError(f"is corrupt: storage {key} claims {size} bytes, its record has {stored}")
+                raise FileError(f"is corrupt: storage {key} claims {size} bytes, its record has {stored}")
         if self._numel.setdefault(key, (dtype, numel)) != (dtype, numel):
-            raise ValueError(f"is corrupt: storage {key} is claimed twice, with other sizes")
+            raise FileError(f"is corrupt: storage {key} is claimed twice, with other sizes")
         return dtype, key
 
     def _claim_tensor(self, arguments: Any) -> StoredTensor:
@@ -210,11 +213,11 @@ class TorchFile:
         except (TypeError, ValueError):
             numbers = False
         if not numbers or len(shape) != len(stride) or len(shape) > 64:
-            raise ValueError("is corrupt: a tensor without a storage, sizes or strides")
+            raise FileError("is corrupt: a tensor without a storage, sizes or strides")
         numel = self._numel[key][1]
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if math.prod(shape) > numel or (math.prod(shape) > 0 and last >= numel):
-            raise ValueError(f"is corrupt: a tensor claims sizes {_short(shape)}, its storage has {numel} elements")
+            raise FileError(f"is corrupt: a tensor claims sizes {_short(shape)}, its storage has {numel} elements")
         return StoredTensor(dtype, shape, stride, offset, key)
 
     def _reduce(self, function: Any, arguments: Any) -> Any:
@@ -227,7 +230,7 @@ class TorchFile:
             return {}
         if isinstance(function, _Global) and _SKIPPED.fullmatch(name):
             return _Skipped(name)
-        raise ValueError(f"is corrupt: a pickle that calls {name}")
+        raise FileError(f"is corrupt: a pickle that calls {name}")
 
     def _interpret(self, file: io.BytesIO) -> Any:
         """The value of the pickle at the file's position. Containers are made, functions and classes are only compared by name."""
@@ -280,18 +283,18 @@ class TorchFile:
                     # attributes of an OrderedDict (_metadata) or of what is skipped
                     stack.pop()
                     if not isinstance(stack[-1], (dict, _Skipped)):
-                        raise ValueError("is corrupt: a pickle that sets attributes of what has none")
+                        raise FileError("is corrupt: a pickle that sets attributes of what has none")
                 elif name == "STOP":
                     return stack.pop()
                 elif name != "PROTO":
-                    raise ValueError(f"has the pickle instruction {name}, which torch.save does not write")
+                    raise FileError(f"has the pickle instruction {name}, which torch.save does not write")
         except (IndexError, KeyError) as error:
-            raise ValueError("is corrupt: a pickle that takes what it did not store") from error
-        except ValueError as error:
-            if re.match(r"(is|has|holds|was|names) ", str(error)):
-                raise
-            raise ValueError(f"is truncated or corrupt: {error}") from error
-        raise ValueError("is truncated: a pickle without its end")
+            raise FileError("is corrupt: a pickle that takes what it did not store") from error
+        except FileError:
+            raise
+        except ValueError as error:  # of pickletools
+            raise FileError(f"is truncated or corrupt: {error}") from error
+        raise FileError("is truncated: a pickle without its end")
 
 
 def _known(name: str) -> _Global:
@@ -301,7 +304,7 @@ def _known(name: str) -> _Global:
         or _SKIPPED.fullmatch(name)
     ):
         return _Global(name)
-    raise ValueError(
+    raise FileError(
         f"names {name[:200]}: code, which this never runs. Save a state_dict, with nothing beside it, by torch.save"
     )
 
@@ -311,7 +314,7 @@ def _as(value: Any, kind: type) -> Any:
         # a list or dict that is skipped
         if isinstance(value, _Skipped):
             return kind()
-        raise ValueError(f"is corrupt: a pickle that fills a {type(value).__name__} as a {kind.__name__}")
+        raise FileError(f"is corrupt: a pickle that fills a {type(value).__name__} as a {kind.__name__}")
     return value
 
 

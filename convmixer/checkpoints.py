@@ -218,13 +218,11 @@ def _open(path: Path, stack: ExitStack) -> tuple[Any, Callable[[Any], _Entry | N
         start = file.read(512)
     size = os.path.getsize(path)
     (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        _refuse_if_known(start)
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"is truncated, or no safetensors file: its header claims {length} bytes, the file has {size}"
-            )
+    if start[8:9] == b"{" and length <= size - 8:
         return (*_open_safetensors(path, stack), size)
+    if path.suffix == ".safetensors":
+        _refuse_if_known(start)
+        raise ValueError(f"is truncated, or no safetensors file: its header claims {length} bytes, the file has {size}")
     if not start.startswith((b"PK\x03\x04", b"\x80\x02")):
         _refuse_if_known(start)
         raise ValueError(f"is not a file of torch.save or safetensors: it starts with {start[:16]!r}")

@@ -336,7 +336,11 @@ class Training:
         x, targets = x.to(parallel.device, non_blocking=True), targets.to(parallel.device, non_blocking=True)
         with parallel.autocast(options.amp):
             logits = self.net(x)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
+        loss = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            targets,
+            label_smoothing=options.label_smoothing,
+        )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)

@@ -119,8 +119,8 @@ class TorchFile:
     def _open_zip(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self._file)
-        except zipfile.BadZipFile as error:
-            raise FileError("is truncated or corrupt: a zip archive without the directory at its end") from error
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise FileError(f"is truncated or corrupt: the directory at the end of a zip archive: {error}") from error
         names = self._zip.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):

@@ -79,7 +79,10 @@ def first_line(error: BaseException) -> str:
 def seed_all(*numbers: int | str) -> None:
     """Seeds torch, Python's random and, if it is loaded, numpy with a hash of the numbers."""
     seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
-    torch.manual_seed(seed)
+    # torch.manual_seed writes down its caller for devices that are not there: 2 ms an image
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)

@@ -105,19 +105,30 @@ class Parallel:
         """The state_dict on the CPU, whole in each process."""
         return {name: _full(tensor) for name, tensor in model.state_dict().items()}
 
-    def set_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def set_state(self, model: nn.Module, state: Mapping[str, Any], kind: str) -> None:
+        if kind != "fsdp":
+            model.load_state_dict(state)
+            return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
-    def full_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> dict[str, Any]:
+        """Whole in each process, under the names of the parameters if `kind` is "fsdp"."""
+        if kind != "fsdp":
+            return optimizer.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         return get_optimizer_state_dict(
             model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
 
-    def set_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def set_optimizer_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], kind: str
+    ) -> None:
+        if kind != "fsdp":
+            optimizer.load_state_dict(state)
+            return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

@@ -37,7 +37,7 @@ from .reference import ACTIVATIONS
 #: Losses wait on the device for this many steps: reading one waits for the GPU.
 _STEPS_A_FLUSH = 20
 #: Options that may differ between a run and its --resume, because they do not change what is computed.
-_FREE = ("resume", "output", "workers", "save_every", "parallel", "device", "compile")
+_FREE = ("resume", "output", "workers", "save_every", "device", "compile")
 _DIGITS = {"dim": 64, "depth": 4, "kernel_size": 5, "patch_size": 1, "image_size": 8}
 _FOLDER = {"dim": 256, "depth": 8, "kernel_size": 9, "patch_size": 7, "image_size": 224}
 
@@ -233,7 +233,7 @@ class Training:
             "state_dict": parallel.full_state(self.model),
             "state_dict_ema": None if self.average is None else parallel.full_state(self.average.module),
             "averaged": 0 if self.average is None else int(self.average.n_averaged),
-            "optimizer": parallel.full_optimizer_state(self.model, self.optimizer),
+            "optimizer": parallel.optimizer_state(self.model, self.optimizer, self.options.parallel),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -262,12 +262,12 @@ class Training:
         ]
         if changed:
             raise DataError(f"{path} was trained with other options: {', '.join(changed)}")
-        parallel = self.parallel
-        parallel.set_state(self.model, state["state_dict"])
+        parallel, kind = self.parallel, self.options.parallel
+        parallel.set_state(self.model, state["state_dict"], kind)
         if self.average is not None:
-            parallel.set_state(self.average.module, state["state_dict_ema"])
+            parallel.set_state(self.average.module, state["state_dict_ema"], kind)
             self.average.n_averaged.fill_(state["averaged"])
-        parallel.set_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        parallel.set_optimizer_state(self.model, self.optimizer, state["optimizer"], kind)
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best = state["step"], state["best"]

@@ -304,6 +304,12 @@ def small_file(**options) -> bytes:
     return torch_saved({"state_dict": small().state_dict()}, **options)
 
 
+def changed_directory(at: int, value: int) -> bytes:
+    data = bytearray(small_file())
+    data[data.index(b"PK\x01\x02") + at] = value
+    return bytes(data)
+
+
 HUGE = 10**12
 REFUSED = {
     "empty": (lambda: b"", "is empty"),
@@ -355,6 +361,10 @@ REFUSED = {
         lambda: zipped(data__pkl=claim(3, (3,), (1,)), data__0=bytes(40)),
         "claims 12 bytes, its record has 40",
     ),
+    "zip version": (
+        lambda: changed_directory(6, 255),
+        "is truncated or corrupt: the directory .* zip file version 25.5",
+    ),
     "bomb": (
         lambda: zipped(compression=zipfile.ZIP_DEFLATED, data__pkl=bytes(10**7)),
         "has a compressed record, x/data.pkl",
@@ -370,7 +380,7 @@ REFUSED = {
     "a long string": (lambda: b"\x80\x02X\xff\xff\xff\xffabc.", "is truncated"),
     "a memo": (lambda: zipped(data__pkl=b"\x80\x02}r\xff\xff\xff\xff."), "holds no tensors by name"),
     "deep keys": (
-        lambda: zipped(data__pkl=b"\x80\x02}K\x01" + b"\x85" * 10**5 + b"K\x01s."),
+        lambda: zipped(data__pkl=b"\x80\x02}K\x01" + b"\x85" * 10**4 + b"K\x01s."),
         "holds no tensors by name",
     ),
     "an itself": (lambda: zipped(data__pkl=b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."), "holds no tensors by name"),

@@ -226,15 +226,15 @@ def _open(path: Path, stack: ExitStack) -> tuple[Any, Callable[[Any], _Entry | N
     if not start.startswith((b"PK\x03\x04", b"\x80\x02")):
         _refuse_if_known(start)
         raise ValueError(f"is not a file of torch.save or safetensors: it starts with {start[:16]!r}")
-    file = stack.enter_context(TorchFile(path))
+    stored = stack.enter_context(TorchFile(path))
 
     def entry_of(leaf: Any) -> _Entry | None:
         if not isinstance(leaf, StoredTensor):
             return None
         nbytes = leaf.dtype.itemsize * torch.Size(leaf.shape).numel()
-        return _Entry(leaf.shape, nbytes, lambda: file.read(leaf))
+        return _Entry(leaf.shape, nbytes, lambda: stored.read(leaf))
 
-    return file.content, entry_of, size
+    return stored.content, entry_of, size
 
 
 def _refuse_if_known(start: bytes) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -148,11 +148,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+def average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
     """For AveragedModel: the moving average of weights and statistics, with a decay that grows to `decay` over the first steps."""
 
     @torch.no_grad()
-    def move(averaged: list[Tensor], current: list[Tensor], count: Any) -> None:
+    def move(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Any) -> None:
         count = int(count)
         share = 1 - min(decay, (1 + count) / (10 + count))
         for mean, value in zip(averaged, current, strict=True):
@@ -164,15 +164,15 @@ def average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
     return move
 
 
-class Test(NamedTuple):
+class TestResult(NamedTuple):
     loss: float
     top1: float  # percent
     top5: float  # percent
-    count: int
+    images: int
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Any], parallel: Parallel, amp: str = "none") -> Test:
+def evaluate(model: nn.Module, batches: Iterable[Any], parallel: Parallel, amp: str = "none") -> TestResult:
     """Mean cross-entropy and accuracy over all images of all processes; those with the label -1 do not count.
 
     All processes take the running statistics of the first, as DDP does in training: they are what a checkpoint holds.
@@ -195,4 +195,4 @@ def evaluate(model: nn.Module, batches: Iterable[Any], parallel: Parallel, amp: 
     if parallel.world > 1:
         dist.all_reduce(sums)
     loss, top1, top5, count = sums.tolist()
-    return Test(loss / count, 100 * top1 / count, 100 * top5 / count, int(count))
+    return TestResult(loss / count, 100 * top1 / count, 100 * top5 / count, int(count))

@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             started = time.perf_counter()
             batches = images.loader(samples, steps, options.workers, parallel.device.type == "cuda")
             test = evaluate(model, batches, parallel, options.amp)
-            rate = test.count / (time.perf_counter() - started)
+            rate = test.images / (time.perf_counter() - started)
             parallel.tell(
-                f"{test.count} images: {test.top1:.2f} % right, {test.top5:.2f} % in the top five, "
+                f"{test.images} images: {test.top1:.2f} % right, {test.top5:.2f} % in the top five, "
                 f"cross-entropy {test.loss:.4f}, {rate:.0f} images/s"
             )
     except DataError as error:

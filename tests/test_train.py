@@ -23,7 +23,7 @@ TINY = ["--dim", "16", "--depth", "2"]
 
 
 def start(module: str, *arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(_build.ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_build.ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -308,7 +308,7 @@ def test_the_package_imports_without_what_training_needs():
     names = ["sklearn", "torchvision", "PIL", "matplotlib", "rich", "tensorboard", "safetensors", "numpy"]
     modules = "convmixer, convmixer.train, convmixer.predict, convmixer.validate"
     code = f"import sys, torch; before = set(sys.modules)\nimport {modules}\nprint([n for n in {names} if n in set(sys.modules) - before])"
-    environment = {**os.environ, "PYTHONPATH": str(_build.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_build.ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True
     )

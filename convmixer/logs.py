@@ -148,7 +148,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.shown:
             print(text, flush=True)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -170,16 +171,15 @@ class Training:
         self.total = options.epochs * self.steps_an_epoch
         options.augment = _augmentation(options, parallel.tell)
         self.mix = images.mixing(options.mixup, options.cutmix, preset.n_classes)
+        self.order = images.TrainingSteps(count, batch, parallel.rank, parallel.world, options.seed)
         self._build()
         self.step, self.best = 0, -1.0
         options.output.mkdir(parents=True, exist_ok=True)
         self._resume()
         workers = options.workers
         if workers is None:
-            workers = (
-                0 if options.data == images.DIGITS else min(8, max(1, (os.cpu_count() or 1) // parallel.local_world))
-            )
-        self.order = images.TrainingSteps(count, batch, parallel.rank, parallel.world, options.seed)
+            mine = max(1, (os.cpu_count() or 1) // parallel.local_world)
+            workers = 0 if options.data == images.DIGITS else min(8, mine)
         tests = images.EvaluationSteps(len(found.held_out.labels), batch, parallel.rank, parallel.world)
 
         def loader(source: images.Source, augment: str, steps: Any) -> Any:
@@ -187,10 +187,8 @@ class Training:
             pinned = parallel.device.type == "cuda"
             return images.loader(images.Images(source, change, preset.in_chans, options.seed), steps, workers, pinned)
 
-        self.train_images, self.test_images = (
-            loader(found.train, options.augment, self.order),
-            loader(found.held_out, "none", tests),
-        )
+        self.train_images = loader(found.train, options.augment, self.order)
+        self.test_images = loader(found.held_out, "none", tests)
         self.log = Log(options.output, self.step) if parallel.rank == 0 else None
         if self.log is not None:
             stack.callback(self.log.close)
@@ -208,9 +206,9 @@ class Training:
         model: nn.Module = self.preset.build(reference=options.reference).to(parallel.device)
         if options.sync_bn and parallel.world > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.average = (
-            AveragedModel(model, multi_avg_fn=average(options.ema), use_buffers=True) if options.ema else None
-        )
+        self.average = None
+        if options.ema:
+            self.average = AveragedModel(model, multi_avg_fn=average(options.ema), use_buffers=True)
         self.model, self.net = parallel.wrap(model, options.parallel)
         if self.average is not None:
             # FSDP's modules cannot be copied: shard the copy
@@ -224,7 +222,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=options.amp == "fp16")
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.options).items() if name not in _FREE}
+        settings = {name: value for name, value in vars(self.options).items() if name not in _FREE}
+        return {**settings, "images": self.order.count}
 
     def _save(self) -> None:
         """last.pt: complete or not there, and never older than log.csv's rows that a resume keeps."""
@@ -253,8 +252,13 @@ class Training:
             return
         if not self.options.resume:
             raise DataError(f"{path} exists: give --resume to go on from it, or another --output")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before, now = state["settings"], self._settings()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            before, now = state["settings"], self._settings()
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise DataError(
+                f"{path} is not a checkpoint of convmixer.train, or damaged: {images.first_line(error)}"
+            ) from error
         changed = [
             f"--{name.replace('_', '-')} {before.get(name)} (now {now[name]})"
             for name in now
@@ -336,11 +340,8 @@ class Training:
         x, targets = x.to(parallel.device, non_blocking=True), targets.to(parallel.device, non_blocking=True)
         with parallel.autocast(options.amp):
             logits = self.net(x)
-        loss = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            targets,
-            label_smoothing=options.label_smoothing,
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -385,6 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Training(options, parallel, stack).run()
         except DataError as error:
             print(f"error: {images.message(error)}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"interrupted: --resume goes on from {options.output / 'last.pt'}", file=sys.stderr)

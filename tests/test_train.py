@@ -23,7 +23,11 @@ TINY = ["--dim", "16", "--depth", "2"]
 
 
 def start(module: str, *arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_build.ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_build.ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *launcher, "-m", module, *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
@@ -182,6 +186,14 @@ def test_options_that_are_refused(tmp_path, capsys, one_thread, run):
     ):
         assert train.main(arguments) == 2, arguments
         assert message in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "last.pt").write_bytes(b"PK")
+    (tmp_path / "file").touch()
+    broken = ["digits", "--epochs", "1", "--resume", "--output"]
+    assert train.main([*broken, str(tmp_path / "broken")]) == 2
+    assert "last.pt is not a checkpoint of convmixer.train, or damaged" in capsys.readouterr().err
+    assert train.main([*broken, str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
     for arguments, message in (
         (["digits", "--epochs", "0", *out], "must be at least 1, got 0"),
         (["digits", "--epochs", "1", "--ema", "1", *out], "--ema must be in [0, 1), got 1.0"),

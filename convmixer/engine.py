@@ -67,14 +67,19 @@ class Parallel:
         if self.world > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module, kind: str) -> tuple[nn.Module, nn.Module]:
+    def wrap(self, model: nn.Module, kind: str, sync_bn: bool) -> tuple[nn.Module, nn.Module]:
         """The module that holds the parameters, and the one to call in training."""
         if self.world == 1:
             return model, model
         if kind == "fsdp":
-            return (model := self.shard(model, kind)), model
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
+            return self.shard(model, kind), model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return model, nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        if sync_bn:
+            # in place, and after DDP, which refuses SyncBatchNorm on a CPU when it is made
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model, net
 
     def shard(self, model: nn.Module, kind: str) -> nn.Module:
         """By FSDP2, layer by layer, if `kind` is "fsdp" and there are several processes."""

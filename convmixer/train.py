@@ -204,12 +204,10 @@ class Training:
         options, parallel = self.options, self.parallel
         images.seed_all(options.seed, "model")
         model: nn.Module = self.preset.build(reference=options.reference).to(parallel.device)
-        if options.sync_bn and parallel.world > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.average = None
         if options.ema:
             self.average = AveragedModel(model, multi_avg_fn=average(options.ema), use_buffers=True)
-        self.model, self.net = parallel.wrap(model, options.parallel)
+        self.model, self.net = parallel.wrap(model, options.parallel, options.sync_bn)
         if self.average is not None:
             # FSDP's modules cannot be copied: shard the copy
             self.average.module = parallel.shard(self.average.module, options.parallel)

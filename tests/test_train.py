@@ -143,32 +143,27 @@ def test_fast_and_reference_curves_are_equal(tmp_path, monkeypatch, one_thread):
     assert_twice_eager("losses", fast.float(), plain.float(), exact)
 
 
-def test_two_processes(tmp_path):
-    """torchrun with gloo: DDP and FSDP2 train alike, and every held-out image counts once."""
-    curves = []
+def test_two_processes(tmp_path, one_thread):
+    """torchrun with gloo: DDP and FSDP2 train alike, and with synchronised statistics as one process does; each held-out image counts once."""
+    # batch norm over processes on a CPU is this package's
+    synchronised = ["--sync-bn"] if hasattr(convmixer.model, "run_norm") else []
+    arguments = ["digits", "--epochs", "1", "--batch-size", "64", *TINY, "--output"]
+    assert train.main([*arguments, str(tmp_path / "one")]) == 0
     for kind in ("ddp", "fsdp"):
-        arguments = (
-            "digits",
-            "--epochs",
-            1,
-            "--parallel",
-            kind,
-            "--batch-size",
-            64,
-            *TINY,
-            "--output",
-            tmp_path / kind,
-        )
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        output = finish(start("convmixer.train", *arguments, launcher=launcher))
-        assert "2 processes, CPU" in output
+        options = [*arguments, tmp_path / kind, "--parallel", kind, *synchronised]
+        assert "2 processes, CPU" in finish(start("convmixer.train", *options, launcher=launcher))
         rows = logs.read_log(tmp_path / kind / "log.csv")
         assert len(rows) == 22
         # a count of 359 images
         assert abs(rows[-1]["test_top1"] * 3.59 - round(rows[-1]["test_top1"] * 3.59)) < 1e-6
-        curves.append(losses(tmp_path / kind))
         assert isinstance(convmixer.load(tmp_path / kind / "best.pth"), convmixer.MixerSequential)
-    torch.testing.assert_close(curves[1].float(), curves[0].float())
+    one, ddp, fsdp = (losses(tmp_path / kind).float() for kind in ("one", "ddp", "fsdp"))
+    torch.testing.assert_close(fsdp, ddp)
+    if synchronised:
+        torch.testing.assert_close(ddp, one)
+    else:
+        assert not torch.allclose(ddp, one)
 
 
 def test_options_that_are_refused(tmp_path, capsys, one_thread, run):

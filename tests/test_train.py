@@ -144,7 +144,7 @@ def test_fast_and_reference_curves_are_equal(tmp_path, monkeypatch, one_thread):
 
 
 def test_two_processes(tmp_path, one_thread):
-    """torchrun with gloo: DDP and FSDP2 train alike, and with synchronised statistics as one process does; each held-out image counts once."""
+    """torchrun with gloo: DDP and FSDP2 train alike, with synchronised statistics as one process; each held-out image counts once."""
     # batch norm over processes on a CPU is this package's
     synchronised = ["--sync-bn"] if hasattr(convmixer.model, "run_norm") else []
     arguments = ["digits", "--epochs", "1", "--batch-size", "64", *TINY, "--output"]

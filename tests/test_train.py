@@ -15,7 +15,7 @@ import torch
 from helpers import assert_twice_eager
 
 import convmixer
-from convmixer import data, logs, predict, presets, train, validate
+from convmixer import data, engine, logs, predict, presets, train, validate
 from convmixer_kernels import _build
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
@@ -88,19 +88,18 @@ def test_validate_and_predict(run, tmp_path, capsys):
 
 def test_a_killed_run_resumes_with_the_same_curve(tmp_path, capsys, one_thread):
     """Losses, accuracy and all weights of a run that was killed within an epoch, and its log torn, are the whole run's."""
-    arguments = ["digits", "--epochs", "4", "--save-every", "8", "--batch-size", "64", *TINY, "--output"]
+    arguments = ["digits", "--epochs", "2", "--save-every", "8", "--batch-size", "16", *TINY, "--output"]
     assert train.main([*arguments, str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     process = start("convmixer.train", *arguments, killed)
     deadline = time.monotonic() + 120
-    while not (killed / "last.pt").exists() or len(logs.read_log(killed / "log.csv")) < 24:
+    while not (killed / "last.pt").exists() or len(logs.read_log(killed / "log.csv")) < 20:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
     process.communicate()
     before = logs.read_log(killed / "log.csv")
-    assert 24 <= len(before) < 4 * 22
     # what a kill may leave behind
     with open(killed / "log.csv", "a") as log:
         log.write(f"{len(before) + 1},2,0.7")
@@ -110,9 +109,11 @@ def test_a_killed_run_resumes_with_the_same_curve(tmp_path, capsys, one_thread):
     resumed = int(capsys.readouterr().out.partition("resumes after step ")[2].split()[0])
     # a row is written before the checkpoint that counts it, and every 20 steps at least
     assert len(before) - 8 <= resumed <= len(before)
+    # within an epoch
+    assert 0 < resumed < 1438 // 16
     rows = logs.read_log(killed / "log.csv")
     assert repeated(rows) == repeated(logs.read_log(tmp_path / "whole" / "log.csv"))
-    assert len(rows) == 4 * 22
+    assert len(rows) == 2 * (1438 // 16)
     states = [torch.load(folder / "last.pt", weights_only=True) for folder in (killed, tmp_path / "whole")]
     torch.testing.assert_close(*[state["state_dict"] for state in states], rtol=0, atol=0)
     torch.testing.assert_close(*[state["state_dict_ema"] for state in states], rtol=0, atol=0)
@@ -301,6 +302,21 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(kind, size):
     assert torch.equal(samples[3, 1][0], first)
     assert any(not torch.equal(other, first) for other in others) == (kind != "none")
     assert samples[-1, 1][1] == -1
+
+
+def test_images_that_fill_up_do_not_count():
+    logits = torch.randn(7, 6)
+    labels = torch.tensor([2, -1, 0, 5, -1, 3, 3])
+    model = torch.nn.Linear(6, 6)
+    batches = [(logits[:4], labels[:4]), (logits[4:5], labels[4:5]), (logits[5:], labels[5:])]
+    result = engine.evaluate(model, batches, engine.Parallel(torch.device("cpu")))
+    counts = labels >= 0
+    output = model(logits)[counts]
+    right = output.argsort(1, descending=True)[:, :5] == labels[counts, None]
+    assert result.images == 5
+    assert result.top1 == pytest.approx(100 * right[:, 0].double().mean().item())
+    assert result.top5 == pytest.approx(100 * right.any(1).double().mean().item())
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(output, labels[counts]).item())
 
 
 def test_prepare_is_the_central_square():

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from convmixer_kernels import __version__
 
-from . import reference
+from . import presets, reference
 from .accelerate import Report, accelerate
+from .checkpoints import load, save
 from .freeze import FrozenModel, freeze
 from .model import ConvMixer, MixerLayer, MixerSequential
 
@@ -19,5 +20,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "freeze",
+    "load",
+    "presets",
     "reference",
+    "save",
 ]

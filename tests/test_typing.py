@@ -35,6 +35,10 @@ report = accelerate(plain)
 assert_type(report, Report)
 assert_type(report.accelerated, int)
 assert_type(report.skipped, list[tuple[str, str]])
+assert_type(convmixer.load("model.pth", activation="gelu"), nn.Sequential)
+assert_type(convmixer.load(model.state_dict(), activation="gelu", ema=False), nn.Sequential)
+convmixer.save(model, "model.safetensors", form="timm", preset=convmixer.presets.convmixer_768_32)
+assert_type(convmixer.presets.convmixer_768_32.build(reference=True), nn.Sequential)
 assert_type(convmixer.__version__, str)
 assert_type(ck.__version__, str)
 layer = MixerLayer(reference.Residual(nn.Identity()), nn.Identity())
@@ -64,6 +68,7 @@ ck.mixer_layer(x, w)  # type: ignore[call-arg]
 ck.DepthwiseBlock(8, activation=None)  # type: ignore[arg-type]
 ConvMixer(8, 2, "3")  # type: ignore[arg-type]
 accelerate(x)  # type: ignore[arg-type]
+convmixer.load(3)  # type: ignore[arg-type]
 """
 
 

@@ -94,20 +94,25 @@ struct Plan : Taps {
     strip_rows = smaller(rows, larger(1, 128 / s.w));
     kernel = convolve_tile(tile, kx, dw > 1);
   }
+  // The kernel rows that meet the image for any output.
+  TapRange used_rows(const Shape& s) const { return {kh, dh, top, s.h, 0, s.h - 1}; }
   int64_t plane_floats() const { return planes ? plane_rows * columns * V : 0; }
   int64_t strip_floats(int64_t w) const { return (planes ? strip_rows * w + tile * dw : kMaxTile) * V; }
 };
 
-// The weights of V channels as [tap][V], in reverse order if flipped.
-inline void pack_weights(const Param& weight, int64_t channels, int taps, int64_t c0, bool flipped, float* to) {
-  const Shape s = {1, channels, 1, taps, weight.dtype, false};
-  const int count = static_cast<int>(smaller(V, channels - c0));
+// The weights of V channels as [tap][V], in reverse order if flipped; only those of kernel rows that meet the image.
+inline void pack_weights(const Param& weight, int64_t channels, const Taps& taps, const TapRange& rows, int64_t c0,
+                         bool flipped, float* to) {
+  const Shape s = {1, channels, 1, taps.count(), weight.dtype, false};
+  const int count = static_cast<int>(smaller(V, channels - c0)), used = (rows.last - rows.first) * taps.kw;
+  const int from = (flipped ? taps.kh - rows.last : rows.first) * taps.kw;
+  Vec* w = reinterpret_cast<Vec*>(to) + rows.first * taps.kw;
   with_dtype(weight.dtype, [&](auto tag) {
-    gather(s, static_cast<const decltype(tag)*>(weight.data), 0, c0, count, 0, taps, dense(to));
+    gather(s, static_cast<const decltype(tag)*>(weight.data), 0, c0, count, from, from + used,
+           dense(reinterpret_cast<float*>(w)));
   });
   if (!flipped) return;
-  Vec* w = reinterpret_cast<Vec*>(to);
-  for (int i = 0, j = taps - 1; i < j; i++, j--) {
+  for (int i = 0, j = used - 1; i < j; i++, j--) {
     const Vec t = w[i];
     w[i] = w[j];
     w[j] = t;
@@ -333,8 +338,8 @@ struct DepthwiseTables {
     weights = aligned_floats(memory, stride * taps);
   }
   // The V channels of block b.
-  void fill(const DepthwiseForward& p, int64_t b) const {
-    pack_weights(p.weight, p.shape.c, taps, b * V, false, weights + b * V * taps);
+  void fill(const DepthwiseForward& p, const Plan& plan, int64_t b) const {
+    pack_weights(p.weight, p.shape.c, plan, plan.used_rows(p.shape), b * V, false, weights + b * V * taps);
     fill_table(p.norm, kNoSums, p.shape, b * V, table);
     for (int64_t c = b * V; c < (b + 1) * V; c++) {
       biases[c] = p.bias.data != nullptr && c < p.shape.c ? param_at(p.bias, c) : 0.f;
@@ -431,7 +436,7 @@ int depthwise_forward(const DepthwiseForward& p) {
         static_cast<float*>(scratch(1, static_cast<size_t>(together * (plane_floats + plan.strip_floats(s.w))) * 4));
     if (planes != nullptr) zero(planes, together * plane_floats);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < plan.blocks; b++) tables.fill(p, b);
+    for (int64_t b = 0; b < plan.blocks; b++) tables.fill(p, plan, b);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < items; i++) {
       if (planes == nullptr) {
@@ -488,7 +493,7 @@ int depthwise_input_grad(const DepthwiseInputGrad& p) {
     float* grad_strip = strips + together * strip_floats;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < plan.blocks; b++) {
-      pack_weights(p.weight, s.c, taps, b * V, true, weights + b * V * taps);
+      pack_weights(p.weight, s.c, plan, plan.used_rows(s), b * V, true, weights + b * V * taps);
       fill_table(p.norm, p.sums, s, b * V, table);
     }
 #pragma omp for schedule(dynamic)

@@ -268,6 +268,9 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const Shape& s = p.shape;
   const Plan plan(s, taps_of(p), false, true, kernel_rows(smallest_line(p.kw)), kLineTaps);
   const int taps = p.kh * p.kw;
+  // of kernel rows that meet the image; the other taps stay 0
+  const TapRange used_rows = plan.used_rows(s);
+  const int first_tap = used_rows.first * p.kw, last_tap = used_rows.last * p.kw;
   const bool sums = p.sums.dy != nullptr;
   const int64_t stride = padded(s.c);
   const int64_t per_group = ceil_div(s.n, smaller(s.n, ceil_div(64, plan.blocks)));
@@ -317,8 +320,8 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       int64_t strips = 0;
       zero(some, taps * V);
       const auto add_some = [&] {
-        for (int t = 0; t < taps; t++) reinterpret_cast<Vec*>(dw)[t] += reinterpret_cast<Vec*>(some)[t];
-        zero(some, taps * V);
+        for (int t = first_tap; t < last_tap; t++) reinterpret_cast<Vec*>(dw)[t] += reinterpret_cast<Vec*>(some)[t];
+        zero(some + first_tap * V, (last_tap - first_tap) * V);
       };
       for (int64_t n = n0; n < n1; n++) {
         for (int64_t y0 = 0; y0 < s.h; y0 += plan.rows) {
@@ -359,7 +362,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       Vec* total = reinterpret_cast<Vec*>(partials + b * V * taps);
       for (int64_t group = 1; group < groups; group++) {
         const Vec* more = reinterpret_cast<const Vec*>(partials + (group * plan.blocks + b) * V * taps);
-        for (int t = 0; t < taps; t++) total[t] += more[t];
+        for (int t = first_tap; t < last_tap; t++) total[t] += more[t];
       }
       const Shape filter = {1, s.c, 1, taps, p.dw.dtype, false};
       const int count = static_cast<int>(smaller(V, s.c - b * V));

@@ -182,7 +182,7 @@ int mixer_forward(const MixerForward* layers, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
       const MixerStage stage(layers[i], memory);
 #pragma omp for schedule(static) nowait
-      for (int64_t b = 0; b < stage.plan.blocks; b++) stage.lower.fill(stage.depthwise, b);
+      for (int64_t b = 0; b < stage.plan.blocks; b++) stage.lower.fill(stage.depthwise, stage.plan, b);
 #pragma omp for schedule(static) nowait
       for (int64_t c = 0; c < stage.upper.stride; c++) stage.upper.fill_channel(stage.pointwise, c);
 #pragma omp for schedule(static) nowait

@@ -37,6 +37,8 @@ _PREPARE_LAYERS = ("cuda",)
 #: The name that lets a registered operator choose when it runs (torch.compile).
 AUTOMATIC = "automatic"
 _ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"
+# os.environ.get would take longer than all else that a module asks before it leaves a call to torch
+_environment, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey(_ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("convmixer_backend", default=None)
 _modules: dict[str, ModuleType] = {}
@@ -80,6 +82,11 @@ def requested_backend(op: str, backend: str | None) -> str | None:
         return name
     name = os.environ.get(_ENVIRONMENT_VARIABLE)
     return _known(_ENVIRONMENT_VARIABLE, name) if name else None
+
+
+def backend_is_named() -> bool:
+    """Whether use_backend or the environment names a backend for calls without a `backend` argument."""
+    return _chosen.get() is not None or _environment.get(_ENVIRONMENT_KEY, b"") != b""
 
 
 def choose(op: str, backend: str | None, primitive: str, x: Tensor, weights: tuple[Tensor, ...]) -> ModuleType:

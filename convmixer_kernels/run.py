@@ -202,22 +202,26 @@ def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W
 def _may_gain(op: str, conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether this call can be an operator's, and then is expected to be no slower than the modules.
 
-    The first question of each call: where eager is faster, any other would make it slower. It reads no weight. A backend that was
-    asked for by name always runs.
+    The first question of each call, and a quick one: what it leaves to torch pays for it. It reads no weight. A backend that was asked
+    for by name always runs.
     """
-    # a tracer or a compiler would take the sizes for constants
-    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or gates.jit_tracing() or gates.exporting():
+    if type(x) not in PLAIN_TENSORS or x.dim() != 4:
         return False
-    kernel, dilation = conv.kernel_size, conv.dilation
+    compiling = torch.compiler.is_compiling()
+    # where a program is recorded for later, sizes must not decide
+    if gates.exporting() if compiling else gates.jit_tracing():
+        return False
+    kernel, dilation, device, dtype = conv.kernel_size, conv.dilation, x.device.type, x.dtype
     if not (type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2):
         return False
-    device, compiling = x.device.type, torch.compiler.is_compiling()
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    contiguous = x.is_contiguous() or takes_contiguous(x)
     graph = compiling or (device == "cuda" and torch.cuda.is_current_stream_capturing())
-    form = device, dtype, takes_contiguous(x), x.shape, kernel, torch.is_grad_enabled(), graph, dilation
-    if dispatch.gains(op, *form) and (compiling or dispatch.has_kernels(device)):
-        return True
-    return not compiling and dispatch.requested_backend(op, None) is not None
+    gains = dispatch.gains(op, device, dtype, contiguous, x.shape, kernel, torch.is_grad_enabled(), graph, dilation)
+    if compiling:
+        return gains
+    return (gains and dispatch.has_kernels(device)) or dispatch.backend_is_named()
 
 
 def weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:

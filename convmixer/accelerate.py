@@ -241,11 +241,11 @@ def _resembling_blocks(children: list[nn.Module | None]) -> Iterator[tuple[int, 
     while at + 3 <= len(children):
         conv, activation, norm = children[at : at + 3]
         depthwise = isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels
-        pointwise = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.kernel_size == (1, 1)
+        pointwise = isinstance(conv, nn.Conv2d) and block_kind(conv) == "pointwise"
         # any other activation is an everyday case, which needs no line
         known = activation is not None and activation_name(activation) is not None
         if (depthwise or pointwise) and known and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            yield at, block_kind(conv)
+            yield at, "depthwise" if depthwise else "pointwise"
             at += 3
         else:
             at += 1

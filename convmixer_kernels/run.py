@@ -162,7 +162,8 @@ def run_children(children: Sequence[nn.Module], x: Tensor) -> Tensor:
 def run_next(children: Sequence[nn.Module], at: int, x: Tensor) -> tuple[Tensor, int]:
     """The output of the child at this place, or of the block that begins there, and the number of children that this took."""
     if type(children[at]) in CONVOLUTIONS and at + 3 <= len(children):
-        y = run_as_block(block_kind(children[at]), children[at : at + 3], x)
+        kind = block_kind(children[at])
+        y = None if kind is None else run_as_block(kind, children[at : at + 3], x)
         if y is not None:
             return y, 3
     return children[at](x), 1
@@ -212,7 +213,9 @@ def _may_gain(op: str, conv: nn.Conv2d, x: Tensor) -> bool:
     if gates.exporting() if compiling else gates.jit_tracing():
         return False
     kernel, dilation, device, dtype = conv.kernel_size, conv.dilation, x.device.type, x.dtype
-    if not (type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2):
+    if device not in ("cpu", "cuda") or not (
+        type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2
+    ):
         return False
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

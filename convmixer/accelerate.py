@@ -22,7 +22,6 @@ from convmixer_kernels.recognize import (
     is_depthwise,
     recognize_block,
 )
-from convmixer_kernels.run import TAKES_DILATION
 
 from .model import MixerLayer, MixerSequential
 from .recognize import recognize_layer
@@ -241,11 +240,11 @@ def _resembling_blocks(children: list[nn.Module | None]) -> Iterator[tuple[int, 
     while at + 3 <= len(children):
         conv, activation, norm = children[at : at + 3]
         depthwise = isinstance(conv, nn.Conv2d) and 1 < conv.groups == conv.in_channels == conv.out_channels
-        pointwise = isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.kernel_size == (1, 1)
+        pointwise = isinstance(conv, nn.Conv2d) and block_kind(conv) == "pointwise"
         # any other activation is an everyday case, which needs no line
         known = activation is not None and activation_name(activation) is not None
         if (depthwise or pointwise) and known and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            yield at, block_kind(conv)
+            yield at, "depthwise" if depthwise else "pointwise"
             at += 3
         else:
             at += 1
@@ -275,8 +274,6 @@ def _why_not_convolution(conv: nn.Conv2d) -> str | None:
         return f"its padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if not is_depthwise(conv, shape):
         return f"its padding, {conv.padding}, does not keep the size of its input"
-    if conv.dilation != (1, 1) and not TAKES_DILATION:
-        return f"its dilation is {conv.dilation}, not 1"
     return None if any(_gains("depthwise_conv2d", conv)) else _no_gain(conv)
 
 

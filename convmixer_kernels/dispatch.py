@@ -37,6 +37,8 @@ _PREPARE_LAYERS = ("cuda",)
 #: The name that lets a registered operator choose when it runs (torch.compile).
 AUTOMATIC = "automatic"
 _ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"
+# os.environ.get would take longer than all else that a module asks before it leaves a call to torch
+_environment, _ENVIRONMENT_KEY = os.environ._data, os.environ.encodekey(_ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
 
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("convmixer_backend", default=None)
 _modules: dict[str, ModuleType] = {}
@@ -80,6 +82,11 @@ def requested_backend(op: str, backend: str | None) -> str | None:
         return name
     name = os.environ.get(_ENVIRONMENT_VARIABLE)
     return _known(_ENVIRONMENT_VARIABLE, name) if name else None
+
+
+def backend_is_named() -> bool:
+    """Whether use_backend or the environment names a backend for calls without a `backend` argument."""
+    return _chosen.get() is not None or _environment.get(_ENVIRONMENT_KEY, b"") != b""
 
 
 def choose(
@@ -183,8 +190,8 @@ def available_backends() -> list[str]:
     return [name for name in BACKENDS if load(name).build_info()["available"]]
 
 
-#: Of a kernel's extent, dilation included: larger ones run at the speed of torch operations.
-LARGEST_KERNEL = 31
+#: On a GPU larger kernels are several launches and copies, which were not measured.
+_LARGEST_GPU_KERNEL = 63
 
 
 def gains(
@@ -200,8 +207,6 @@ def gains(
 ) -> bool:
     """Whether an operator was measured to be no slower than the modules that it replaces. If not, they run."""
     height, width = kernel
-    if max((height - 1) * dilation[0], (width - 1) * dilation[1]) >= LARGEST_KERNEL:
-        return False
     wide, small_plane, smaller = dtype == torch.float32, shape[2] * shape[3] < 64, min(height, width)
     if device == "cpu":
         # python -m benchmarks grid, on a Xeon with AMX (2 threads and 1), k = 1 to 31, 1x11, 11x1
@@ -215,7 +220,9 @@ def gains(
             return True
         return smaller >= (9 if wide else 7)
     # benchmarks/results/nvidia-h100-80gb-hbm3.json. What was not measured is left to torch: stripes, 3x3 to 6x6 in channels_last or
-    # in float32, float32 products (0.9 times as fast)
+    # in float32, dilated kernels; and float32 products (0.9 times as fast)
+    if dilation != (1, 1) or max(kernel) > _LARGEST_GPU_KERNEL:
+        return False
     if not graph and math.prod(shape) < 1 << 21:
         return False  # eager takes 10 to 40 us, which is less than a call of ours costs the host
     if op == "pointwise_block":

@@ -58,9 +58,11 @@ def is_altered(module: nn.Module) -> bool:
     )
 
 
-def block_kind(conv: nn.Conv2d) -> str:
-    """The only kind of block that this convolution can begin."""
-    return "pointwise" if conv.groups == 1 else "depthwise"
+def block_kind(conv: nn.Conv2d) -> str | None:
+    """The only kind of block that this convolution can begin, if any. A quick answer, before the modules are looked at."""
+    if conv.groups != 1:
+        return "depthwise"
+    return "pointwise" if conv.kernel_size == (1, 1) else None
 
 
 def recognize_block(kind: str, conv: nn.Module, activation: nn.Module, norm: nn.Module) -> BlockModules | str:

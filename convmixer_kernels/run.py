@@ -206,21 +206,17 @@ def run_children(children: Sequence[nn.Module], x: Tensor) -> Tensor:
 def run_next(children: Sequence[nn.Module], at: int, x: Tensor) -> tuple[Tensor, int]:
     """The output of the child at this place, or of the block that begins there, and the number of children that this took."""
     if type(children[at]) in CONVOLUTIONS and at + 3 <= len(children):
-        y = run_as_block(block_kind(children[at]), children[at : at + 3], x)
+        kind = block_kind(children[at])
+        y = None if kind is None else run_as_block(kind, children[at : at + 3], x)
         if y is not None:
             return y, 3
     y = run_norm(children[at], x) if type(children[at]) is nn.SyncBatchNorm else None
     return (children[at](x) if y is None else y), 1
 
 
-#: Whether depthwise_conv2d takes a dilation. Until it does, dilated convolutions are torch's.
-TAKES_DILATION = "dilation" in (functional.depthwise_conv2d.__kwdefaults__ or {})
-
-
 def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W) -> (N, C, H, W)
     """conv(x) by depthwise_conv2d, or None if nn.Conv2d's forward must run. The weight may be a parametrization's."""
-    dilated = conv.dilation != (1, 1)
-    if not _may_gain("depthwise_conv2d", conv, x) or (dilated and not TAKES_DILATION) or not operator_accepts_input(x):
+    if not _may_gain("depthwise_conv2d", conv, x) or not operator_accepts_input(x):
         return None
     if (
         not torch_is_itself()
@@ -235,9 +231,8 @@ def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W
         t is not None and (type(t) not in PLAIN_TENSORS or t.dtype not in dtypes) for t in (weight, bias)
     ):
         return conv._conv_forward(x, weight, bias)
-    options = {"dilation": conv.dilation} if dilated else {}
     try:
-        return functional.depthwise_conv2d(x, weight, bias, **options)
+        return functional.depthwise_conv2d(x, weight, bias, dilation=conv.dilation)
     except (TypeError, ValueError) as error:
         return after_refusal(
             "depthwise_conv2d", error, x, (), (weight, bias), lambda x: conv._conv_forward(x, weight, bias)
@@ -247,22 +242,28 @@ def run_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor | None:  # (N, C, H, W
 def _may_gain(op: str, conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether this call can be an operator's, and then is expected to be no slower than the modules.
 
-    The first question of each call: where eager is faster, any other would make it slower. It reads no weight. A backend that was
-    asked for by name always runs.
+    The first question of each call, and a quick one: what it leaves to torch pays for it. It reads no weight. A backend that was asked
+    for by name always runs.
     """
-    # a tracer or a compiler would take the sizes for constants
-    if type(x) not in PLAIN_TENSORS or x.dim() != 4 or gates.jit_tracing() or gates.exporting():
+    if type(x) not in PLAIN_TENSORS or x.dim() != 4:
         return False
-    kernel, dilation = conv.kernel_size, conv.dilation
-    if not (type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2):
+    compiling = torch.compiler.is_compiling()
+    # where a program is recorded for later, sizes must not decide
+    if gates.exporting() if compiling else gates.jit_tracing():
         return False
-    device, compiling = x.device.type, torch.compiler.is_compiling()
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    kernel, dilation, device, dtype = conv.kernel_size, conv.dilation, x.device.type, x.dtype
+    if device not in ("cpu", "cuda") or not (
+        type(kernel) is type(dilation) is tuple and len(kernel) == len(dilation) == 2
+    ):
+        return False
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    contiguous = x.is_contiguous() or takes_contiguous(x)
     graph = compiling or (device == "cuda" and torch.cuda.is_current_stream_capturing())
-    form = device, dtype, takes_contiguous(x), x.shape, kernel, torch.is_grad_enabled(), graph, dilation
-    if dispatch.gains(op, *form) and (compiling or dispatch.has_kernels(device)):
-        return True
-    return not compiling and dispatch.requested_backend(op, None) is not None
+    gains = dispatch.gains(op, device, dtype, contiguous, x.shape, kernel, torch.is_grad_enabled(), graph, dilation)
+    if compiling:
+        return gains
+    return (gains and dispatch.has_kernels(device)) or dispatch.backend_is_named()
 
 
 def weight_and_bias(block: BlockModules) -> tuple[Tensor, Tensor | None]:

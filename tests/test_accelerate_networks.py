@@ -21,7 +21,6 @@ from torch.nn.utils import parametrizations
 import convmixer_kernels as ck
 from convmixer import MixerLayer, MixerSequential, accelerate, reference
 from convmixer_kernels.modules import BlockSequential
-from convmixer_kernels.run import TAKES_DILATION
 
 pytestmark = pytest.mark.usefixtures("one_thread", "always_gains")
 
@@ -348,15 +347,10 @@ def test_copies_and_channels_last(calls, name):
 
 
 def test_dilation(calls):
-    """Until depthwise_conv2d takes a dilation, such convolutions are torch's."""
     ours, ref = pair(nn.Sequential(depthwise(3, dilation=(2, 3)), depthwise(5, dilation=2, padding=4)), False)
     report = accelerate(ours)
     assert_matches(ours, ref, features())
-    if TAKES_DILATION:
-        assert (report.convolutions, calls) == (2, ["depthwise_conv2d"] * 2)
-    else:
-        assert [reason for _, reason in report.skipped] == [f"its dilation is {d}, not 1" for d in ((2, 3), (2, 2))]
-        assert calls == []
+    assert (report.convolutions, calls) == (2, ["depthwise_conv2d"] * 2)
     # padding that forgets the dilation
     assert accelerate(depthwise(5, dilation=2, padding=2)).accelerated == 0
 

@@ -359,7 +359,12 @@ def test_a_call_that_does_not_gain_is_torchs(calls, monkeypatch):
         assert calls == ["depthwise_conv2d"]
         with ck.use_backend("cpu"):  # a name binds
             conv(x)
-        assert calls == ["depthwise_conv2d"] * 2
+        with monkeypatch.context() as patch:
+            patch.setenv("CONVMIXER_BACKEND", "cpu")
+            conv(x)
+            patch.setenv("CONVMIXER_BACKEND", "")
+            conv(x)
+        assert calls == ["depthwise_conv2d"] * 3
         # a slice has the layout that its strides resemble
         conv(torch.randn(2, 32, 12, 12).to(memory_format=torch.channels_last)[:, :16])
-    assert calls == ["depthwise_conv2d"] * 2
+    assert calls == ["depthwise_conv2d"] * 3

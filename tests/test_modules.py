@@ -12,6 +12,7 @@ import torch
 from helpers import assert_twice_eager
 from model_helpers import DIM, MODES, assert_matches, assert_refused_alike, by_name, features, randomize
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -360,6 +361,18 @@ def test_double_and_unbatched_inputs_run_the_modules(calls, name):
     if name == "convolution":
         conv, ref = pair(name)
         assert torch.equal(conv(features()[0]), ref(features()[0]))
+
+
+@EVERY
+def test_meta_and_fake_tensors_run_the_modules(calls, name):
+    for mode in (torch.device("meta"), FakeTensorMode()):
+        with mode:
+            assert MODULES[name][0]().eval()(torch.empty(2, DIM, 6, 7)).shape == (2, *output_shape(name))
+    assert calls == []
+
+
+def output_shape(name: str) -> tuple[int, int, int]:
+    return 48 if name in ("pointwise", "sequence") else DIM, 6, 7
 
 
 @BLOCKS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels beyond 31, stripes and dilation on the CPU's backends; test_cuda_large.py and test_triton_large.py have the others."""
+"""Kernels beyond 31, stripes and dilation on the CPU's backends; test_cuda.py and test_triton.py have the others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Kernels beyond 31, stripes and dilation on the CPU's backends; test_cuda_large.py and test_triton_large.py have the others."""
+"""Kernels beyond 31, stripes and dilation on the CPU's backends; test_cuda.py and test_triton.py have the others."""
 
 from __future__ import annotations
 
@@ -193,3 +193,23 @@ def test_empty_batch():
     y.sum().backward()
     assert y.shape == x.shape == x.grad.shape
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("kernel", "dilation"), [((25, 25), (1, 1)), ((7, 5), (3, 2)), ((3, 51), (1, 1))])
+def test_padding_times_a_value_that_is_not_finite(kernel, dilation, special):
+    """The weight gradient leaves out products with the padding; in eager they are NaN if the gradient is not finite there."""
+    torch.manual_seed(0)
+    dy, x, weight = torch.randn(2, 20, 40, 5), torch.randn(2, 20, 40, 5) + 3, torch.randn(20, 1, *kernel)
+    dy[1, 3, 39, 0], dy[0, 18, 20, 2] = special, -special
+    results = []
+    for call in (ck.depthwise_conv2d, F.conv2d):
+        dtype = torch.float32 if call is ck.depthwise_conv2d else torch.float64
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        options = {"backend": "cpu"} if call is ck.depthwise_conv2d else {"padding": "same", "groups": 20}
+        call(x.to(dtype), leaf, dilation=dilation, **options).backward(dy.to(dtype))
+        results.append(leaf.grad)
+    ours, exact = results
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert torch.equal(ours.isinf(), exact.isinf())
+    assert ours[4].isfinite().all()

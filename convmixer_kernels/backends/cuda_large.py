@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Depthwise convolutions whose kernel spans more than 31, and dilated ones, by the native kernels of backend `cuda`.
 
-    dilation                a dense kernel with zeros between the taps; its gradient is read back at the taps
+    dilation                a dense kernel with zeros between the taps; its gradient is read back at the taps. A value of x that is not
+                            finite reaches the outputs between the taps too
     taps beside the image   left out: of a dense kernel k on an image of w columns at most 2 w - 1 taps count
     channels_last           over 31: the operands are made contiguous, and the result channels_last again
     16-bit                  to 63 on tensor cores; over 63 float32 copies on FMA units

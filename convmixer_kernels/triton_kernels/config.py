@@ -148,8 +148,8 @@ def depthwise_form(
     16-bit, contiguous     toeplitz: about 45 for k <= 9          fma: 81 FMAs and 27 loads for k = 9
     16-bit, channels_last  toeplitz reads 2 bytes of 32           fma: 16-byte loads of 8 channels
     k <= 3                 toeplitz: as for k = 9                 fma: about 30
-    k = 63                 toeplitz: 4 times k = 31               fma: 15 times
-    k = 7, dilation 3      toeplitz: 3.5 times dilation 1         fma: as dilation 1, 49 FMAs
+    k = 63                 toeplitz: products 4 times k = 31's    fma: 3969 FMAs
+    k = 7, dilation 3      toeplitz: 3.5 times dilation 1's       fma: 49 FMAs, as dilation 1
     float32                no products of float32 without tf32    fma
     =====================  =====================================  ====================================
     """

@@ -152,6 +152,32 @@ inline void correlate_strip(const Plan& plan, const Shape& s, const Window& wind
   }
 }
 
+// Whether all values of a strip of da are finite.
+inline bool all_finite(const float* da, int64_t positions) {
+  Vec zeros = splat(0.f);
+  for (int64_t i = 0; i < positions; i++) zeros = fma(reinterpret_cast<const Vec*>(da)[i], splat(0.f), zeros);
+  for (int l = 0; l < V; l++) {
+    if (zeros[l] != 0.f) return false;  // NaN
+  }
+  return true;
+}
+
+// What correlate_strip leaves out, products with the padding: NaN if da is not finite, as in eager.
+inline void correlate_padding(const Plan& plan, const Shape& s, const float* da, int64_t y0, int64_t y1, float* dw) {
+  const auto outside = [](int64_t i, int64_t size) { return i < 0 || i >= size; };
+  for (int tap = 0; tap < plan.count(); tap++) {
+    const int64_t down = tap / plan.kw * plan.dh - plan.top, across = tap % plan.kw * plan.dw - plan.left;
+    const Vec* g = reinterpret_cast<const Vec*>(da);
+    Vec sum = splat(0.f);
+    for (int64_t y = y0; y < y1; y++) {
+      for (int64_t c = 0; c < s.w; c++, g++) {
+        if (outside(y + down, s.h) || outside(c + across, s.w)) sum = fma(*g, splat(0.f), sum);
+      }
+    }
+    reinterpret_cast<Vec*>(dw)[tap] += sum;
+  }
+}
+
 // 3x3 along the rows of one channel of a contiguous tensor, which are whole vectors. A strip of da rows has two rows of
 // zeros above and two below.
 struct Rows3x3 {
@@ -268,7 +294,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
   const Shape& s = p.shape;
   const Plan plan(s, taps_of(p), false, true, kernel_rows(smallest_line(p.kw)), kLineTaps);
   const int taps = p.kh * p.kw;
-  // of kernel rows that meet the image; the other taps stay 0
+  // of kernel rows that meet the image
   const TapRange used_rows = plan.used_rows(s);
   const int first_tap = used_rows.first * p.kw, last_tap = used_rows.last * p.kw;
   const bool sums = p.sums.dy != nullptr;
@@ -345,6 +371,8 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
             const int64_t end = smaller(y + strip_rows, y1);
             const float* of_strip = da + (y - y0) * s.w * V;
             correlate_strip(plan, s, window, plane, of_strip, y, end, some);
+            // not into `some`: its taps that meet no row of the image are never added
+            if (!all_finite(of_strip, (end - y) * s.w)) correlate_padding(plan, s, of_strip, y, end, dw);
             if (++strips % strips_of_sum == 0) add_some();
             if (p.db.data == nullptr) continue;
             const Vec* g = reinterpret_cast<const Vec*>(of_strip);
@@ -362,7 +390,7 @@ int depthwise_weight_grad(const DepthwiseWeightGrad& p) {
       Vec* total = reinterpret_cast<Vec*>(partials + b * V * taps);
       for (int64_t group = 1; group < groups; group++) {
         const Vec* more = reinterpret_cast<const Vec*>(partials + (group * plan.blocks + b) * V * taps);
-        for (int t = first_tap; t < last_tap; t++) total[t] += more[t];
+        for (int t = 0; t < taps; t++) total[t] += more[t];
       }
       const Shape filter = {1, s.c, 1, taps, p.dw.dtype, false};
       const int count = static_cast<int>(smaller(V, s.c - b * V));

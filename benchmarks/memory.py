@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+#: Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def saved_bytes(forward: Callable[[], Tensor], own: Sequence[Tensor] = ()) -> int:
@@ -37,6 +41,22 @@ def saved_bytes(forward: Callable[[], Tensor], own: Sequence[Tensor] = ()) -> in
     return sum(kept[address] for address in kept.keys() - {t.untyped_storage().data_ptr() for t in own})
 
 
+@contextlib.contextmanager
+def unfragmented() -> Iterator[None]:
+    """Large tensors get pages of their own from glibc and give them back, so that peak_bytes finds the same each time.
+
+    By itself glibc keeps freed memory in a heap, whose holes add 10 to 60 % to the peak of a step, another share in each process.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:
+        # where glibc's own adjustment ends
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """By how much `call` raises the memory that torch has allocated on a GPU, or the resident memory of this process, at most.
 
@@ -50,7 +70,6 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    # memory that earlier calls have freed, and glibc has kept, would take part of the growth
     ctypes.CDLL(None).malloc_trim(0)
     # 5 sets the peak, VmHWM, to what is resident now
     Path("/proc/self/clear_refs").write_text("5")

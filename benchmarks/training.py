@@ -40,16 +40,12 @@ def _serve(
     cotangent = torch.randn(batch, preset.n_classes, dtype=DTYPES[dtype], device=device)
     runs = torch.compile(model, dynamic=False, **peers.COMPILE[COMPILE]) if name == COMPILE else model
     step = models.call(model, images, cotangent, True, runs)
+    own = [*model.parameters(), *model.buffers()]
     try:
-        for _ in range(2):
+        with memory.unfragmented():
             step()
-        own = [*model.parameters(), *model.buffers()]
-        pipe.send(
-            {
-                "saved_bytes": memory.saved_bytes(lambda: runs(images), own),
-                "peak_bytes": memory.peak_bytes(step, device),
-            }
-        )
+            found = {"saved_bytes": memory.saved_bytes(lambda: runs(images), own)}
+            pipe.send(found | {"peak_bytes": memory.peak_bytes(step, device)})
     except (RuntimeError, OSError) as error:
         pipe.send(peers.first_line(error))
     gc.disable()
@@ -83,7 +79,7 @@ def measure(names: Sequence[str], preset: Preset | Network, options: argparse.Na
                 pipes[name].send(None)
                 seconds[name].append(pipes[name].recv())
     for name, each in seconds.items():
-        # the first step after peak_bytes has to get its memory again
+        # the first step after `unfragmented` gets the memory that later ones reuse
         clocked = timing.summarise(each[1:])
         found[name] |= {**clocked.fields(), "images_per_second": batch / clocked.median}
     return {"implementations": found, "absent": absent, "wrong": []}

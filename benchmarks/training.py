@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -85,6 +85,22 @@ def measure(names: Sequence[str], preset: Preset | Network, options: argparse.Na
     return {"implementations": found, "absent": absent, "wrong": []}
 
 
+def _rows(path: Path, document: Mapping[str, object]) -> list[object]:
+    """Of a file that an interrupted run has left.
+
+    Raises:
+        OSError: it was measured otherwise, or is no file of this command.
+    """
+    try:
+        found = json.loads(path.read_text())
+        same = all(found["environment"][key] == document["environment"][key] for key in ("device", "threads", "torch"))
+        if same and all(found["options"][key] == document["options"][key] for key in ("batch", "dtype", "repeats")):
+            return found["results"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} is not a file of this command ({error!r}): name another file, or remove it") from error
+    raise OSError(f"{path} was measured otherwise: name another file, or remove it")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 if ours could not run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__.partition("\n")[0])
@@ -97,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="images at a time, for every preset (each has its own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and images (float32)")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each implementation (7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row as soon as it is there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write each row at once; go on with a file that has some"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
@@ -109,7 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
     environment = machine.describe(torch.device(options.device), None)
     asked = {name: getattr(options, name) for name in ("presets", "compile", "batch", "dtype", "repeats")}
     document = {"kind": "training", "environment": environment, "options": asked, "results": []}
-    for name in options.presets:
+    if options.json is not None and options.json.exists():
+        document["results"] = _rows(options.json, document)
+    done = {row["model"] for row in document["results"]}
+    for name in (each for each in options.presets if each not in done):
         preset = PRESETS[name]
         print(f"{name}: memory and time of each implementation in turn", file=sys.stderr, flush=True)
         names = [*peers.EAGER.values(), COMPILE, f"ours {environment['backend']}"]

@@ -45,7 +45,7 @@ def saved_bytes(forward: Callable[[], Tensor], own: Sequence[Tensor] = ()) -> in
 def unfragmented() -> Iterator[None]:
     """Large tensors get pages of their own from glibc and give them back, so that peak_bytes finds the same each time.
 
-    By itself glibc keeps freed memory in a heap, whose holes add 10 to 60 % to the peak of a step, another share in each process.
+    By itself glibc keeps freed memory in a heap, whose holes add up to 60 % to the peak of a step, another share in each process.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 1 << 18)

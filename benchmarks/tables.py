@@ -283,8 +283,8 @@ def training_notes(document: Document) -> list[str]:
         f"images/s: by the median of {document['options']['repeats']} steps. Each implementation has a process of its own, and they step "
         "in turn. torch.compile compiles the contiguous model.",
     ]
-    absent = {f"{name}: {reason}": None for row in document["results"] for name, reason in row["absent"].items()}
-    return lines + [f"{ABSENT} {each}." for each in absent]
+    absent = [(row["label"], *each) for row in document["results"] for each in row["absent"].items()]
+    return lines + [f"{ABSENT}: {label}, {name}: {reason}." for label, name, reason in absent]
 
 
 #: The rows of README.md's tables, in words: the first eight of these that were timed.

@@ -42,8 +42,18 @@ def test_measures_prints_and_writes(tmp_path, capsys):
     for each in row["implementations"].values():
         assert each["repeats"] == 2
         assert each["images_per_second"] == pytest.approx(4e3 / each["median_ms"])
-    printed = capsys.readouterr().out
-    for word in ("saved, MiB", "peak, MiB", "images/s", "ConvMixer-64/2, 16x16, batch 4", "- compile: not asked to."):
+    # the file is gone on with, and measured otherwise it is refused
+    assert run(tmp_path, "--batch", "4", "--compile") == (0, document)
+    assert command.main(["training", "--json", str(tmp_path / "x.json")]) == 2
+    printed, told = capsys.readouterr()
+    assert "x.json was measured otherwise: name another file" in told
+    for word in (
+        "saved, MiB",
+        "peak, MiB",
+        "images/s",
+        "ConvMixer-64/2, 16x16, batch 4",
+        "-: ConvMixer-64/2, 16x16, compile: not asked to.",
+    ):
         assert word in printed
     saved = {name: each["saved_bytes"] for name, each in row["implementations"].items()}
     plane = 4 * 64 * 8 * 8 * 4
@@ -67,7 +77,7 @@ def test_what_cannot_run_is_told_and_fails(tmp_path, capsys, monkeypatch):
     (row,) = document["results"]
     assert row["implementations"] == {}
     assert set(row["absent"]) == {"eager NCHW", "eager channels_last", "compile", OURS}
-    assert "- eager NCHW: " in capsys.readouterr().out
+    assert "-: ConvMixer-64/2, 1x1, eager NCHW: " in capsys.readouterr().out
 
 
 def test_saved_bytes_counts_each_storage_once_and_not_the_parameters():

@@ -22,7 +22,7 @@ from benchmarks import cases, engine, machine, models, peers, tables, timing
 from benchmarks.cases import DTYPES, LAYOUTS, PRESETS, Case, ModelCase
 
 #: What `python -m benchmarks NAME` runs instead of the models.
-COMMANDS = ("ops", "networks", "grid", "host", "compare", "report")
+COMMANDS = ("ops", "networks", "grid", "host", "training", "compare", "report")
 #: Measured without --models; 1024/20 lies between the last two.
 MODELS = ("256/8@32", "256/8@224", "768/32@224", "1536/20@224")
 INTERRUPTED = 130

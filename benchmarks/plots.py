@@ -201,5 +201,6 @@ PICTURES = {
     "models": {"speedup.png": speedups},
     "operators": {"operators.png": speedups, "kernel-size.png": kernel_sizes, "roofline.png": roofline},
     "networks": {},
+    "training": {},
     "gpu": {},
 }

@@ -253,6 +253,40 @@ def model_notes(document: Document) -> list[str]:
     return lines
 
 
+def training(document: Document) -> Table:
+    """Of python -m benchmarks training: a row for each implementation."""
+
+    def mebibytes(row: Row, key: str) -> str:
+        return f"{row[key] / 2**20:.0f}" if key in row else ABSENT
+
+    columns: list[Column] = [
+        ("model", lambda row: f"{row['label']}, batch {row['batch']}"),
+        ("dtype", lambda row: row["dtype"]),
+        ("implementation", lambda row: row["name"].replace("compile", "torch.compile")),
+        ("saved, MiB", lambda row: mebibytes(row, "saved_bytes")),
+        ("peak, MiB", lambda row: mebibytes(row, "peak_bytes")),
+        ("images/s", lambda row: milliseconds(row["images_per_second"]) if "images_per_second" in row else ABSENT),
+        ("speed-up of ours", lambda row: _times(speedup(row, row["name"]))),
+    ]
+    rows = document["results"]
+    names = [{**row, "name": name} for row in rows for name in (*row["implementations"], *row["absent"])]
+    return _table([{**row, **row["implementations"].get(row["name"], {})} for row in names], columns)
+
+
+def training_notes(document: Document) -> list[str]:
+    """The meaning of the columns, and why some figures are missing."""
+    on_gpu = document["environment"]["device_type"] == "cuda"
+    peak = "memory that torch has allocated" if on_gpu else "resident memory"
+    lines = [
+        "saved: what a forward keeps for its backward, without the model's own parameters and statistics. peak: by how much a warm step "
+        f"raises the {peak}, its gradients included. A step is a forward and a backward, without an optimizer.",
+        f"images/s: by the median of {document['options']['repeats']} steps. Each implementation has a process of its own, and they step "
+        "in turn. torch.compile compiles the contiguous model.",
+    ]
+    absent = [(row["label"], *each) for row in document["results"] for each in row["absent"].items()]
+    return lines + [f"{ABSENT}: {label}, {name}: {reason}." for label, name, reason in absent]
+
+
 #: The rows of README.md's tables, in words: the first eight of these that were timed.
 _SMALL = {
     "cpu": {
@@ -342,6 +376,8 @@ def markdown(document: Document) -> str:
     """Machine, table and notes of a document for docs/performance.md."""
     if document.get("kind") == "models":
         table, notes = models(document), model_notes(document)
+    elif document.get("kind") == "training":
+        table, notes = training(document), training_notes(document)
     else:
         table = operators(document["results"], document["environment"]["device_type"])
         notes = operator_notes(document, reasons=False)

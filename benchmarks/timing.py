@@ -6,13 +6,14 @@ Times of calls are seconds here, and milliseconds in every JSON file.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
 import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -170,33 +171,48 @@ def _graph_of(call: Callable[[], object], times: int) -> tuple[Callable[[], obje
     return graph.replay, None
 
 
-def in_new_process(work: Callable[..., Result], *arguments: object) -> Result:
-    """`work(*arguments)`, all picklable, computed in a new process that has done nothing before but import torch.
+@contextlib.contextmanager
+def new_process(
+    work: Callable[..., None], *arguments: object
+) -> Iterator[tuple[multiprocessing.connection.Connection, multiprocessing.Process]]:
+    """`work(pipe, *arguments)`, all picklable, in a new process that has done nothing before but import torch; it ends with the context.
 
     What an earlier computation leaves behind changes the times of a later one: glibc keeps the memory that a training step
     has freed, and hands it to an evaluation that would take page faults for every tensor in a process of its own.
-
-    Raises:
-        RuntimeError: the process ended without a result; it has printed why.
     """
     # Forked from a process that has imported torch and never computed, so without its threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
+    here, there = context.Pipe()
+    process = context.Process(target=_start, args=(there, work, arguments), daemon=True)
     process.start()
-    sender.close()
+    there.close()
     try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"a process that was timing ended with exit status {process.exitcode}") from None
+        yield here, process
     finally:
         process.terminate()
         process.join()
 
 
-def _send(sender: multiprocessing.connection.Connection, work: Callable[..., object], arguments: tuple) -> None:
+def in_new_process(work: Callable[..., Result], *arguments: object) -> Result:
+    """`work(*arguments)`, computed in a new process.
+
+    Raises:
+        RuntimeError: the process ended without a result; it has printed why.
+    """
+    with new_process(_send, work, arguments) as (pipe, process):
+        try:
+            return pipe.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"a process that was timing ended with exit status {process.exitcode}") from None
+
+
+def _start(pipe: multiprocessing.connection.Connection, work: Callable[..., None], arguments: tuple) -> None:
     # Control-C reaches this process too; the process that waits for the result ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sender.send(work(*arguments))
+    work(pipe, *arguments)
+
+
+def _send(pipe: multiprocessing.connection.Connection, work: Callable[..., object], arguments: tuple) -> None:
+    pipe.send(work(*arguments))

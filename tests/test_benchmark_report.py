@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, machine, ops, plots, report, tables
+from benchmarks import compare, machine, ops, plots, report, tables, training
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,9 +104,12 @@ def test_committed_files_have_one_schema():
     """Rows of every command and device: ops.py says what they contain, and only right results have a time."""
     documents = committed()
     assert set(documents) == set(report.KINDS)
-    for document in documents.values():
+    for kind, document in documents.items():
         assert document["environment"]["device_type"] in ("cpu", "cuda")
         assert len({row["case"] for row in document["results"]}) == len(document["results"])
+        if kind == "training":
+            # memory beside times, and whole models alone: the next test
+            continue
         for row in document["results"]:
             assert row["op"] in ops.OPERATORS or row["op"] in ops.MODELS
             wrong = {each["implementation"] for each in row["wrong"]}
@@ -117,6 +120,18 @@ def test_committed_files_have_one_schema():
                 assert {name.split()[0] for name in row["implementations"]} <= {"ours", "clone"}
         assert len(compare.timed(document)) >= len(document["results"])
         assert compare.changes(document, document) == {}
+
+
+def test_committed_training_has_its_schema():
+    document = committed()["training"]
+    assert {row["model"] for row in document["results"]} >= set(training.CHOSEN)
+    for row in document["results"]:
+        assert {*row["implementations"], *row["absent"]} >= {"eager NCHW", "eager channels_last", "compile"}
+        assert tables.ours(row)
+        for each in row["implementations"].values():
+            assert 0 < each["saved_bytes"] < each["peak_bytes"]
+            assert 0 < each["q20_ms"] <= each["median_ms"] <= each["q80_ms"]
+            assert each["images_per_second"] == pytest.approx(1e3 * row["batch"] / each["median_ms"])
 
 
 def test_report_writes_tables_and_pictures(tmp_path, pages):
@@ -136,6 +151,10 @@ def test_report_writes_tables_and_pictures(tmp_path, pages):
         row = next(row for row in document["results"] if tables.ours(row))
         median = tables.milliseconds(tables.median(row, tables.ours(row)))
         block = performance.partition(f"<!-- {kind}:begin -->")[2].partition(f"<!-- {kind}:end -->")[0]
+        if kind == "training":
+            rate = tables.milliseconds(row["implementations"][tables.ours(row)]["images_per_second"])
+            assert re.search(rf"\| {re.escape(row['label'])}.*\| {tables.ours(row)} \|.*\| {rate} \| 1.00x \|", block)
+            continue
         assert re.search(
             rf"\| {re.escape(row['label'] if kind == 'models' else tables.title(row))}.*\| {median} \|", block
         )

@@ -418,10 +418,6 @@ LEFT = [
         "its pointwise convolution has a hook or its own forward",
     ),
     (
-        lambda: nn.Sequential(pointwise(), nn.GELU(), nn.SyncBatchNorm(DIM)),
-        "its pointwise norm is SyncBatchNorm, not nn.BatchNorm2d",
-    ),
-    (
         lambda: own_forward(nn.Sequential(*block(conv=pointwise))),
         "the Sequential around it has its own forward",
     ),

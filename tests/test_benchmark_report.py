@@ -166,8 +166,11 @@ def test_report_writes_tables_and_pictures(tmp_path, pages):
     for name in pictures:
         with picture.open(tmp_path / "docs" / name) as image:
             assert image.width > 800
-    # again: the same text
-    assert command.main(["report"]) == 0
+    # again: the same text, and the page of it
+    pytest.importorskip("markdown", reason="needs the library markdown")
+    assert command.main(["report", "--page", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<table>") == sum(line.startswith("| :--") for line in performance.splitlines()) > 3
     assert (tmp_path / "README.md").read_text() == readme
     assert (tmp_path / "docs" / "performance.md").read_text() == performance
 

@@ -318,7 +318,7 @@ def _gpu_operators() -> Iterator[OpCase]:
     yield from (case(op, shape) for op in passes[1:] for shape in planes[1:])
     yield from (case(op, (32, 768, 32, 32), kernel) for kernel in (3, 7, 15, 31) for op in passes)
     yield case("depthwise_eval", big, dtype="float16")
-    yield from (case(op, big) for op in ("depthwise_conv", "pointwise_input_grad", "pointwise_weight_grad"))
+    yield from (case(op, big) for op in (*CONVOLUTION, "pointwise_input_grad", "pointwise_weight_grad"))
 
 
 def _models(device_type: str) -> Iterator[ModelCase]:

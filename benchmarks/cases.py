@@ -276,7 +276,7 @@ def _operators(device_type: str) -> Iterator[OpCase]:
             yield OpCase(op, family, shape, kernel, layout=layout, compiled=compiled, dilation=dilation)
     size = (base.batches[device_type], base.channels, base.side, base.side)
     # the kernels that no other axis has, and what a user runs in bfloat16
-    quick = {"float32": (*POINTWISE, *NORM, *PARTS, "depthwise_conv", "depthwise_train")}
+    quick = {"float32": (*POINTWISE, *NORM, *PARTS, *CONVOLUTION, "depthwise_train")}
     quick["bfloat16"] = ("depthwise_eval", *LAYER)
     for dtype, layout, op in itertools.product(DTYPES, LAYOUTS, OPERATORS):
         if not op.startswith("layer") or dtype != "float32":

@@ -366,7 +366,7 @@ def test_flops_are_those_that_torch_counts(op):
     with FlopCounterMode(display=False) as counter:
         ops.OPERATORS[op].call(inputs)()
     depthwise, pointwise = roofline.operator_flops(case)
-    if op in ("depthwise_weight_grad", "depthwise_step", "layer_step"):
+    if op in ("depthwise_weight_grad", "depthwise_step", "depthwise_conv_step", "layer_step"):
         # torch (2.13) counts a grouped convolution's weight gradient as if it had one group: 6 times for 6 channels
         depthwise += 5 * depthwise // ops.OPERATORS[op].convolutions
     assert depthwise + pointwise == counter.get_total_flops()

@@ -22,7 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import recognize
+from convmixer_kernels.recognize import activation_name
+
 from ._torch_file import StoredTensor, TorchFile
 from .presets import PUBLISHED_FILES, Preset
 from .reference import ACTIVATIONS
@@ -187,7 +188,7 @@ def activation_of(model: nn.Module) -> str:
         ValueError: it has none that is known, or several.
     """
     names = {
-        recognize._activation_name(sequence[at + 1])
+        activation_name(sequence[at + 1])
         for sequence in model.modules()
         if isinstance(sequence, nn.Sequential)
         for at in range(len(sequence) - 1)

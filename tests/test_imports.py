@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""No module of this repository imports itself, however long the way round: imports inside functions count too."""
+"""No module of this repository imports itself, however long the way round, and what it takes from another exists there."""
 
 from __future__ import annotations
 
@@ -41,6 +41,47 @@ def imported(name: str, source: str, is_package: bool, known: frozenset[str]) ->
         yield from (each for each in names if each in known and each != name)
 
 
+def bound(tree: ast.Module) -> set[str]:
+    """The names that a module's own statements bind; those of its functions and classes are not among them."""
+    found: set[str] = set()
+    statements: list[ast.AST] = list(tree.body)
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        else:
+            statements.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def taken(name: str, source: str, is_package: bool, trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, str]]:
+    """(module, name) of each name that the module `name` takes from a module of ours: by `from` or by an attribute."""
+    here = name if is_package else name.rpartition(".")[0]
+    aliases: dict[str, str] = {}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            above = here.split(".")[: len(here.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, node.module] if node.module else above)
+            for alias in node.names:
+                if f"{base}.{alias.name}" in trees:
+                    aliases[alias.asname or alias.name] = f"{base}.{alias.name}"
+                elif base in trees:
+                    yield base, alias.name
+    # an argument or a variable of the same name is not the module
+    stored = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    stored |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+            continue
+        if node.value.id in aliases.keys() - stored and not node.attr.startswith("__"):
+            yield aliases[node.value.id], node.attr
+
+
 def circle(graph: Mapping[str, set[str]]) -> list[str] | None:
     """The names along one circle, the first again at its end; None if there is none."""
     done: set[str] = set()
@@ -72,6 +113,32 @@ def test_no_module_imports_itself(package):
     # and imports between the packages run one way
     above = PACKAGES[PACKAGES.index(package) + 1 :]
     assert not [(name, each) for name in mine for each in graph[name] if each.split(".")[0] in above]
+
+
+def test_what_a_module_takes_from_another_exists():
+    paths = modules()
+    trees = {name: ast.parse(path.read_text()) for name, path in paths.items()}
+    names = {name: bound(tree) for name, tree in trees.items()}
+    uses = [
+        (name, *use)
+        for name, path in paths.items()
+        for use in taken(name, path.read_text(), path.name == "__init__.py", trees)
+    ]
+    assert len(uses) > 800
+    missing = [
+        f"{name}: {module}.{attribute}"
+        for name, module, attribute in uses
+        if attribute not in names[module] and f"{module}.{attribute}" not in trees
+        if "__getattr__" not in names[module]
+    ]
+    assert missing == []
+
+
+def test_a_name_that_is_missing_is_found():
+    trees = {"p": ast.parse(""), "p.q": ast.parse("if 1:\n    x = 1\ndef f(inner): y = 2"), "p.r": ast.parse("")}
+    assert bound(trees["p.q"]) == {"x", "f"}
+    source = "from . import q\nfrom .q import f\nfrom p import r\ndef g(r): return r.a, q.x, q.gone"
+    assert sorted(taken("p.s", source, False, trees)) == [("p.q", "f"), ("p.q", "gone"), ("p.q", "x")]
 
 
 def test_circles_are_found():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import Case, assert_twice_eager, check_case, make_inputs, ours
 
+import convmixer_kernels as ck
 from convmixer_kernels import autograd
 from convmixer_kernels.backends import cpu
 from convmixer_kernels.primitives import ACTIVATIONS, MixerEval, Norm
@@ -327,15 +328,15 @@ class _Recorder:
 
 
 AMX_CASES = [
-    Case(op, (2, 24, 7, 9), (3, 3), out, torch.bfloat16, parameters, memory_format, training, "gelu", absent=absent)
+    Case(op, (2, 32, 7, 9), (3, 3), out, torch.bfloat16, parameters, memory_format, training, "gelu", absent=absent)
     for op, out, parameters, absent in (
-        ("pointwise_block", 40, None, ()),
-        ("pointwise_block", 8, torch.float32, ("bias",)),
+        ("pointwise_block", 64, None, ()),
+        ("pointwise_block", 96, torch.float32, ("bias",)),
         ("mixer_layer", None, torch.float32, ()),
     )
     for memory_format in ("contiguous", "channels_last")
     for training in (True, False)
-] + [Case("pointwise_block", (3, 16, 1, 1), channels_out=16, dtype=torch.bfloat16, activation="relu")]
+] + [Case("pointwise_block", (3, 64, 1, 1), channels_out=32, dtype=torch.bfloat16, activation="relu")]
 
 
 @pytest.mark.parametrize("case", AMX_CASES, ids=str)
@@ -348,19 +349,50 @@ def test_amx(case, monkeypatch):
     assert not [name for name in recorder.called if "pointwise" in name or "mixer" in name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("c", "c_out"), [(15, 33), (33, 15), (40, 80), (80, 40), (64, 96)])
+def test_what_is_not_finite_stays_in_its_pixel_and_filter(c, c_out, channels_last, dtype, monkeypatch):
+    """torch's bfloat16 products on AMX read beyond a row that does not fill a tile: NaN times 0 reached the neighbours."""
+    monkeypatch.undo()  # the CPU's own kernels, AMX where it has it
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(1, c, 4, 9).to(dtype).contiguous(memory_format=layout)
+    x[0, 0, 2, 5] = torch.inf
+    weight = torch.randn(c_out, c, 1, 1).to(dtype)
+    weight[7, 0] = torch.nan
+    norm = [torch.rand(c_out).to(dtype) + 0.5 for _ in range(4)]
+    options = {"training": False, "activation": "identity", "backend": "cpu"}
+    for save in (False, True):
+        x.requires_grad_(save)
+        y = ck.pointwise_block(x, weight, None, *norm, **options)
+        broken = torch.zeros_like(y, dtype=torch.bool)
+        broken[0, :, 2, 5] = broken[0, 7] = True
+        assert torch.equal(~y.isfinite(), broken)
+    weight[7, 0] = 0
+    dy = torch.randn(y.shape).to(dtype)
+    dy[0, 0, 1, 8] = torch.nan
+    ck.pointwise_block(x, weight, None, *norm, **options).backward(dy.contiguous(memory_format=layout))
+    broken = torch.zeros_like(x, dtype=torch.bool)
+    broken[0, :, 1, 8] = True
+    assert torch.equal(~x.grad.isfinite(), broken)
+
+
 def test_amx_rule(monkeypatch):
-    x = torch.randn(1, 16, 8, 8)
+    x = torch.randn(1, 32, 8, 8)
     for amx in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert cpu.takes_torch_product(x.bfloat16()) == amx
-        assert not cpu.takes_torch_product(x)
-        assert not cpu.takes_torch_product(x.half())
+        assert cpu.takes_torch_product(x.bfloat16(), 32, 64) == amx
+        assert not cpu.takes_torch_product(x, 32, 64)
+        assert not cpu.takes_torch_product(x.half(), 32, 64)
+        assert not cpu.takes_torch_product(x.bfloat16(), 33, 64)
+        assert not cpu.takes_torch_product(x.bfloat16(), 32, 80)
         assert cpu.mixer_may_fit(x.bfloat16()) != amx
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not cpu.takes_torch_product(x.bfloat16())
+            assert not cpu.takes_torch_product(x.bfloat16(), 32)
         recorder = _Recorder(cpu.native)
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "native", recorder)
-            inputs = make_inputs(Case("pointwise_block", (1, 16, 8, 8), dtype=torch.bfloat16))
-            ours(Case("pointwise_block", (1, 16, 8, 8), training=False), *inputs[:2], "cpu")
+            inputs = make_inputs(Case("pointwise_block", (1, 32, 8, 8), dtype=torch.bfloat16))
+            ours(Case("pointwise_block", (1, 32, 8, 8), training=False), *inputs[:2], "cpu")
         assert ("pointwise_forward" in recorder.called) != amx

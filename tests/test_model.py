@@ -264,7 +264,7 @@ def runs(monkeypatch) -> list[int]:
         pytest.skip("the native module _cpu is not built")
     seen, original = [], cpu.mixer_eval
     # with AMX, bfloat16 layers run block by block
-    monkeypatch.setattr(cpu, "takes_torch_product", lambda x: False)
+    monkeypatch.setattr(cpu, "takes_torch_product", lambda x, *channels: False)
     monkeypatch.setattr(
         cpu, "mixer_eval", lambda x, layers, *rest: seen.append(len(layers)) or original(x, layers, *rest)
     )

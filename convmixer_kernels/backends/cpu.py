@@ -53,12 +53,24 @@ def build_info() -> dict[str, object]:
     }
 
 
-def takes_torch_product(x: Tensor) -> bool:
-    """Whether torch computes the pointwise products of tensors like x: bfloat16 on a CPU whose matrix unit (AMX) oneDNN uses.
+#: Channels of a tile of AMX.
+_AMX_CHANNELS = 32
+
+
+def takes_torch_product(x: Tensor, *channels: int) -> bool:
+    """Whether torch computes the pointwise products of tensors like x between so many channels: bfloat16 on a CPU whose matrix unit (AMX)
+    oneDNN uses.
 
     On a Xeon with AMX its product took 0.16 to 0.40 of our kernel's time for 256 to 1536 channels; its float16 one took longer than ours.
+    Of a row that does not fill its last tile, torch 2.13's product reads on into the next row and multiplies that by 0: a NaN or an
+    infinity there makes this row NaN too. So only whole tiles go to it.
     """
-    return x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled and torch.cpu._is_amx_tile_supported()
+    return (
+        x.dtype == torch.bfloat16
+        and all(count % _AMX_CHANNELS == 0 for count in channels)
+        and torch.backends.mkldnn.enabled
+        and torch.cpu._is_amx_tile_supported()
+    )
 
 
 #: dtype code of a pointwise weight that pack_weight has packed (csrc/cpu/kernels.h)
@@ -190,7 +202,7 @@ def pointwise_eval(
     norm: Norm | None,
 ) -> Tensor:  # (N, C_out, H, W)
     """norm(act(conv1x1(x) + bias)), in one native call, or torch's product and one pass over it."""
-    if takes_torch_product(x):
+    if takes_torch_product(x, *weight.shape[:2]):
         a = torch_gemm.convolution(x, weight, bias)
         return a if activation == "identity" and norm is None else normalize(a, activation, norm, None)
     y = _pointwise_output(x, weight)
@@ -215,7 +227,7 @@ def pointwise_train(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As depthwise_train, for the 1x1 convolution."""
-    if takes_torch_product(x):
+    if takes_torch_product(x, *weight.shape[:2]):
         a = torch_gemm.convolution(x, weight, bias)
         return depthwise_train(a, _ones(a), None, activation)
     a = _pointwise_output(x, weight)
@@ -236,7 +248,7 @@ def pointwise_train(
 
 def mixer_may_fit(x: Tensor) -> bool:
     """Whether mixer_eval is worth asking for layers of x's width."""
-    if native is None or x.dtype not in CODES or takes_torch_product(x):
+    if native is None or x.dtype not in CODES or takes_torch_product(x, x.shape[1]):
         return False
     return native.mixer_fits(*shape_args(x), torch.get_num_threads())
 
@@ -247,7 +259,7 @@ def mixer_eval(
     residual: bool,
 ) -> Tensor | None:  # (N, C_out of the last layer, H, W)
     """All layers in one native call, image by image; None if that fits in no core's cache, or if the products are torch's."""
-    if takes_torch_product(x):
+    if takes_torch_product(x, x.shape[1], *(layer.pointwise[0].shape[0] for layer in layers)):
         return None
     threads = torch.get_num_threads()
     n, _, height, width, *layout = shape = shape_args(x)
@@ -415,7 +427,7 @@ def pointwise_backward(
     needs: tuple[bool, bool, bool],  # dx, dw, db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx = weight^T da, dw = da x^T, db = sum da; None if not needed."""
-    if takes_torch_product(dy):
+    if takes_torch_product(dy, *weight.shape[:2]):
         da = depthwise_input_grad(dy, a, _ones(dy), activation, norm, sums, False)
         dx = torch_gemm.input_grad(da, weight, torch_gemm.is_rows(da, x)) if needs[0] else None
         # in both formats one product over all positions, whose sum is rounded once

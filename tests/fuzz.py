@@ -4,9 +4,9 @@
 Each backend that can run here takes a share of the cases: "cuda" emulated and "triton" interpreted without a GPU, with small
 tensors. A case is drawn from (seed, number) alone, and each failure prints the line that repeats it. The twice-eager rule decides
 (convmixer_kernels/testing.py). It compares two rounding errors, so a case that exceeds it is repeated with at least 24 other inputs, and
-the rule is applied to all of them together. Two kinds of inputs are ill-conditioned, decide nothing, and are counted apart: if rounding
-the inputs and each convolution's result changes the exact result as much, and if eager has no right digit (such as a gradient that
-is 0 but for rounding) and ours is not ten times worse.
+the rule is applied to all of them together; what exceeds it again is wrong if it does for 200 further inputs. Two kinds of inputs are
+ill-conditioned, decide nothing, and are counted apart: if rounding the inputs and each convolution's result changes the exact result as
+much, and if eager has no right digit (such as a gradient that is 0 but for rounding) and ours is not ten times worse.
 
 With --wrong, random wrong arguments (fuzz_wrong.py).
 """
@@ -55,8 +55,8 @@ CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 24, 31, 32, 33, 40, 47, 
 KERNELS = (*range(1, 12), 3, 5, 7, 9, 9, 9, 13, 15, 16, 17, 20, 23, 25, 31, 33, 51, 63, 64, 101)
 FORMATS = ("contiguous", "channels_last", "sliced", "expanded", "transposed", "strided", "offset", "planes", "negative")
 VALUES = ("normal",) * 8 + ("mean", "tiny", "large", "constant", "zeros", "non-finite")
-#: Inputs and numbers that are pooled at least where one input exceeds the rule; and inputs at most.
-POOL, NUMBERS, MOST = 24, 300, 100
+#: Inputs and numbers that are pooled at least where one input exceeds the rule; inputs at most; and inputs that decide.
+POOL, NUMBERS, MOST, MOST_AGAIN = 24, 300, 100, 200
 
 
 @dataclass(frozen=True)
@@ -352,10 +352,12 @@ def _rounded(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.detach() * (1 + step * (2 * torch.rand(t.shape, dtype=torch.float64, device=t.device) - 1))
 
 
-def _rounded_channels(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """a with each channel moved by up to a rounding step of its values' size: of a bias beside large values, all roundings are alike."""
-    size = a.detach().square().mean((0, 2, 3), keepdim=True).sqrt() * torch.finfo(dtype).eps / 2
-    return a + size * (2 * torch.rand_like(size) - 1)
+def _rounded_sums(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """a with each channel moved by up to a rounding step of its values' size: of a bias beside large values, all roundings are alike.
+    And each value by one of float32, in which sums and means are kept: planes that are constant are so but for rounding."""
+    size = a.detach().square().mean((0, 2, 3), keepdim=True).sqrt()
+    channels, values = torch.finfo(dtype).eps / 2 * size, torch.finfo(torch.float32).eps / 2 * size
+    return a + channels * (2 * torch.rand_like(size) - 1) + values * (2 * torch.rand_like(a) - 1)
 
 
 @contextlib.contextmanager
@@ -364,10 +366,10 @@ def _rounding_convolutions(call: Call) -> Iterator[None]:
     dtype = torch.bfloat16 if call.route == "autocast" else call.dtype
     with pytest.MonkeyPatch.context() as patch:
         act = ACTIVATIONS[call.activation]
-        patch.setitem(ACTIVATIONS, call.activation, lambda a: act(_rounded_channels(a, dtype)))
+        patch.setitem(ACTIVATIONS, call.activation, lambda a: act(_rounded_sums(a, dtype)))
         for kind in (torch.nn.GELU, torch.nn.ReLU, torch.nn.Identity):
             forward = kind.forward
-            patch.setattr(kind, "forward", lambda self, a, forward=forward: forward(self, _rounded_channels(a, dtype)))
+            patch.setattr(kind, "forward", lambda self, a, forward=forward: forward(self, _rounded_sums(a, dtype)))
         yield
 
 
@@ -433,10 +435,13 @@ def _comparable(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> tuple[
     them is."""
     if ours.shape != exact.shape:
         raise Wrong(f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}")
+    dtype = ours.dtype
     ours, eager, exact = (t.detach().double().cpu().flatten() for t in (ours, eager, exact))
     finite = exact.isfinite() & eager.isfinite()
     if not finite.all():
-        allowed = [(ours == t) | (ours.isnan() & t.isnan()) for t in (exact, eager)]
+        # an exact value beyond the dtype's largest is infinite in it
+        narrow = exact.to(dtype).double()
+        allowed = [(ours == t) | (ours.isnan() & t.isnan()) for t in (exact, narrow, eager)]
         # eager overflows and ours does not
         allowed.append(exact.isfinite() & ours.isfinite())
         if not (finite | torch.stack(allowed).any(0)).all():
@@ -476,19 +481,26 @@ def check(call: Call, number: int, device: str) -> str | None:
         return None
     fewest = min(max(1, exact[name].numel()) for name in found)
     inputs = min(MOST, max(POOL, -(-NUMBERS // fewest)))
-    pool = [results_of(call, number + 1_000_003 * (1 + i), device, perturbed=True) for i in range(inputs)]
-    ill = False
-    for name in found:
-        rows = [_comparable(name, *(part[name] for part in parts[:3])) for parts in pool]
-        ours_all, eager_all, exact_all = (torch.cat(column) for column in zip(*rows, strict=True))
-        if not exceeds(name, ours_all, eager_all, exact_all):
-            continue
-        moved = torch.cat([_comparable(name, parts[3][name], parts[1][name], parts[2][name])[0] for parts in pool])
-        error, allowed = _errors(ours_all, eager_all, exact_all)
-        if error <= 2 * _errors(moved, moved, exact_all)[0] or (allowed > 0.1 and error <= 10 * allowed):
-            ill = True
-            continue
-        raise Wrong(f"{name}: error {error:.2e}, eager's {allowed:.2e} over {inputs} inputs")
+    ill, first = False, number + 1_000_003
+    # one of many results exceeds the rule by chance: what exceeds it is asked again, with other inputs
+    for count in (inputs, MOST_AGAIN):
+        pool = [results_of(call, first + 1_000_003 * i, device, perturbed=True) for i in range(count)]
+        first += 1_000_003 * count
+        wrong: dict[str, str] = {}
+        for name in found:
+            rows = [_comparable(name, *(part[name] for part in parts[:3])) for parts in pool]
+            ours_all, eager_all, exact_all = (torch.cat(column) for column in zip(*rows, strict=True))
+            if not exceeds(name, ours_all, eager_all, exact_all):
+                continue
+            moved = torch.cat([_comparable(name, parts[3][name], parts[1][name], parts[2][name])[0] for parts in pool])
+            error, allowed = _errors(ours_all, eager_all, exact_all)
+            if error <= 2 * _errors(moved, moved, exact_all)[0] or (allowed > 0.1 and error <= 10 * allowed):
+                ill = True
+                continue
+            wrong[name] = f"{name}: error {error:.2e}, eager's {allowed:.2e} over {count} inputs"
+        found = list(wrong)
+    if wrong:
+        raise Wrong("; ".join(wrong.values()))
     return "ill-conditioned" if ill else None
 
 

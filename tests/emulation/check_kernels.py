@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""python check_kernels.py MODULE CHECK: runs one check on an emulated native module; exit status 0 if all is right.
+"""Runs one check on an emulated native module.
 
-test_mutations.py runs it in a process of its own, because a broken kernel may end the process. A check compares one
+test_mutations.py runs each in a process of its own, because a broken kernel may end the process. A check compares one
 primitive of the `cuda` backend with the reference backend in float64, at a few small sizes, in three orders of threads.
 """
 
@@ -301,7 +301,11 @@ for _name, _dtype, _last in (
         CHECKS[f"{_primitive.__name__[1:]}_{_name}"] = lambda p=_primitive, d=_dtype, last=_last: p(d, last)
 
 
-def main(path: str, check: str) -> int:
+def main(path: str, check: str, output: str) -> None:
+    """As a program whose output goes to a file. Exit status 0 if all is right."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     # every output starts as NaN
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -316,10 +320,4 @@ def main(path: str, check: str) -> int:
         try:
             CHECKS[check]()
         except (Wrong, RuntimeError) as error:
-            print(f"order {order}: {error}")
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+            sys.exit(f"order {order}: {error}")

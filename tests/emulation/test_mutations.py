@@ -8,19 +8,17 @@ with the bug is compiled (-O0: a compile costs more than a run); weak stand-ins 
 from __future__ import annotations
 
 import concurrent.futures
-import os
+import multiprocessing
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from emulation import build
+from emulation import build, check_kernels
 from emulation.mutations import MUTATIONS, Mutation
 
 from convmixer_kernels import _build
 
-DRIVER = Path(__file__).with_name("check_kernels.py")
 CUDA = _build.CSRC / "cuda"
 
 
@@ -82,7 +80,17 @@ def common(tmp_path_factory) -> list[Path]:
     return objects
 
 
-def _run(directory: Path, common: list[Path], unit: str, checks: list[str], mutation: Mutation | None) -> str | None:
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.BaseContext:
+    """Makes processes of a server's that has imported torch, which takes longer than a check."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest"])
+    return context
+
+
+def _run(
+    processes, directory: Path, common: list[Path], unit: str, checks: list[str], mutation: Mutation | None
+) -> str | None:
     """The first failure of a module with the mutated unit, or None if every check passes."""
     csrc = directory / "csrc"
     shutil.copytree(CUDA, csrc / "cuda")
@@ -96,15 +104,14 @@ def _run(directory: Path, common: list[Path], unit: str, checks: list[str], muta
     link = [*_build.find_cxx().split(), "-shared", str(directory / "unit.o"), *map(str, common), "-o", str(module)]
     subprocess.run(link, check=True)
     for check in checks:
-        done = subprocess.run(
-            [sys.executable, str(DRIVER), str(module), check],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        if done.returncode != 0:
-            assert "Traceback" not in done.stderr, done.stderr
-            return f"{check}: {done.stdout or done.stderr or f'signal {-done.returncode}'}"
+        output = directory / "output"
+        process = processes.Process(target=check_kernels.main, args=(str(module), check, str(output)))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            told = output.read_text()
+            assert "Traceback" not in told, told
+            return f"{check}: {told or f'exit status {process.exitcode}'}"
     return None
 
 
@@ -117,22 +124,22 @@ def test_the_table_is_large_enough_and_in_the_sources():
         )
 
 
-def test_unbroken_kernels_pass_every_check(tmp_path, common):
+def test_unbroken_kernels_pass_every_check(tmp_path, common, processes):
     """Without this a check that always fails would catch everything."""
     units = sorted({m.unit for m in MUTATIONS})
     checks = {unit: sorted({m.check for m in MUTATIONS if m.unit == unit}) for unit in units}
     for unit in units:
         (tmp_path / unit).mkdir()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda unit: _run(tmp_path / unit, common, unit, checks[unit], None), units))
+        found = list(pool.map(lambda unit: _run(processes, tmp_path / unit, common, unit, checks[unit], None), units))
     assert dict(zip(units, found, strict=True)) == dict.fromkeys(units)
 
 
-def test_every_planted_bug_is_caught(tmp_path, common):
+def test_every_planted_bug_is_caught(tmp_path, common, processes):
     directories = [tmp_path / str(i) for i in range(len(MUTATIONS))]
     for directory in directories:
         directory.mkdir()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda m, d: _run(d, common, m.unit, [m.check], m), MUTATIONS, directories))
+        found = list(pool.map(lambda m, d: _run(processes, d, common, m.unit, [m.check], m), MUTATIONS, directories))
     missed = [m.name for m, problem in zip(MUTATIONS, found, strict=True) if problem is None]
     assert missed == []

@@ -33,7 +33,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 #: was not: by estimate it is near "cuda" for contiguous 16-bit tensors and behind it elsewhere.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 #: Backends with a module <name>_layer.py.
-_PREPARE_LAYERS = ("cuda",)
+_PREPARE_LAYERS = ("cpu", "cuda")
 #: The name that lets a registered operator choose when it runs (torch.compile).
 AUTOMATIC = "automatic"
 _ENVIRONMENT_VARIABLE = "CONVMIXER_BACKEND"

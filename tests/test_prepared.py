@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import convmixer_kernels as ck
 from convmixer import ConvMixer
 from convmixer_kernels import composite, functional, prepared
+from convmixer_kernels.backends import cpu
 
 BF16 = torch.bfloat16
 #: Of a layer: x, and the parameters' dtype; C_out is not C.
@@ -105,14 +106,74 @@ def test_the_second_call_has_the_bits_of_the_first(case, training, gemm, hits, m
     )
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_every_backend(training, backend, hits):
+def test_a_backend_that_prepares_nothing(training, hits):
     x, tensors = _layer(CASES[3])
     x.requires_grad_(training)
-    first, second = (_step(x, tensors, training, backend=backend) for _ in range(2))
+    first, second = (_step(x, tensors, training, backend="reference") for _ in range(2))
     assert len(hits) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+CPU_CASES = [
+    *CASES,
+    ((2, 1, 6, 5), torch.float32, torch.float32, "contiguous"),
+    ((3, 40, 1, 1), torch.float32, torch.float32, "contiguous"),
+    ((3, 24, 8, 8), torch.float32, torch.float32, "channels_last"),
+    # too wide for a core's cache
+    ((1, 200, 33, 31), torch.float32, torch.float32, "channels_last"),
+    ((1, 200, 33, 31), torch.float16, torch.float32, "contiguous"),
+]
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
+@pytest.mark.parametrize(("c_out", "absent"), [(20, ()), (1, ()), (20, (1,)), (7, (2, 3, 9)), (8, (7, 8, 9))])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", CPU_CASES, ids=str)
+def test_the_cpus_second_call_has_the_bits_of_the_first(case, training, c_out, absent, hits, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    x, tensors = _layer(case, c_out)
+    # strides of channels_last, and contiguous nonetheless
+    tensors[6] = tensors[6].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    for i in absent:
+        tensors[i] = None
+    dy = torch.randn(x.shape[0], c_out, *x.shape[2:]).to(x.dtype)
+    dy = dy.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    for x_needed in (True, False):
+        prepared._entries.clear()
+        del hits[:]
+        x.requires_grad_(training and x_needed)
+        runs = []
+        for _ in range(3):
+            with torch.set_grad_enabled(training):
+                state = [None if t is None else t.detach().clone() for t in tensors]
+                y = ck.mixer_layer(x, *tensors, training=training, backend="cpu")
+                runs.append([y.detach(), *(tensors[i].clone() for i in (4, 5, 10, 11))])
+            if training:
+                y.backward(dy)
+                leaves = [t for t in (x, *tensors) if t is not None and t.requires_grad]
+                runs[-1] += [t.grad for t in leaves]
+                assert all(t.grad.stride() == t.stride() for t in leaves[x_needed:])
+                for t in leaves:
+                    t.grad = None
+            for i in (4, 5, 10, 11):
+                tensors[i].copy_(state[i])
+        assert len(hits) == 2
+        assert all((entry.train is not None, entry.evaluate is not None) == (training, not training) for entry in hits)
+        for later in runs[1:]:
+            assert len(later) == (5 + x_needed + 8 - len(absent) if training else 5)
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], later, strict=True))
+            assert [t.stride() for t in later] == [t.stride() for t in runs[0]]
+
+
+@pytest.mark.skipif(cpu.native is None, reason="the native module _cpu is not built")
+def test_products_of_torch_are_not_prepared(hits, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    x, tensors = _layer(((2, 32, 5, 5), BF16, BF16, "contiguous"), 32)
+    for training in (True, False):
+        for _ in range(2):
+            _step(x, tensors, training, backend="cpu")
+    assert [(entry.train, entry.evaluate) for entry in hits] == [(None, None)] * 2
 
 
 def test_gradients_of_some_parameters_only(hits, monkeypatch):

@@ -203,6 +203,7 @@ def prepare_mixer_train(
         dw2 = None if rows else cuda._pointwise_weight_grad(da, z, upper)
         if dw2 is None:
             dw2 = torch_gemm.weight_grad(da, z, rows).view(upper.shape).to(upper.dtype)
+        del da, z
         dx, dw1 = torch.empty_like(x) if x_needed else None, dy.new_empty(w1_shape, dtype=w1_dtype)
         db1, dz_at = None if b1_like is None else dy.new_empty(channels, **b1_like), dz.data_ptr()
         with cuda._device_stream(x) as stream:

@@ -207,18 +207,17 @@ def gains(
 ) -> bool:
     """Whether an operator was measured to be no slower than the modules that it replaces. If not, they run."""
     height, width = kernel
-    wide, small_plane, smaller = dtype == torch.float32, shape[2] * shape[3] < 64, min(height, width)
+    wide, smaller = dtype == torch.float32, min(height, width)
     if device == "cpu":
         # python -m benchmarks grid, on a Xeon with AMX (2 threads and 1), k = 1 to 31, 1x11, 11x1
         if op == "pointwise_block":
-            return wide and not small_plane  # 16-bit: 0.5 to 1.6 times as fast
+            return wide and shape[2] * shape[3] >= 64  # 7x7 planes: 0.9 to 1.3 times as fast, 16-bit: 0.5 to 1.6 times
         if contiguous:
-            return op == "depthwise_block" or not (wide and small_plane and not (backward and smaller >= 5))
-        if backward:
-            return smaller >= 5 or width >= 11  # the others 0.6 to 1.3 times as fast
-        if op == "depthwise_block":
             return True
-        return smaller >= (9 if wide else 7)
+        if backward:
+            # the others 0.5 to 1.3 times as fast
+            return op == "depthwise_block" or smaller >= 5 or width >= 11
+        return op == "depthwise_block" or smaller >= (9 if wide else 7)
     # benchmarks/results/nvidia-h100-80gb-hbm3.json. What was not measured is left to torch: stripes, 3x3 to 6x6 in channels_last or
     # in float32, dilated kernels; and float32 products (0.9 times as fast)
     if dilation != (1, 1) or max(kernel) > _LARGEST_GPU_KERNEL:

@@ -10,15 +10,15 @@ all that an in-place operation, `.data =` or a resized storage can change: addre
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch
+from .primitives import EvaluateLayer, TrainLayer
 
 #: More entries than any model has layers and shapes; then all are forgotten.
 _MOST_ENTRIES = 4096
@@ -34,8 +34,8 @@ class Entry(NamedTuple):
     as_modules: bool  # whether nn.Conv2d and nn.BatchNorm2d accept these dtypes together too
     backend: ModuleType
     revision: tuple | None
-    evaluate: Callable[[Tensor, Tensor], Tensor] | None  # without gradients; of x and the pointwise weight
-    train: Callable[[Tensor, Tensor], Any] | None  # a training step's forward
+    evaluate: EvaluateLayer | None
+    train: TrainLayer | None
 
 
 _entries: dict[tuple, Entry] = {}
@@ -93,8 +93,8 @@ def keep(
     requested: str | None,
     as_modules: bool,
     backend: ModuleType,
-    evaluate: Callable[[Tensor, Tensor], Tensor] | None,
-    train: Callable[[Tensor, Tensor], Any] | None,
+    evaluate: EvaluateLayer | None,
+    train: TrainLayer | None,
 ) -> None:
     """Remember a call whose tensors are plain and contiguous, and whose x is plain and dense."""
     # a weight that is computed anew for each call never comes back

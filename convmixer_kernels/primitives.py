@@ -34,6 +34,7 @@ These conventions hold for every primitive of every backend:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,20 @@ class MixerEval(NamedTuple):
     activation: str
     depthwise: tuple[Tensor, Tensor | None, Norm]  # weight (C, 1, kH, kW), bias (C,)
     pointwise: tuple[Tensor, Tensor | None, Norm]  # weight (C_out, C, 1, 1), bias (C_out,)
+
+
+#: A layer that a backend has prepared (<name>_layer.py), in evaluation: x and the pointwise weight -> y.
+EvaluateLayer = Callable[[Tensor, Tensor], Tensor]
+
+
+class TrainLayer(NamedTuple):
+    """A layer that a backend has prepared, in a training step."""
+
+    #: x and the pointwise weight -> y, both a, and the batch's statistics of both blocks. Running statistics move.
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]]
+    #: dy, x, both a, the pointwise weight, both statistics, h1 as the forward had it, whether x needs a gradient -> the gradients of
+    #: x and of all eight parameters. All tensors are as the forward left them.
+    backward: Callable[..., Grads]
 
 
 def wide(t: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A whole mixer layer of the `cpu` backend as one function of its input, with the arguments of its native calls made beforehand.
 
-The counterpart of cuda_layer.py, whose types it shares. A layer of a small network takes fewer microseconds in its kernels than in
-checks and arguments. prepared.py decides when such a function may be called again.
+As cuda_layer.py: a layer of a small network takes fewer microseconds in its kernels than in checks and arguments. prepared.py decides
+when such a function may be called again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..primitives import Block, Grads, MixerEval, Statistics
+from ..primitives import Block, EvaluateLayer, Grads, MixerEval, Statistics, TrainLayer
 from . import cpu
 from ._native import ACTIVATION_CODES, norm_args, param_args, shape_args
-from .cuda_layer import Evaluate, Train
 
 
 def revision() -> tuple:
@@ -48,7 +47,7 @@ def _prepares(x: Tensor) -> bool:
 def prepare_mixer_eval(
     x: Tensor,  # (N, C, H, W)
     layer: MixerEval,
-) -> Evaluate | None:
+) -> EvaluateLayer | None:
     """The layer, with its residual, for inputs of x's form."""
     if not _prepares(x):
         return None
@@ -88,7 +87,7 @@ def prepare_mixer_train(
     momentum: float,
     eps: float,
     activation: str,
-) -> Train | None:
+) -> TrainLayer | None:
     """A training step, with the layer's residual, for inputs of x's form."""
     if not _prepares(x):
         return None
@@ -172,4 +171,4 @@ def prepare_mixer_train(
         dg1, dh1, dg2, dh2 = (None if dtype is None else t.to(dtype) for dtype, t in sums)
         return dx, dw1, db1, dg1, dh1, dw2, db2, dg2, dh2
 
-    return Train(run, backward)
+    return TrainLayer(run, backward)

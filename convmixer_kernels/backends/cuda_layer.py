@@ -7,30 +7,14 @@ network. prepared.py decides when such a function may be called again: it compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..primitives import Block, Grads, MixerEval, Statistics
+from ..primitives import Block, EvaluateLayer, Grads, MixerEval, Statistics, TrainLayer
 from . import cuda, cuda_choice, cuda_large, torch_gemm
 from ._native import ACTIVATION_CODES, NO_NORM, norm_args, param_args, shape_args
-
-#: x and the pointwise weight, which is rounded to x's dtype at each call -> y.
-Evaluate = Callable[[Tensor, Tensor], Tensor]
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, tuple[Tensor, Tensor], tuple[Statistics, Statistics]]]
-Backward = Callable[..., Grads]
-
-
-class Train(NamedTuple):
-    """A training step of a layer."""
-
-    #: x and the pointwise weight -> y, both a, and the batch's statistics of both blocks. Running statistics move.
-    forward: Forward
-    #: dy, x, both a, the pointwise weight, both statistics, h1 as the forward had it, whether x needs a gradient -> the gradients of
-    #: x and of all eight parameters. All tensors are as the forward left them.
-    backward: Backward
 
 
 def revision() -> tuple:
@@ -68,7 +52,7 @@ class _Layer:
 def prepare_mixer_eval(
     x: Tensor,  # (N, C, H, W)
     layer: MixerEval,
-) -> Evaluate | None:
+) -> EvaluateLayer | None:
     """The layer, with its residual, for inputs of x's form. None if it needs more at each call: torch's GEMM, a tf32 setting."""
     (lower, lower_bias, lower_norm), (upper, upper_bias, upper_norm) = layer.depthwise, layer.pointwise
     made = _Layer(x, lower, upper, upper_bias, layer.activation, 2)
@@ -114,7 +98,7 @@ def prepare_mixer_train(
     momentum: float,
     eps: float,
     activation: str,
-) -> Train | None:
+) -> TrainLayer | None:
     """A training step, with the layer's residual, for inputs of x's form. None as prepare_mixer_eval."""
     (w1, b1, g1, h1), (upper, b2, g2, h2) = blocks
     made = _Layer(x, w1, upper, b2, activation, 1)
@@ -220,4 +204,4 @@ def prepare_mixer_train(
         dg1, dh1, dg2, dh2 = (None if dtype is None else t.to(dtype) for dtype, t in sums)
         return dx, dw1, db1, dg1, dh1, dw2, db2, dg2, dh2
 
-    return Train(run, backward)
+    return TrainLayer(run, backward)

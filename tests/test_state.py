@@ -16,7 +16,7 @@ from helpers import BLOCK_TENSORS, Case, make_inputs, skip_unless_it_runs
 from torch import Tensor
 
 import convmixer_kernels as ck
-from convmixer_kernels import dispatch
+from convmixer_kernels import dispatch, prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = ("depthwise_block", "pointwise_block", "mixer_layer")
@@ -65,6 +65,7 @@ def unmoved():
 @pytest.mark.parametrize("op", BLOCKS)
 def test_a_primitive_fails(op, wanted, backend, unmoved, monkeypatch):
     """Each call of a primitive fails in turn, the last one too; after that the same operator call succeeds."""
+    monkeypatch.setattr(prepared, "keep", lambda *arguments: None)  # the next test has prepared layers
     x, tensors = inputs_of(op)
     x.requires_grad_(wanted)
     check = unmoved(state_of(tensors))
@@ -94,6 +95,47 @@ def test_a_primitive_fails(op, wanted, backend, unmoved, monkeypatch):
     assert len(calls) == fails_at - 1 == (4 if op == "mixer_layer" else 2)
     for t in state_of(tensors):
         assert t._version > 0
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["grad", "no_grad"])
+def test_a_native_call_of_a_prepared_layer_fails(wanted, unmoved, monkeypatch):
+    """Each native call of a layer that was checked before fails in turn, as if memory ran out."""
+    cpu = dispatch.load("cpu")
+    if cpu.native is None:
+        pytest.skip("the native module _cpu is not built")
+    calls: list[str] = []
+    fails_at = 0
+
+    class Failing:
+        def __getattr__(self, name: str):
+            function = getattr(original, name)
+
+            def call(*arguments):
+                calls.append(name)
+                if len(calls) == fails_at:
+                    raise MemoryError
+                return function(*arguments)
+
+            return call
+
+    original = cpu.native
+    monkeypatch.setattr(cpu, "native", Failing())
+    x, tensors = inputs_of("mixer_layer")
+    x.requires_grad_(wanted)
+    train("mixer_layer", x, tensors, backend="cpu")
+    assert any(entry.train is not None for entry in prepared._entries.values())
+    check = unmoved(state_of(tensors))
+    for each in range(1, 6):
+        fails_at = each
+        calls.clear()
+        with pytest.raises(MemoryError):
+            train("mixer_layer", x, tensors, backend="cpu")
+        check()
+    assert calls[-1] == "update_running_statistics"
+    calls.clear()
+    fails_at = 0
+    train("mixer_layer", x, tensors, backend="cpu")
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("op", BLOCKS)
@@ -146,10 +188,19 @@ with torch.no_grad():
     x, depthwise, pointwise = inputs(1024, size)
     state = [*depthwise[4:], *pointwise[4:]]
     before = [t.clone() for t in state]
-    step, failures = 64 * 1024, 0
-    for headroom in range(0, 1 << 30, step):
+    step, failures, held = 64 * 1024, 0, [None] * 100000
+    def leave(headroom):
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + headroom, resource.RLIM_INFINITY))
+    # what the heap still holds would let the first call succeed
+    leave(0)
+    for at in range(len(held)):
+        try:
+            held[at] = torch.empty(step, dtype=torch.uint8)
+        except (MemoryError, RuntimeError):
+            break
+    for headroom in range(0, 1 << 30, step):
+        leave(headroom)
         try:
             call(op, x, depthwise, pointwise)
         except (MemoryError, RuntimeError):
